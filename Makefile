@@ -1,0 +1,58 @@
+# `make demo` and `make test` do everything on a machine with Python >= 3.11, git, make and gcc. `make` lists the rest.
+
+PYTHON ?= python3
+CONCEPT ?= style-ink
+PORT ?= 5000
+
+VENV := .venv
+READY := $(VENV)/.ready
+RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+# pip reads PIP_FIND_LINKS by itself, uv does not; a CPU build of torch found there saves gigabytes.
+FIND_LINKS := $(foreach place,$(PIP_FIND_LINKS),--find-links "$(place)")
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format ui lock clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
+
+setup: $(READY) ## make .venv from requirements.lock
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed, found $$($(PYTHON) --version); pass PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet "uv>=0.5"
+	VIRTUAL_ENV="$(CURDIR)/$(VENV)" $(VENV)/bin/uv pip install --quiet $(FIND_LINKS) -r requirements.lock
+	VIRTUAL_ENV="$(CURDIR)/$(VENV)" $(VENV)/bin/uv pip install --quiet --no-deps -e .
+	@touch $@
+
+demo: $(READY) ## tune the embedded base to CONCEPT (style-ink) and show it: all stages, those already done are skipped
+	@$(RUN) dvc repro report@$(CONCEPT) register@$(CONCEPT)
+	@$(RUN) dopsd show --concept $(CONCEPT)
+
+test: $(READY) lint ## lint, types and tests
+	@$(RUN) python -m pytest
+
+lint: $(READY) ## ruff and mypy
+	@$(RUN) ruff check .
+	@$(RUN) ruff format --check .
+	@$(RUN) mypy
+
+format: $(READY) ## let ruff lay out and fix what it can
+	@$(RUN) ruff format .
+	@$(RUN) ruff check --fix .
+
+ui: $(READY) ## open the tracker (MLflow) on 127.0.0.1:PORT
+	@echo "MLflow: http://127.0.0.1:$(PORT)  (Ctrl-C ends it)"
+	@$(RUN) MLFLOW_DISABLE_TELEMETRY=true mlflow ui --host 127.0.0.1 --port $(PORT) \
+	  --backend-store-uri "sqlite:///$(CURDIR)/mlflow.db" --default-artifact-root "$(CURDIR)/mlartifacts"
+
+lock: ## pin anew what pyproject.toml asks for; pins that still fit stay
+	@$(VENV)/bin/uv pip compile pyproject.toml --group dev --python-version 3.11 $(FIND_LINKS) --quiet \
+	  --no-header --no-annotate --no-emit-find-links --no-emit-index-url -o requirements.lock
+	@sed -i -E 's/^(torch==[0-9.]+)\+.*/\1/; 1i # The versions that were tested, made by `make lock`. Torch without a build tag: CPU and CUDA builds both satisfy it.' requirements.lock
+
+clean: ## remove what the tools left; data, runs and the environment stay
+	rm -rf build *.egg-info .mypy_cache .pytest_cache .ruff_cache .cache/mypy
+	find dopsd tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,222 @@
+"""The command line: ``dopsd STAGE --concept NAME`` and a few verbs beside.
+
+A person's mistake is one line and exit code 2; ``--debug`` shows where it was found.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dopsd.config import Settings, load_settings
+from dopsd.stages import STAGES, StageError, run_folder
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="""Tunes a few-step text-to-image model to a new concept, and keeps it few-step (D-OPSD).
+
+    The whole way, with what is already done skipped:
+
+        dvc repro register@style-ink report@style-ink
+
+    One stage of it, with a setting changed for once:
+
+        dopsd train --concept style-ink --set train.max_steps=20
+
+    Your own concept, from a folder of pictures and captions:
+
+        dopsd concept add ~/pictures/mug --name mug
+
+    Pictures from what was trained:
+
+        dopsd sample --adapter runs/style-ink/adapters/d-opsd.safetensors --prompt "a fox in [V] style"
+    """,
+)
+concept_app = typer.Typer(no_args_is_help=True, help="Concept data sets.")
+base_app = typer.Typer(no_args_is_help=True, help="The embedded base model, emoji-turbo.")
+track_app = typer.Typer(no_args_is_help=True, help="The tracker (MLflow).")
+app.add_typer(concept_app, name="concept")
+app.add_typer(base_app, name="base")
+app.add_typer(track_app, name="track")
+
+Concept = Annotated[str, typer.Option("--concept", "-c", help="A folder in data/concepts.", metavar="NAME")]
+Params = Annotated[Path, typer.Option("--params", help="The settings.", metavar="FILE")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A setting for this run alone, for example train.max_steps=20.", metavar="KEY=VALUE"),
+]
+PARAMS = Path("params.yaml")
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show where an error was found.")] = False) -> None:
+    """Read by :func:`main`, which sees the arguments first."""
+
+
+def main() -> None:
+    """The entry point: run the command, and turn a person's mistake into one line."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError) as error:
+        # our own errors are a person's mistakes; a ValueError out of a library is a fault that needs its traceback
+        ours = type(error).__module__.partition(".")[0] == "dopsd" or isinstance(error, FileNotFoundError)
+        if not ours or "--debug" in sys.argv[1:]:
+            raise
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(2)
+
+
+def _settings(params: Path, overrides: list[str] | None) -> Settings:
+    return load_settings(params, tuple(overrides or ()))
+
+
+def _stage_command(name: str) -> Callable[..., None]:
+    def command(concept: Concept, params: Params = PARAMS, overrides: Overrides = None) -> None:
+        STAGES[name](concept, _settings(params, overrides), Path())
+
+    return command
+
+
+def _help(stage: Callable[..., None]) -> str:
+    """The first sentence of a stage's docstring."""
+    return (stage.__doc__ or "").partition(". ")[0].replace("``", "`")
+
+
+for _name, _stage in STAGES.items():
+    app.command(_name, help=_help(_stage), rich_help_panel="Stages, in this order")(
+        _stage_command(_name)
+    )
+
+
+@app.command()
+def show(concept: Concept, params: Params = PARAMS) -> None:
+    """Print the before-and-after table of a concept, and where its page, adapter and records are."""
+    import json
+
+    from rich.console import Console
+
+    from dopsd.evaluation.report import headline_table
+    from dopsd.tracking import public_uri, tracking_uri
+
+    run = run_folder(concept, Path())
+    metrics = run / "evaluation" / "metrics.json"
+    if not metrics.exists():
+        raise StageError(f"{metrics}: missing; run `make demo CONCEPT={concept}` or `dvc repro evaluate@{concept}`")
+    console = Console()
+    console.print(headline_table(json.loads(metrics.read_text())))
+    for what, path in (("page", run / "report.html"), ("export", run / "export"), ("metrics", metrics)):
+        if path.exists():
+            console.print(f"{what:>8}: {path.resolve()}", soft_wrap=True, highlight=False)
+    if _settings(params, None).tracking.enabled:
+        console.print(f" tracker: {public_uri(tracking_uri(Path()))}", soft_wrap=True, highlight=False)
+        console.print("          `make ui` opens it on 127.0.0.1", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def sample(
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; may be given several times.")],
+    adapter: Annotated[Path | None, typer.Option("--adapter", "-a", help="An adapter in runs/*/adapters.")] = None,
+    steps: Annotated[int, typer.Option("--steps", "-n", min=1)] = 4,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNGs.", file_okay=False)] = Path("samples"),
+    params: Params = PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Draw with the base, or base + adapter: one PNG for each prompt, and `grid.png`.
+
+    For example: `dopsd sample -a runs/style-ink/adapters/d-opsd.safetensors -p "a fox in [V] style"`
+    """
+    import torch
+
+    from dopsd.distill.adapters import adapter_applied
+    from dopsd.distill.rollout import sample as draw
+    from dopsd.models import load_family
+    from dopsd.tracking import picture_row
+
+    settings = _settings(params, overrides)
+    family = load_family(settings.model)
+    side = settings.data.resolution
+    conditioning = family.encode_prompt(prompt)
+    noise = family.initial_latents(len(prompt), side, side, torch.Generator().manual_seed(seed))
+    with adapter_applied(family.transformer, adapter):
+        images = family.decode(draw(family, conditioning, steps, side, side, noise))
+    for number, image in enumerate(images):
+        _save(image, out / f"{number:02d}.png")
+    _save(picture_row(images), out / "grid.png")
+    print(f"{len(images)} pictures, {steps} steps, seed {seed} -> {out}")
+
+
+def _save(image: Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    image.save(partial, format="PNG")
+    partial.replace(path)
+
+
+@app.command()
+def doctor(params: Params = PARAMS) -> None:
+    """Look at the machine and the project, and say what to do about what is missing."""
+    from rich.console import Console
+
+    from dopsd.doctor import examine, findings_table
+
+    findings = examine(params, Path())
+    Console().print(findings_table(findings))
+    if any(finding.state == "fault" for finding in findings):
+        raise typer.Exit(1)
+
+
+@concept_app.command("add")
+def concept_add(
+    folder: Annotated[Path, typer.Argument(help="Pictures and captions (metadata.jsonl, .txt beside them, or parquet).")],
+    name: Annotated[str, typer.Option("--name", help="What to call it: a-z, 0-9 and -.")],
+    replace: Annotated[bool, typer.Option("--replace", help="Overwrite a concept of that name.")] = False,
+    params: Params = PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Check a folder, copy it to `data/concepts/NAME` and put it under DVC."""
+    from dopsd.data.concept import add_concept
+
+    table = add_concept(folder, name, Path(), _settings(params, overrides).data, replace)
+    print(f"{len(table.rows)} images -> {table.root}")
+    print(f"next: add {name} to `concepts` in {params}, then `dvc repro report@{name} register@{name}`")
+
+
+@track_app.command("sync")
+def track_sync(concept: Concept, params: Params = PARAMS) -> None:
+    """Send what an outage of the tracker left behind."""
+    from dopsd.tracking import sync
+
+    if not sync(Path(), run_folder(concept, Path()) / "tracking", _settings(params, None).tracking):
+        raise typer.Exit(1)
+
+
+@base_app.command("build")
+def base_build(
+    preset: Annotated[str, typer.Option("--preset", help="cpu or gpu: how large the runs are.")] = "cpu",
+) -> None:
+    """Make the embedded base from the emoji sets: pictures, VAE, pre-training, distillation. Resumable; takes hours."""
+    from dopsd.emoji_turbo.build import build
+
+    build(preset, Path())
+
+
+@base_app.command("check")
+def base_check() -> None:
+    """Measure whether the embedded base is good enough (docs/emoji-turbo.md)."""
+    from dopsd.emoji_turbo.check import check
+
+    check(Path())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""Typed settings, read from ``params.yaml``: the one place for every number a run depends on.
+
+An unknown, missing or ill-typed key is a :class:`SettingsError` that names it; nothing is read from anywhere else.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Method = Literal["d-opsd", "sft", "sft-teacher", "off-policy"]
+METHODS: tuple[Method, ...] = ("d-opsd", "sft", "sft-teacher", "off-policy")
+
+Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class SettingsError(ValueError):
+    """A person's mistake in the settings: one line saying which key, what is wrong and what is allowed."""
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(_Settings):
+    """The base model: a diffusers folder (with ``vlm/`` beside for the ``vlm`` context), and how it is run."""
+
+    family: Literal["z-image"] = "z-image"
+    path: Path
+    vlm: Path | None = None
+    """Folder of the Qwen3-VL for the ``vlm`` context; ``None`` means ``path/vlm``."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """``auto``: bfloat16 on CUDA, float32 on a CPU (bfloat16 is far slower on most of them)."""
+    context_pixels: tuple[Positive, Positive] = (512 * 512, 768 * 768)
+    """Least and most pixels of an image in the teacher's context."""
+    gradient_checkpointing: bool = False
+
+
+class DataSettings(_Settings):
+    """What a concept data set must be."""
+
+    resolution: Positive
+    """Side in pixels of a square image of the trained area; aspect buckets keep this area."""
+    placeholder: Annotated[str, Field(min_length=1)] = "[V]"
+    min_images: Positive = 4
+    max_pixels: Positive = 50_000_000
+    """More than this many pixels in one file is refused before it is decoded (decompression bombs)."""
+    near_duplicate_bits: Annotated[int, Field(ge=0, le=64)] = 2
+    """Two images whose 64-bit perceptual hashes differ in at most this many bits are near duplicates."""
+
+
+class LoraSettings(_Settings):
+    rank: Positive = 64
+    alpha: Rate | None = None
+    """``None`` means ``rank`` (scale 1), which every tool reads alike."""
+    targets: tuple[str, ...] | None = None
+    """Name patterns of linear layers; ``None`` means the family's own. Every pattern must match something."""
+
+
+class TeacherSettings(_Settings):
+    kind: Literal["ema", "frozen", "copy"] = "ema"
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.9999
+    guidance: Annotated[float, Field(ge=1)] = 1.0
+    """1 is the paper. Above, the target is pushed further along what the context changes (docs/method.md)."""
+    gain_images: Positive = 16
+    """How many samples the teacher gain is measured on before training."""
+    on_no_gain: Literal["warn", "refuse"] = "warn"
+
+
+class ReplaySettings(_Settings):
+    weight: Annotated[float, Field(ge=0)] = 0.0
+    prompts: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _prompts_given(self) -> ReplaySettings:
+        if self.weight > 0 and not self.prompts:
+            raise ValueError("replay.weight is above 0 but replay.prompts is empty; give prompts of the base's domain")
+        return self
+
+
+class TrainSettings(_Settings):
+    methods: tuple[Method, ...] = ("d-opsd", "sft")
+    """What is trained for the before-and-after table; the first is the one that is exported."""
+    seed: int = 0
+    rollout_steps: Positive = 4
+    """K, the number of Euler steps of a roll-out."""
+    max_steps: Positive
+    max_minutes: Rate | None = None
+    batch_size: Positive
+    accumulation: Positive = 1
+    learning_rate: Rate
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    clip_norm: Rate = 1.0
+    loss: Literal["velocity", "x0"] = "velocity"
+    lora: LoraSettings = LoraSettings()
+    teacher: TeacherSettings = TeacherSettings()
+    replay: ReplaySettings = ReplaySettings()
+    checkpoint_steps: Positive = 50
+    preview_steps: Positive = 50
+    preview_prompts: tuple[str, ...] = ()
+    sft_compute_factor: Rate = 16 / 3
+    """SFT is also shown at this many times D-OPSD's steps: a D-OPSD step costs K x (teacher forward + student forward
+    and backward) = 4 x (1 + 3) forwards, an SFT step 3."""
+
+
+class EvaluationSettings(_Settings):
+    steps: tuple[Positive, ...] = (1, 2, 4, 8, 32)
+    few_steps: Positive = 4
+    """The number of steps that the headline table is about; one of ``steps``."""
+    seed: int = 1234
+    batch_size: Positive = 32
+    max_prompts: Positive = 100
+    """Concept prompts with a known truth (held-out rows of the data set)."""
+    curve_prompts: Positive = 40
+    """Prompts for the step counts other than ``few_steps``."""
+    kept_prompts: Positive = 60
+    """Prompts of the base's own styles, for what was kept."""
+    prompts: tuple[str, ...] = ()
+    """Extra prompts without a truth; used alone where a data set has no held-out rows."""
+
+    @model_validator(mode="after")
+    def _few_steps_listed(self) -> EvaluationSettings:
+        if self.few_steps not in self.steps:
+            raise ValueError(f"evaluation.few_steps ({self.few_steps}) must be one of evaluation.steps")
+        return self
+
+
+class TrackingSettings(_Settings):
+    experiment: str = "dopsd"
+    enabled: bool = True
+
+
+class Settings(_Settings):
+    """All of ``params.yaml``. ``concepts`` lists the folders under ``data/concepts`` that the pipeline runs over."""
+
+    concepts: tuple[str, ...]
+    model: ModelSettings
+    data: DataSettings
+    train: TrainSettings
+    evaluation: EvaluationSettings = EvaluationSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+
+def load_settings(path: Path, overrides: tuple[str, ...] = ()) -> Settings:
+    """Read and check ``path``; ``overrides`` are ``a.b=value`` with YAML values.
+
+    Raises :class:`SettingsError` with one line per fault.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise SettingsError(f"{path}: no such file; run from the project's root or pass --params") from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise SettingsError(f"{path}: expected keys and values, found {type(raw).__name__}")
+    for override in overrides:
+        _override(raw, override)
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as error:
+        raise SettingsError("\n".join(f"{path}: {_say(fault)}" for fault in error.errors())) from None
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise SettingsError(f"override {override!r}: expected KEY=VALUE, for example train.max_steps=100")
+    *parents, last = key.split(".")
+    node: Any = raw
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise SettingsError(f"override {override!r}: {parent} is a value, not a group of settings")
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise SettingsError(f"override {override!r}: {value!r} is not a YAML value") from None
+
+
+def _say(fault: Any) -> str:
+    key = ".".join(str(part) for part in fault["loc"]) or "settings"
+    if fault["type"] == "extra_forbidden":
+        return f"{key}: unknown setting; remove it or check the spelling"
+    if fault["type"] == "missing":
+        return f"{key}: missing; add it"
+    return f"{key}: {fault['msg'].removeprefix('Value error, ')} (got {fault['input']!r})"[:400]

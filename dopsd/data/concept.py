@@ -1,0 +1,121 @@
+"""``dopsd concept add``: a folder checked, copied into the project and put under DVC, or nothing changed at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..config import DataSettings
+from .manifest import ConceptTable, concept_files
+from .schema import validate_dataset
+
+CONCEPTS = Path("data") / "concepts"
+_Table = ConceptTable | None
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+
+
+class ConceptError(ValueError):
+    """A data set that cannot be added; one line a person can act on."""
+
+
+def add_concept(folder: Path, name: str, root: Path, settings: DataSettings, replace: bool = False) -> ConceptTable:
+    """Check ``folder``, copy it to ``root/data/concepts/name`` and ``dvc add`` it. Returns the table there.
+
+    A folder that lies there already is checked and put under DVC where it is. ``replace`` overwrites another data set
+    of that name. Whatever fails, everything is as before. Raises ``DataError`` for faults of the data and
+    :class:`ConceptError` for a name that is wrong or taken, or where DVC refuses.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConceptError(f"concept name {name!r}: use 1 to 64 of a-z, 0-9 and -, not beginning with -")
+    if not (root / ".dvc").is_dir():
+        raise ConceptError(f"{root}: not a DVC project; run from the project's root, or `dvc init` there first")
+    target = root / CONCEPTS / name
+    in_place = target.exists() and folder.exists() and target.samefile(folder)
+    if os.path.lexists(target) and not in_place and not replace:
+        raise ConceptError(f"{target} is there already; choose another name or pass --replace")
+    _recover(target)
+    table, held_out = validate_dataset(folder, name, settings)
+    partial = None if in_place else _copy(folder, name, target, settings, (table, held_out))
+    with _undone_on_failure(target, partial):
+        _dvc_add(root, target)
+    return validate_dataset(target, name, settings)[0]
+
+
+def _copy(folder: Path, name: str, target: Path, settings: DataSettings, tables: tuple[_Table, _Table]) -> Path:
+    """Copy the data set's own files to a hidden folder beside ``target`` and check that the copy is the same."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for file in concept_files(folder):
+            (partial / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / file, partial / file)
+        copies = validate_dataset(partial, name, settings)
+        if [_hash(copy) for copy in copies] != [_hash(table) for table in tables]:
+            raise ConceptError(f"{folder}: changed while it was copied; nothing was added, try again")
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            problem = f"cannot be copied to {target}: {error.strerror}; nothing was added"
+            raise ConceptError(f"{folder}: {problem}") from None
+        raise
+    return partial
+
+
+def _hash(table: ConceptTable | None) -> str | None:
+    return table.content_hash if table else None
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.previous")
+
+
+def _recover(target: Path) -> None:
+    """Put back what a run that was killed in the middle of a replacement had set aside."""
+    aside = _aside(target)
+    if aside.exists() and not target.exists():
+        aside.rename(target)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _undone_on_failure(target: Path, partial: Path | None) -> Iterator[None]:
+    """Put ``partial`` in the place of ``target``; where the block fails, put everything back, DVC's two files too."""
+    pointers = [target.with_name(f"{target.name}.dvc"), target.with_name(".gitignore")]
+    before = [path.read_bytes() if path.exists() else None for path in pointers]
+    aside = _aside(target)
+    try:
+        if partial is not None:
+            if target.exists():
+                target.rename(aside)
+            partial.rename(target)
+        yield
+    except BaseException:
+        if partial is not None:
+            shutil.rmtree(target if not partial.exists() else partial, ignore_errors=True)
+            if aside.exists():
+                aside.rename(target)
+        for path, content in zip(pointers, before, strict=True):
+            if content is None:
+                path.unlink(missing_ok=True)
+            else:
+                path.write_bytes(content)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _dvc_add(root: Path, target: Path) -> None:
+    # Imported here: DVC takes seconds to import and only this function needs it.
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from dvc.scm import SCMError
+
+    try:
+        with Repo(str(root)) as repo:
+            repo.add(str(target))
+    except (DvcException, SCMError, OSError) as error:
+        said = " ".join(str(error).split())
+        raise ConceptError(f"{target}: dvc add failed: {said}; nothing was added") from None

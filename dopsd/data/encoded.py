@@ -1,0 +1,108 @@
+"""What stage encode leaves for stage train: a folder that is read without any encoder.
+
+``tensors.safetensors`` holds ``example/<n>/prompt/<name>``, ``example/<n>/context/<name>``, ``latents/<image>``,
+``preview/<n>/<name>`` and ``replay/<n>/<name>``; ``index.json`` says what they belong to.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .cache import Conditioning
+from .dataset import Example
+
+TENSORS, INDEX = "tensors.safetensors", "index.json"
+
+
+class EncodedError(ValueError):
+    """No usable encodings: one line saying where they were looked for and how to make them."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """All that training needs to know of a concept."""
+
+    examples: tuple[Example, ...]
+    previews: tuple[tuple[str, Conditioning], ...]
+    """Preview prompts with what the student sees of them."""
+    replay: tuple[tuple[str, Conditioning], ...]
+    """Prompts of the base's own domain."""
+    images: int
+    content_hash: str
+    """Of the data set that was encoded."""
+
+
+def write_encoded(folder: Path, encoded: Encoded) -> None:
+    """Write ``encoded`` as ``folder``, whole or not at all, replacing what was there."""
+    tensors: dict[str, Tensor] = {}
+    for number, example in enumerate(encoded.examples):
+        _put(tensors, f"example/{number}/prompt", example.prompt)
+        _put(tensors, f"example/{number}/context", example.context)
+        if example.latents is not None:
+            _put(tensors, "latents", {str(example.image_index): example.latents})
+    for kind, texts in (("preview", encoded.previews), ("replay", encoded.replay)):
+        for number, (_, conditioning) in enumerate(texts):
+            _put(tensors, f"{kind}/{number}", conditioning)
+    index = {
+        "content_hash": encoded.content_hash,
+        "images": encoded.images,
+        "examples": [
+            {"caption": e.caption, "image_index": e.image_index, "height": e.height, "width": e.width}
+            for e in encoded.examples
+        ],
+        "preview": [text for text, _ in encoded.previews],
+        "replay": [text for text, _ in encoded.replay],
+    }
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(tensors, partial / TENSORS)
+    (partial / INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def read_encoded(folder: Path) -> Encoded:
+    """Read what :func:`write_encoded` wrote. Raises :class:`EncodedError` where it is missing or damaged."""
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        tensors = load_file(folder / TENSORS)
+    except FileNotFoundError:
+        raise EncodedError(f"{folder}: nothing encoded there; run stage encode first") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise EncodedError(f"{folder}: damaged ({error}); run stage encode again") from None
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        group, _, name = key.rpartition("/")
+        groups.setdefault(group, {})[name] = value
+    latents = groups.get("latents", {})
+    examples = tuple(
+        Example(
+            prompt=groups[f"example/{number}/prompt"],
+            context=groups[f"example/{number}/context"],
+            latents=latents.get(str(about["image_index"])),
+            **about,
+        )
+        for number, about in enumerate(index["examples"])
+    )
+    return Encoded(
+        examples=examples,
+        previews=tuple((text, groups[f"preview/{number}"]) for number, text in enumerate(index["preview"])),
+        replay=tuple((text, groups[f"replay/{number}"]) for number, text in enumerate(index["replay"])),
+        images=index["images"],
+        content_hash=index["content_hash"],
+    )
+
+
+def _put(tensors: dict[str, Tensor], prefix: str, conditioning: Mapping[str, Tensor]) -> None:
+    for name, value in conditioning.items():
+        # equal captions share one tensor in memory, and safetensors refuses that
+        tensors[f"{prefix}/{name}"] = value.detach().cpu().clone().contiguous()

@@ -1,0 +1,178 @@
+"""A concept folder read into one table, whatever way it is written.
+
+Exactly one of three kinds::
+
+    metadata.jsonl   {"image": "a.png", "captions": {"short": "...", "medium": "..."}, "references": ["r.png"]}
+                     or "caption": "..." in place of "captions"; one object a line
+    a.png + a.txt    the caption beside each picture, one line
+    NAME.parquet     one table with the same columns
+
+A sub-folder ``holdout/`` is a concept folder of its own (the truth that evaluation compares with) and no part of this
+table. Everything else in the folder must be mentioned by a row, apart from README, LICENSE, NOTICE and hidden files.
+
+Nothing is judged here: :func:`read_table` writes what it could not read into the column ``problems``, and
+:mod:`dopsd.data.schema` turns that and all its own findings into one :class:`DataError`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .images import EXTENSIONS
+from .records import Record, leaves, read_jsonl, read_parquet, read_texts, say_extra, shown, stem_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+METADATA = "metadata.jsonl"
+HOLDOUT = "holdout"
+COLUMNS = ("source", "row", "image", "captions", "references", "problems")
+_DOCUMENTS = ("README", "LICENSE", "LICENCE", "NOTICE", "COPYING", "ATTRIBUTION")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong with the data: where, and what to do. ``row`` counts from 1; ``None`` is the file as a whole."""
+
+    file: str
+    row: int | None
+    column: str | None
+    problem: str
+
+    def __str__(self) -> str:
+        place = self.file + (f", row {self.row}" if self.row is not None else "")
+        return f"{place}, {self.column}: {self.problem}" if self.column else f"{place}: {self.problem}"
+
+
+class DataError(ValueError):
+    """All that is wrong with a data set, one line a fault."""
+
+    def __init__(self, faults: Iterable[Fault]) -> None:
+        self.faults: tuple[Fault, ...] = tuple(faults)
+        super().__init__("\n".join(map(str, self.faults)))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture. ``image``: absolute. ``captions``: (variant name, text). ``source``, ``line``: where the row is."""
+
+    image: Path
+    captions: tuple[tuple[str, str], ...]
+    references: tuple[Path, ...]
+    source: str
+    line: int
+
+
+@dataclass(frozen=True)
+class ConceptTable:
+    """A data set that passed every check. ``content_hash``: sha256 of pictures and captions in the rows' order,
+    the same wherever the folder lies, whatever the files are called and in whichever kind the rows are written."""
+
+    name: str
+    root: Path
+    rows: tuple[Row, ...]
+    content_hash: str
+
+
+def hash_content(rows: Iterable[tuple[str, Iterable[tuple[str, str]], Iterable[str]]]) -> str:
+    """sha256 over (sha256 of the image, (variant, caption) pairs, sha256 of the references) of each row."""
+    listed = [[image, [list(pair) for pair in captions], list(references)] for image, captions, references in rows]
+    return hashlib.sha256(json.dumps(listed, ensure_ascii=True, separators=(",", ":")).encode("ascii")).hexdigest()
+
+
+def read_table(folder: Path, name: str) -> pd.DataFrame:
+    """All rows of the concept folder ``name`` as columns ``source, row, image, captions, references, problems``.
+
+    ``source``: the file that holds the row, relative; ``row``: from 1, or 0 for a fault of the file as a whole.
+    ``image``: relative path as written, ``captions``: JSON object, ``references``: JSON list; ``None`` where they
+    could not be read. ``problems``: JSON list of ``[column or null, problem]``. Rows keep the order they are written
+    in; text files that of their names. Never raises for what a folder holds.
+    """
+    import pandas as pd
+
+    if not folder.is_dir():
+        text = "no such folder; check the path" if not folder.exists() else "not a folder; give the one with the images"
+        records = [Record(".", 0, problems=[(None, f"concept {name!r}: {text}")])]
+    else:
+        records = _read_folder(folder)
+    return pd.DataFrame([record.cells() for record in records], columns=list(COLUMNS)).astype({"row": "int64"})
+
+
+def concept_files(folder: Path) -> list[str]:
+    """Relative paths of every file that belongs to a concept folder (the held-out part too), sorted; none hidden."""
+    part = folder / HOLDOUT
+    held_out = [f"{HOLDOUT}/{file}" for file in _walk(part)[0]] if part.is_dir() else []
+    return sorted(_walk(folder)[0] + held_out)
+
+
+def _read_folder(folder: Path) -> list[Record]:
+    files, problems = _walk(folder)
+    broken = [Record(file, 0, problems=[(None, problem)]) for file, problem in problems]
+    images = [file for file in files if Path(file).suffix.lower() in EXTENSIONS]
+    stems = {stem_of(file) for file in images}
+    texts = [file for file in files if file.lower().endswith(".txt") and not _is_document(file)]
+    beside = [file for file in texts if stem_of(file) in stems]
+    parquets = [file for file in files if file.lower().endswith(".parquet")]
+    kinds = [*([METADATA] if METADATA in files else []), *parquets, *beside[:1]]
+    if len(kinds) != 1:
+        return [Record(".", 0, problems=[(None, _say_kinds(kinds, bool(images)))]), *broken]
+    if beside:
+        records = read_texts(folder, images, texts)
+        expected = {*images, *texts}
+    else:
+        source = kinds[0]
+        records = list(read_jsonl(folder, source) if source == METADATA else read_parquet(folder, source))
+        expected = {source, *_mentioned(records)}
+        if not records:
+            records = [Record(source, 0, problems=[(None, "holds no rows; write one for each picture")])]
+    extra = [file for file in files if file not in expected and not _is_document(file)]
+    return [*records, *(Record(file, 0, problems=[(None, say_extra(file))]) for file in extra), *broken]
+
+
+def _walk(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
+    """Every file of a concept folder, relative and sorted, without the held-out part and hidden ones; and faults."""
+    files: list[str] = []
+    problems: list[tuple[str, str]] = []
+
+    def note(error: OSError) -> None:
+        place = os.path.relpath(error.filename, folder) if error.filename else "."
+        problems.append((place, "this folder cannot be listed; check its permissions"))
+
+    for parent, folders, names in os.walk(folder, onerror=note):
+        base = os.path.relpath(parent, folder)
+        for link in (name for name in folders if os.path.islink(os.path.join(parent, name))):
+            problems.append((_join(base, link), "is a link to a folder; put the files themselves there"))
+        held_out = {HOLDOUT} if base == "." else set()
+        folders[:] = [name for name in folders if name not in held_out and not name.startswith(".")]
+        for name in (name for name in names if not name.startswith(".")):
+            if leaves(folder, _join(base, name)):
+                problems.append((_join(base, name), "is a link that leaves the folder; put the file itself there"))
+            else:
+                files.append(_join(base, name))
+    return sorted(files), sorted(problems)
+
+
+def _join(base: str, name: str) -> str:
+    return name if base == "." else f"{base}/{name}"
+
+
+def _is_document(file: str) -> bool:
+    return Path(file).name.split(".")[0].upper() in _DOCUMENTS and Path(file).suffix.lower() in ("", ".md", ".txt")
+
+
+def _mentioned(records: Sequence[Record]) -> set[str]:
+    named = [name for record in records for name in (record.image, *record.references) if name]
+    return {os.path.normpath(name) for name in named if "\0" not in name}
+
+
+def _say_kinds(kinds: Sequence[str], any_images: bool) -> str:
+    expected = f"{METADATA}, or a .txt beside each picture, or one .parquet file"
+    if kinds:
+        return f"captions are given in more than one way ({', '.join(map(shown, kinds))}); keep only one: {expected}"
+    return f"no captions found; write {expected}" if any_images else f"no pictures and no captions; expected {expected}"

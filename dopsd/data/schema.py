@@ -1,0 +1,319 @@
+"""Every check of a concept data set, as one pandera schema: all faults at once, each naming file and row.
+
+The table of :func:`dopsd.data.manifest.read_table` is first completed with what can be measured of every picture (size,
+hashes, what is wrong with the file); the schema then judges rows and table, and its failure cases become the faults of
+one :class:`DataError`. Nothing is dropped, repaired or replaced. The only pandera import of the project.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pandera.pandas as pa
+
+from ..config import DataSettings
+from .duplicates import near_duplicates
+from .images import ImageError, ImageFacts, inspect_image
+from .manifest import HOLDOUT, ConceptTable, DataError, Fault, Row, hash_content, read_table
+from .records import is_text, leaves, shown
+
+MAX_ASPECT = 4.0
+"""A longer strip would lose most of itself when it is cropped to a bucket."""
+_MAX_PATH = 1024
+
+
+def validate_concept(
+    folder: Path,
+    name: str,
+    settings: DataSettings,
+    require_placeholder: bool = True,
+    min_images: int | None = None,
+) -> ConceptTable:
+    """Check one concept folder, its held-out part left aside.
+
+    ``min_images``: ``None`` means the settings' own. Raises :class:`DataError` with every fault that was found.
+    """
+    return _validate(folder, name, settings, require_placeholder, min_images).table
+
+
+def validate_holdout(folder: Path, name: str, settings: DataSettings) -> ConceptTable | None:
+    """Check the held-out part of the concept folder ``folder``; ``None`` where it has none.
+
+    The same checks, but one picture is enough and captions need no placeholder. Raises :class:`DataError`.
+    """
+    part = folder / HOLDOUT
+    if not os.path.lexists(part):
+        return None
+    return validate_concept(part, f"{name}/{HOLDOUT}", settings, require_placeholder=False, min_images=1)
+
+
+def validate_dataset(folder: Path, name: str, settings: DataSettings) -> tuple[ConceptTable, ConceptTable | None]:
+    """Check a concept folder and its held-out part together: (training table, held-out table or ``None``).
+
+    A picture that is in both would make the evaluation worthless: that is a fault too, for near copies as well.
+    Raises :class:`DataError` with the faults of both parts.
+    """
+    faults: list[Fault] = []
+    parts: list[_Checked] = []
+    for part, title in ((folder, name), (folder / HOLDOUT, f"{name}/{HOLDOUT}")):
+        if part != folder and not os.path.lexists(part):
+            break
+        try:
+            parts.append(_validate(part, title, settings, part == folder, None if part == folder else 1))
+        except DataError as error:
+            faults += error.faults
+    if len(parts) == 2 and not faults:
+        faults += _leaked(parts[0], parts[1], folder, settings.near_duplicate_bits)
+    if faults:
+        raise DataError(faults)
+    return parts[0].table, parts[1].table if len(parts) == 2 else None
+
+
+@dataclass(frozen=True)
+class _Checked:
+    table: ConceptTable
+    facts: tuple[ImageFacts, ...]
+    """Of each row's picture."""
+
+
+def _validate(
+    folder: Path, name: str, settings: DataSettings, require_placeholder: bool, min_images: int | None
+) -> _Checked:
+    root = Path(os.path.abspath(folder))
+    frame = read_table(root, name)
+    facts = _measure(frame, root, settings)
+    needed = settings.min_images if min_images is None else min_images
+    faults = _judge(frame, folder, settings, require_placeholder, needed)
+    if faults:
+        raise DataError(faults)
+    rows = tuple(_row(root, cells) for cells in frame.to_dict("records"))
+    listed = [(facts[name].sha256, row.captions, references) for name, row, references in _hashed(frame, rows, facts)]
+    return _Checked(ConceptTable(name, root, rows, hash_content(listed)), tuple(facts[name] for name in frame["image"]))
+
+
+def _hashed(frame: pd.DataFrame, rows: tuple[Row, ...], facts: Mapping[str, ImageFacts]) -> list[tuple[str, Row, Any]]:
+    references = [[facts[name].sha256 for name in json.loads(cell)] for cell in frame["references"]]
+    return list(zip(frame["image"], rows, references, strict=True))
+
+
+def _row(root: Path, cells: Mapping[str, Any]) -> Row:
+    captions = tuple(json.loads(cells["captions"]).items())
+    references = tuple(root / name for name in json.loads(cells["references"]))
+    return Row(root / cells["image"], captions, references, cells["source"], cells["row"])
+
+
+def _leaked(train: _Checked, held_out: _Checked, folder: Path, max_bits: int) -> list[Fault]:
+    """Held-out pictures that are copies of training pictures."""
+    faults = []
+    shift = len(train.facts)
+    hashes = [facts.sha256 for facts in train.facts]
+    near = near_duplicates([facts.fingerprint for facts in (*train.facts, *held_out.facts)], max_bits)
+    for index, (row, facts) in enumerate(zip(held_out.table.rows, held_out.facts, strict=True)):
+        match = hashes.index(facts.sha256) if facts.sha256 in hashes else near.get(shift + index, (shift, 0))[0]
+        if match < shift:
+            twin = train.table.rows[match].image.relative_to(train.table.root)
+            problem = f"{row.image.name} is held-out truth but a copy of the training picture {twin}; remove one"
+            faults.append(Fault(str(folder / HOLDOUT / row.source), row.line, "image", problem))
+    return faults
+
+
+# --- what can be measured --------------------------------------------------------------------------------------------
+
+
+def _measure(frame: pd.DataFrame, root: Path, settings: DataSettings) -> dict[str, ImageFacts]:
+    """Add the columns ``image_problem, reference_problems, size, pixels, aspect, copy_of`` to ``frame``.
+
+    Returns what is known of every sound picture by its name in the table; each file is decoded once.
+    """
+    facts: dict[str, ImageFacts] = {}
+    problems: dict[str, str] = {}
+
+    def problem(name: str) -> str:
+        if name not in facts and name not in problems:
+            wrong = _path_problem(root, name)
+            try:
+                if not wrong:
+                    facts[name] = inspect_image(root / name, settings.max_pixels)
+            except ImageError as error:
+                wrong = error.problem
+            if wrong:
+                problems[name] = f"{name}: {wrong}"
+        return problems.get(name, "")
+
+    images = [name if isinstance(name, str) else None for name in frame["image"]]
+    frame["image_problem"] = ["" if name is None else problem(name) for name in images]
+    references = [[problem(name) for name in json.loads(cell)] for cell in frame["references"]]
+    frame["reference_problems"] = [json.dumps([wrong for wrong in wrongs if wrong]) for wrongs in references]
+    sizes = [(facts[name].width, facts[name].height) if name in facts else None for name in images]
+    frame["size"] = [f"{size[0]} x {size[1]}" if size else "" for size in sizes]
+    frame["pixels"] = [float(size[0] * size[1]) if size else math.nan for size in sizes]
+    frame["aspect"] = [max(size) / min(size) if size else math.nan for size in sizes]
+    frame["copy_of"] = _copies(frame, images, facts, settings.near_duplicate_bits)
+    return facts
+
+
+def _path_problem(root: Path, name: str) -> str:
+    """What is wrong with a path as it is written in the table, before anything is opened."""
+    parts = Path(name).parts
+    if len(name) > _MAX_PATH:
+        return "is far too long for a path; rename the file"
+    if os.path.isabs(name) or ".." in parts:
+        return "leaves the folder; give a path inside it"
+    if any(part.startswith(".") for part in parts):
+        return "is a hidden file; rename it"
+    if parts and parts[0] == HOLDOUT:
+        return "is held-out truth and must not be trained on; take the row out"
+    try:
+        return "is a link that leaves the folder; put the file itself there" if leaves(root, name) else ""
+    except (OSError, ValueError):
+        return "is not a path that this system knows; rename the file"
+
+
+def _copies(frame: pd.DataFrame, images: list[str | None], facts: Mapping[str, ImageFacts], max_bits: int) -> list[str]:
+    """For each row whose picture is a copy of an earlier row's, what it copies and how exactly; else empty."""
+    known = [(index, facts[name]) for index, name in enumerate(images) if name is not None and name in facts]
+    near = near_duplicates([one.fingerprint for _, one in known], max_bits)
+    first: dict[str, int] = {}
+    found = [""] * len(frame)
+    for position, (index, one) in enumerate(known):
+        match = first.setdefault(one.sha256, position)
+        if match < position:
+            how = "is the same picture as"
+        elif position in near:
+            match, bits = near[position]
+            how = f"is nearly the same picture (hash {bits} of 64 bits apart) as"
+        else:
+            continue
+        twin = known[match][0]
+        place = f"row {frame['row'][twin]}" if frame["source"][twin] == frame["source"][index] else "its own caption"
+        found[index] = f"{images[index]} {how} {images[twin]} ({place}); remove one"
+    return found
+
+
+# --- the schema ------------------------------------------------------------------------------------------------------
+
+
+def _count(frame: pd.DataFrame) -> int:
+    """Rows that stand for a picture, sound or not."""
+    return int(((frame["row"] > 0) | frame["image"].notna()).sum())
+
+
+def _empty_captions(cell: str) -> list[str]:
+    return [variant for variant, text in json.loads(cell).items() if not text.strip()]
+
+
+def _unclean_captions(cell: str) -> list[str]:
+    captions = json.loads(cell).items()
+    return [shown(variant) for variant, text in captions if not variant.strip() or not is_text(variant + text)]
+
+
+def concept_schema(settings: DataSettings, require_placeholder: bool, min_images: int) -> pa.DataFrameSchema:
+    """The schema of a measured table. The ``error`` of each check is its key in ``_MESSAGES``."""
+
+    def enough(frame: pd.DataFrame) -> bool:
+        return _count(frame) >= min_images or _count(frame) == 0  # none at all is said elsewhere
+
+    def named(frame: pd.DataFrame) -> bool:
+        captions = [text for cell in frame["captions"].dropna() for text in json.loads(cell).values()]
+        return not require_placeholder or not captions or any(settings.placeholder in text for text in captions)
+
+    def each(condition: Callable[[Any], bool], key: str) -> pa.Check:
+        return pa.Check(condition, element_wise=True, error=key)
+
+    area = settings.resolution**2
+    return pa.DataFrameSchema(
+        {
+            "source": pa.Column(),
+            "row": pa.Column(int),
+            "problems": pa.Column(checks=each(lambda cell: cell == "[]", "unreadable")),
+            "image": pa.Column(nullable=True),
+            "captions": pa.Column(
+                nullable=True,
+                checks=[
+                    each(lambda cell: cell != "{}", "no_caption"),
+                    each(lambda cell: not _empty_captions(cell), "empty_caption"),
+                    each(lambda cell: not _unclean_captions(cell), "unclean_caption"),
+                ],
+            ),
+            "image_problem": pa.Column(checks=each(lambda problem: not problem, "bad_image")),
+            "reference_problems": pa.Column(checks=each(lambda cell: cell == "[]", "bad_reference")),
+            "pixels": pa.Column(float, nullable=True, checks=each(lambda pixels: pixels >= area, "too_small")),
+            "aspect": pa.Column(float, nullable=True, checks=each(lambda aspect: aspect <= MAX_ASPECT, "too_long")),
+            "copy_of": pa.Column(checks=each(lambda copy: not copy, "duplicate")),
+        },
+        checks=[pa.Check(enough, error="too_few"), pa.Check(named, error="no_placeholder")],
+    )
+
+
+def _judge(
+    frame: pd.DataFrame, folder: Path, settings: DataSettings, require_placeholder: bool, min_images: int
+) -> list[Fault]:
+    """Every fault of a measured table: those of rows in the rows' order, then those of the table as a whole."""
+    try:
+        concept_schema(settings, require_placeholder, min_images).validate(frame, lazy=True)
+    except pa.errors.SchemaErrors as error:
+        cases = error.failure_cases
+    else:
+        return []
+    found = zip(cases["check"], cases["index"], strict=True)
+    failed = {(str(key), -1 if pd.isna(index) else int(index)) for key, index in found}
+    order = {key: position for position, key in enumerate((*_MESSAGES, *_TABLE_MESSAGES))}
+    faults: list[Fault] = []
+    for key, index in sorted(failed, key=lambda case: (case[1] < 0, case[1], order[case[0]])):
+        if index < 0:
+            faults.append(Fault(str(folder), None, None, _TABLE_MESSAGES[key](frame, settings, min_images)))
+            continue
+        cells = frame.loc[index]
+        place, row = str(folder / cells["source"]), int(cells["row"]) or None
+        faults += [Fault(place, row, column, problem) for column, problem in _MESSAGES[key](cells, settings)]
+    return faults
+
+
+_Said = list[tuple[str | None, str]]
+
+
+def _say_unclean(cells: Mapping[str, Any], _: DataSettings) -> _Said:
+    advice = "holds control characters or line breaks, or has no name; write it on one line"
+    return [("captions", f"{variant!r} {advice}") for variant in _unclean_captions(cells["captions"])]
+
+
+def _say_small(cells: Mapping[str, Any], settings: DataSettings) -> _Said:
+    side = settings.resolution
+    problem = f"{cells['image']} is too small: {cells['size']} pixels are fewer than {side} x {side}; give a larger one"
+    return [("image", problem)]
+
+
+# Check of the schema -> the (column, problem) pairs that it means for the row that failed it; also the faults' order.
+_MESSAGES: dict[str, Callable[[Mapping[str, Any], DataSettings], _Said]] = {
+    "unreadable": lambda cells, _: [(column, problem) for column, problem in json.loads(cells["problems"])],
+    "bad_image": lambda cells, _: [("image", cells["image_problem"])],
+    "too_small": _say_small,
+    "too_long": lambda cells, _: [
+        ("image", f"{cells['image']} is {cells['size']} pixels, longer than {MAX_ASPECT:g} : 1; crop it")
+    ],
+    "duplicate": lambda cells, _: [("image", cells["copy_of"])],
+    "no_caption": lambda cells, _: [("captions", "is empty; write at least one caption")],
+    "empty_caption": lambda cells, _: [
+        ("captions", f"{shown(variant)!r} is empty; write it or remove it")
+        for variant in _empty_captions(cells["captions"])
+    ],
+    "unclean_caption": _say_unclean,
+    "bad_reference": lambda cells, _: [("references", wrong) for wrong in json.loads(cells["reference_problems"])],
+}
+
+_TABLE_MESSAGES: dict[str, Callable[[pd.DataFrame, DataSettings, int], str]] = {
+    "too_few": lambda frame, _, needed: (
+        f"too few images: {_count(frame)}, at least {needed} are needed; add more (data.min_images)"
+    ),
+    "no_placeholder": lambda _, settings, __: (
+        f"no caption holds the placeholder {settings.placeholder}; name the concept with it, for example "
+        f'"a fox in {settings.placeholder} style" (data.placeholder)'
+    ),
+}

@@ -1,0 +1,310 @@
+"""Student and teacher as two LoRA adapters on one transformer: exact names, one place that switches, float32 EMA.
+
+Parameters are found through the layers that carry them, by exact adapter name, never by a substring of theirs.
+Adapter files are safetensors keyed ``<module>.lora_A.weight`` / ``<module>.lora_B.weight`` with a header of text
+values (``rank``, ``alpha``, ``targets``); :mod:`dopsd.export` turns them into what diffusers and ComfyUI load.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dopsd.config import LoraSettings
+
+Selection = Literal["student", "teacher"] | None
+"""Which adapter is active; ``None`` is the base without any."""
+TeacherKind = Literal["ema", "frozen", "copy"]
+STUDENT, TEACHER = "student", "teacher"
+
+_log = logging.getLogger(__name__)
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be made or loaded; the message says which and what to do."""
+
+
+# --- which layers -----------------------------------------------------------------------------------------------------
+
+
+def linear_layers(module: nn.Module, prefix: str = "") -> Iterator[str]:
+    """Names of the linear layers below ``module``, also of those that carry adapters already."""
+    for name, child in module.named_children():
+        path = prefix + name
+        if isinstance(child, LoraLayer):
+            if isinstance(child.get_base_layer(), nn.Linear):
+                yield path
+        elif isinstance(child, nn.Linear):
+            yield path
+        else:
+            yield from linear_layers(child, path + ".")
+
+
+def match_targets(transformer: nn.Module, patterns: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """For each pattern (a regular expression for the end of a module's name) the linear layers that it matches.
+
+    Raises :class:`AdapterError` naming every pattern that matches nothing.
+    """
+    if not patterns:
+        raise AdapterError("lora.targets: empty; name at least one pattern, or leave it out for the family's own")
+    names = list(linear_layers(transformer))
+    matched: dict[str, tuple[str, ...]] = {}
+    for pattern in patterns:
+        try:
+            ending = re.compile(rf"(?:^|\.)(?:{pattern})$")
+        except re.error as error:
+            raise AdapterError(f"lora.targets: {pattern!r} is not a regular expression: {error}") from None
+        matched[pattern] = tuple(name for name in names if ending.search(name))
+    lost = [pattern for pattern, found in matched.items() if not found]
+    if lost:
+        endings = sorted({re.sub(r"^.*?\d+\.", "", name) for name in names})
+        raise AdapterError(
+            f"lora.targets: {', '.join(map(repr, lost))} matches no linear layer of the transformer; "
+            f"it has {', '.join(endings)}"
+        )
+    return matched
+
+
+def lora_layers(transformer: nn.Module, name: str) -> dict[str, LoraLayer]:
+    """The layers that carry adapter ``name``, by module path, in a fixed order."""
+    found = ((path, module) for path, module in transformer.named_modules() if isinstance(module, LoraLayer))
+    return dict(sorted((path, module) for path, module in found if name in module.lora_A))
+
+
+def adapter_parameters(transformer: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The parameters of adapter ``name`` alone, keyed as in an adapter file, in a fixed order."""
+    return {
+        f"{path}.{part}.weight": cast(nn.Parameter, getattr(layer, part)[name].weight)
+        for path, layer in lora_layers(transformer, name).items()
+        for part in ("lora_A", "lora_B")
+    }
+
+
+# --- student and teacher ----------------------------------------------------------------------------------------------
+
+
+class AdapterPair:
+    """The two adapters of a run on one transformer, and the only place that switches between them.
+
+    ``kind`` says who the teacher is: ``ema``, a second adapter that follows the student (its master copy is float32
+    whatever the adapters' dtype is, because at m = .9999 a bfloat16 average stands still); ``frozen``, the base without
+    adapter; ``copy``, the student's own weights.
+    """
+
+    def __init__(self, transformer: nn.Module, kind: TeacherKind, matched: Mapping[str, tuple[str, ...]]) -> None:
+        self.transformer, self.kind, self.matched = transformer, kind, dict(matched)
+        self._layers = list(lora_layers(transformer, STUDENT).values())
+        self._student = adapter_parameters(transformer, STUDENT)
+        self._live = adapter_parameters(transformer, TEACHER)
+        # a float32 teacher is its own master copy; any other dtype gets one beside it
+        self._master = {key: value.data.float() for key, value in self._live.items()}
+        self.selected: Selection = STUDENT
+        self._activate(STUDENT)
+
+    @property
+    def teacher(self) -> Selection:
+        """What to select for the teacher's answer."""
+        selections: dict[TeacherKind, Selection] = {"ema": TEACHER, "frozen": None, "copy": STUDENT}
+        return selections[self.kind]
+
+    @contextmanager
+    def select(self, name: Selection) -> Iterator[None]:
+        """Make ``name`` the active adapter inside the block, and what was active before again after it."""
+        before = self.selected
+        self._activate(name)
+        try:
+            yield
+        finally:
+            self._activate(before)
+
+    def _activate(self, name: Selection) -> None:
+        if name == TEACHER and not self._live:
+            raise AdapterError(f"there is no teacher adapter: the teacher is {self.kind!r}")
+        for layer in self._layers:
+            layer.enable_adapters(name is not None)
+            if name is not None:
+                # peft would make whatever it activates trainable: only ever the student is
+                layer.set_adapter([name], inference_mode=name != STUDENT)
+        self.selected = name
+
+    def student_parameters(self) -> list[nn.Parameter]:
+        """What the optimizer gets, in a fixed order."""
+        return list(self._student.values())
+
+    @torch.no_grad()
+    def update(self, decay: float) -> None:
+        """``teacher <- decay * teacher + (1 - decay) * student`` in float32; nothing to do for the other kinds."""
+        for key, live in self._live.items():
+            master = self._master[key]
+            master.lerp_(self._student[key].float(), 1.0 - decay)
+            if live.data_ptr() != master.data_ptr():
+                live.copy_(master)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of everything that training changes here: ``student/...``, and ``teacher/...`` in float32."""
+        state = {f"{STUDENT}/{key}": value.detach().clone() for key, value in self._student.items()}
+        return state | {f"{TEACHER}/{key}": value.clone() for key, value in self._master.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`state_dict` gave; a missing tensor is a ``KeyError``."""
+        for key, value in self._student.items():
+            value.copy_(state[f"{STUDENT}/{key}"])
+        for key, live in self._live.items():
+            self._master[key].copy_(state[f"{TEACHER}/{key}"])
+            live.copy_(self._master[key])
+
+    def remove(self) -> None:
+        """Give the transformer back as it was, without adapters."""
+        remove_adapters(self.transformer, (STUDENT, TEACHER))
+
+
+def add_adapters(
+    transformer: nn.Module,
+    settings: LoraSettings,
+    default_targets: Sequence[str],
+    seed: int,
+    kind: TeacherKind = "ema",
+    dtype: torch.dtype = torch.float32,
+) -> AdapterPair:
+    """Freeze the transformer and add ``student`` (and ``teacher`` for an EMA), equal to each other and to the base.
+
+    ``settings.targets`` or else ``default_targets`` say where; how many layers each pattern matched is logged and kept
+    as ``matched``. The start is drawn from ``seed`` alone, so that every method starts from the same adapter.
+    """
+    matched = match_targets(transformer, settings.targets if settings.targets is not None else default_targets)
+    for pattern, names in matched.items():
+        _log.info("LoRA target %s matches %d layers", pattern, len(names))
+    modules = sorted({name for names in matched.values() for name in names})
+    transformer.requires_grad_(False)
+    for name in (TEACHER, STUDENT) if kind == "ema" else (STUDENT,):
+        _inject(transformer, name, modules, settings.rank, settings.alpha or settings.rank, dtype)
+        _initialise(transformer, name, seed)
+    return AdapterPair(transformer, kind, matched)
+
+
+def _inject(
+    transformer: nn.Module, name: str, modules: Sequence[str], rank: int, alpha: float, dtype: torch.dtype
+) -> None:
+    """Add an adapter on exactly ``modules``; its values are whatever peft draws, without touching the global RNG."""
+    # peft annotates lora_alpha as int and takes any number
+    config = LoraConfig(r=rank, lora_alpha=cast(int, alpha), target_modules=list(modules))
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # two adapters on one model is what is wanted here
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        cast(Any, transformer).add_adapter(config, adapter_name=name)
+    layers = lora_layers(transformer, name)
+    if set(layers) != set(modules):
+        raise AdapterError(
+            f"adapter {name!r}: peft adapted {sorted(set(layers) ^ set(modules))[:5]} where the list of targets says "
+            "otherwise; give lora.targets that name layers unambiguously"
+        )
+    for parameter in adapter_parameters(transformer, name).values():
+        parameter.data = parameter.data.to(dtype)
+        parameter.requires_grad_(False)
+
+
+@torch.no_grad()
+def _initialise(transformer: nn.Module, name: str, seed: int) -> None:
+    """A uniform within ``1 / sqrt(fan in)`` (kaiming, as peft), B zero; drawn on the CPU so that every device agrees."""
+    generator = torch.Generator().manual_seed(seed)
+    for key, parameter in adapter_parameters(transformer, name).items():
+        if key.endswith("lora_B.weight"):
+            parameter.zero_()
+        else:
+            bound = parameter.shape[1] ** -0.5
+            parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+
+
+def remove_adapters(transformer: nn.Module, names: Sequence[str]) -> None:
+    """Remove these adapters; with the last one the layers' wrappers go too. An absent adapter is nothing to do."""
+    model = cast(Any, transformer)
+    present = set(getattr(transformer, "peft_config", None) or {})
+    if not present & set(names):
+        return
+    if present <= set(names):
+        model.unload_lora()
+    else:
+        model.delete_adapters(sorted(present & set(names)))
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def save_adapter(path: Path, transformer: nn.Module, name: str, settings: LoraSettings) -> Path:
+    """Write adapter ``name`` to ``path`` (safetensors), whole or not at all."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in adapter_parameters(transformer, name).items()}
+    if not tensors:
+        raise AdapterError(f"{path}: the transformer has no adapter {name!r} to save")
+    modules = sorted({key.rsplit(".", 2)[0] for key in tensors})
+    header = {
+        "format": "dopsd-lora",
+        "rank": str(settings.rank),
+        "alpha": repr(float(settings.alpha or settings.rank)),
+        "targets": json.dumps(modules),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata=header)
+    partial.replace(path)
+    return path
+
+
+def read_adapter(path: Path) -> tuple[dict[str, Tensor], int, float]:
+    """``(tensors, rank, alpha)`` of an adapter file; :class:`AdapterError` where it is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    except FileNotFoundError:
+        raise AdapterError(f"{path}: no such adapter; train first") from None
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path}: not a readable safetensors file ({error}); train again") from None
+    try:
+        return tensors, int(header["rank"]), float(header["alpha"])
+    except (KeyError, ValueError):
+        raise AdapterError(f"{path}: no rank and alpha in its header; it was not written by dopsd") from None
+
+
+def load_adapter(transformer: nn.Module, path: Path, name: str) -> None:
+    """Add the adapter of a file as ``name``, frozen and active. Raises where it does not fit the transformer."""
+    tensors, rank, alpha = read_adapter(path)
+    modules = sorted({key.rsplit(".", 2)[0] for key in tensors})
+    unknown = set(modules) - set(linear_layers(transformer))
+    if unknown:
+        raise AdapterError(f"{path}: the transformer has no linear layer {sorted(unknown)[0]!r}; wrong base model?")
+    _inject(transformer, name, modules, rank, alpha, next(iter(tensors.values())).dtype)
+    parameters = adapter_parameters(transformer, name)
+    faults = [key for key, value in parameters.items() if key not in tensors or tensors[key].shape != value.shape]
+    if faults or len(parameters) != len(tensors):
+        remove_adapters(transformer, (name,))
+        raise AdapterError(f"{path}: {(faults or sorted(set(tensors) - set(parameters)))[0]} does not fit the base")
+    with torch.no_grad():
+        for key, value in parameters.items():
+            value.copy_(tensors[key])
+
+
+@contextmanager
+def adapter_applied(transformer: nn.Module, path: Path | None, name: str = "applied") -> Iterator[None]:
+    """The transformer with the adapter of a file inside the block, without it after; ``None`` is the base as it is."""
+    if path is None:
+        yield
+        return
+    load_adapter(transformer, path, name)
+    try:
+        yield
+    finally:
+        remove_adapters(transformer, (name,))

@@ -1,0 +1,137 @@
+"""``dopsd doctor``: what the machine and the project offer, each line with what to do where something is missing."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from rich.markup import escape
+from rich.table import Table
+
+from dopsd.config import Settings, SettingsError, load_settings
+
+State = Literal["fine", "note", "fault"]
+_COLOURS: dict[State, str] = {"fine": "green", "note": "yellow", "fault": "red"}
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "mlflow", "dvc")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table; ``advice`` is empty where all is well."""
+
+    what: str
+    found: str
+    state: State = "fine"
+    advice: str = ""
+
+
+def examine(params: Path, root: Path) -> list[Finding]:
+    """Look at everything; a check that fails is a finding, not an exception."""
+    findings = [*_python(), *_machine()]
+    try:
+        settings = load_settings(params)
+    except SettingsError as error:
+        return [*findings, Finding("settings", str(error), "fault", "correct them; nothing runs without")]
+    findings.append(Finding("settings", f"{params}, {len(settings.concepts)} concepts"))
+    checks: tuple[Callable[[Settings, Path], Iterator[Finding]], ...] = (_concepts, _base, _dvc, _tracker)
+    return [*findings, *(finding for check in checks for finding in check(settings, root))]
+
+
+def findings_table(findings: list[Finding]) -> Table:
+    """The findings as a table for the terminal."""
+    table = Table("", "found", "advice", show_edge=False)
+    for f in findings:
+        table.add_row(escape(f.what), f"[{_COLOURS[f.state]}]{escape(f.found)}[/]", escape(f.advice))
+    return table
+
+
+def _python() -> Iterator[Finding]:
+    old = sys.version_info < (3, 11)
+    yield Finding("python", sys.version.split()[0], "fault" if old else "fine", "3.11 or newer is needed" if old else "")
+    for package in _PACKAGES:
+        try:
+            yield Finding(package, version(package))
+        except PackageNotFoundError:
+            yield Finding(package, "not installed", "fault", "run `make setup`")
+
+
+def _machine() -> Iterator[Finding]:
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        yield Finding("device", f"{card.name}, {card.total_memory / 2**30:.0f} GiB")
+    else:
+        yield Finding("device", "CPU", "note", "enough for emoji-turbo; Z-Image-Turbo needs a GPU")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = torch.get_num_threads()
+    crowded = threads > cores
+    yield Finding(
+        "cores", f"{cores}, torch uses {threads}", "note" if crowded else "fine",
+        f"set OMP_NUM_THREADS={cores}: more threads than cores slow torch several-fold" if crowded else "",
+    )  # fmt: skip
+    memory = psutil.virtual_memory()
+    short = memory.available < 4 * 2**30
+    yield Finding(
+        "memory", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free", "note" if short else "fine",
+        "the demo takes about 4 GiB" if short else "",
+    )  # fmt: skip
+
+
+def _concepts(settings: Settings, root: Path) -> Iterator[Finding]:
+    for concept in settings.concepts:
+        folder = root / "data" / "concepts" / concept
+        if folder.is_dir():
+            yield Finding(f"concept {concept}", f"{folder}")
+        else:
+            yield Finding(
+                f"concept {concept}", "missing", "fault",
+                "`dvc pull` where a remote has it, `dopsd concept add`, or take it off `concepts`",
+            )  # fmt: skip
+
+
+def _base(settings: Settings, root: Path) -> Iterator[Finding]:
+    path = root / settings.model.path
+    if not (path / "model_index.json").is_file():
+        yield Finding("base model", f"{path}: none", "fault", "check model.path, or `dopsd base build` for emoji-turbo")
+        return
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    yield Finding("base model", f"{path}, {size / 2**20:.0f} MiB")
+    vlm = root / settings.model.vlm if settings.model.vlm else path / "vlm"
+    if not vlm.is_dir():
+        yield Finding("teacher's VLM", f"{vlm}: none", "fault", "set model.vlm to a folder of the Qwen3-VL that fits")
+
+
+def _dvc(_: Settings, root: Path) -> Iterator[Finding]:
+    if (root / ".dvc").is_dir() and (root / ".git").exists():
+        yield Finding("DVC", "initialised")
+    else:
+        yield Finding("DVC", "not initialised here", "fault", "run in a git clone of the project, or `git init && dvc init`")
+
+
+def _tracker(settings: Settings, root: Path) -> Iterator[Finding]:
+    from dopsd.tracking import connect, public_uri, tracking_uri, without_secrets
+
+    if not settings.tracking.enabled:
+        yield Finding("tracker", "switched off", "note", "tracking.enabled in the settings")
+        return
+    uri = tracking_uri(root)
+    if uri.startswith("sqlite:") and not Path(urlsplit(uri).path[1:]).exists():
+        yield Finding("tracker", f"{uri} (made by the first training)")
+        return
+    try:
+        connect(uri).search_experiments(max_results=1)
+        yield Finding("tracker", public_uri(uri))
+    except Exception as error:
+        said = " ".join(without_secrets(str(error), uri).split())[:120]
+        yield Finding(
+            "tracker", f"{public_uri(uri)} cannot be reached: {said}", "note",
+            "training runs all the same; `dopsd track sync` sends the rest later",
+        )  # fmt: skip

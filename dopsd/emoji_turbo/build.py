@@ -1,0 +1,128 @@
+"""``dopsd base build``: emoji-turbo from the published emoji sets to a diffusers folder, every stage resumable.
+
+    dopsd base build --preset cpu     # some hours on two cores; what is shipped (docs/emoji-turbo.md)
+    dopsd base build --preset gpu     # minutes on a data-centre GPU: more concepts, more steps
+
+Work in progress lies in ``.cache/base/PRESET``; a killed build continues where it was. A finished one writes
+``data/world`` and ``data/base/emoji-turbo``.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import architecture as arch
+from .captions import PLACEHOLDER, caption, caption_variants, subject_captions
+from .distill import distill
+from .pictures import BASE_STYLES, World, build_world
+from .pretrain import Parts, pretrain
+from .vae import linear_code, make_vae, train_decoder, write_linear_encoder
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The budget of a build. Minutes bound each stage; the learning rate follows whichever ends first."""
+
+    max_concepts: int | None
+    max_known: int | None
+    dim: int
+    layers: int
+    heads: int
+    text_hidden: int
+    text_layers: int
+    vision_hidden: int
+    vision_layers: int
+    decoder_batch: int
+    decoder_steps: int
+    decoder_minutes: float
+    pretrain_batch: int
+    pretrain_steps: int
+    pretrain_minutes: float
+    trajectories: int
+    distill_batch: int
+    distill_steps: int
+    distill_minutes: float
+
+
+_SIZE = {
+    "dim": 256, "layers": 5, "heads": 4, "text_hidden": 192, "text_layers": 5, "vision_hidden": 128, "vision_layers": 4,
+}  # fmt: skip
+
+PRESETS = {
+    "cpu": Preset(
+        **_SIZE, max_concepts=320, max_known=200,
+        decoder_batch=16, decoder_steps=8000, decoder_minutes=25,
+        pretrain_batch=32, pretrain_steps=12000, pretrain_minutes=60,
+        trajectories=2000, distill_batch=48, distill_steps=2000, distill_minutes=10,
+    ),
+    "gpu": Preset(
+        **_SIZE, max_concepts=None, max_known=None,
+        decoder_batch=64, decoder_steps=20000, decoder_minutes=4,
+        pretrain_batch=256, pretrain_steps=40000, pretrain_minutes=15,
+        trajectories=20000, distill_batch=256, distill_steps=8000, distill_minutes=5,
+    ),
+}  # fmt: skip
+
+
+def build(preset: str, root: Path, device: str | None = None) -> Path:
+    """Run all stages of a preset that are not done yet; returns the folder of the finished base."""
+    budget = PRESETS[preset]
+    work = root / ".cache" / "base" / preset
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch.set_flush_denormal(True)
+    torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
+    world = make_world(budget, root, work)
+    parts = make_parts(budget, world, target)
+    train_decoder(parts.vae, world, work, batch=budget.decoder_batch, steps=budget.decoder_steps,
+                  minutes=budget.decoder_minutes)  # fmt: skip
+    pretrain(parts, world, work, batch=budget.pretrain_batch, steps=budget.pretrain_steps,
+             minutes=budget.pretrain_minutes, lr=8e-4)  # fmt: skip
+    distill(parts, world, work, trajectories=budget.trajectories, batch=budget.distill_batch,
+            steps=budget.distill_steps, minutes=budget.distill_minutes)  # fmt: skip
+    folder = root / "data" / "base" / "emoji-turbo"
+    arch.save_folder(
+        folder, vae=parts.vae, tokenizer=parts.tokenizer, vlm=parts.vlm, transformer=parts.transformer
+    )
+    return folder
+
+
+def make_world(budget: Preset, root: Path, work: Path) -> World:
+    """The world of this build, rendered once; it is also what ``data/world`` ships."""
+    folder = work / "world"
+    if not (folder / "concepts.json").exists():
+        world = build_world(root / ".cache" / "npm", budget.max_concepts, budget.max_known, seed=0)
+        world.save(folder)
+        world.save(root / "data" / "world")
+    return World.load(folder)
+
+
+def make_parts(budget: Preset, world: World, device: torch.device) -> Parts:
+    """Fresh modules of the preset's size, from a fixed seed; the VAE with its analytic encoder."""
+    torch.manual_seed(0)
+    vae = make_vae()
+    write_linear_encoder(vae, *linear_code(world))
+    tokenizer = arch.make_tokenizer(corpus(world))
+    vlm = arch.make_vlm(
+        tokenizer,
+        hidden=budget.text_hidden,
+        layers=budget.text_layers,
+        vision_hidden=budget.vision_hidden,
+        vision_layers=budget.vision_layers,
+    )
+    transformer = arch.make_transformer(budget.text_hidden, dim=budget.dim, layers=budget.layers, heads=budget.heads)
+    vae.eval().requires_grad_(False)
+    vae.decoder.requires_grad_(True)
+    return Parts(vae.to(device), tokenizer, vlm.to(device), transformer.to(device))
+
+
+def corpus(world: World) -> list[str]:
+    """What the tokenizer is trained on: every label in every form of caption."""
+    texts = []
+    for label in world.labels:
+        texts += [caption(label, style) for style in (*BASE_STYLES, PLACEHOLDER)]
+        texts += caption_variants(label).values()
+    return texts + [text for style in BASE_STYLES for text in subject_captions(style).values()]

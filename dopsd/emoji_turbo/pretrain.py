@@ -1,0 +1,192 @@
+"""Stage 2: encoder and transformer together, flow matching, half of it with a picture in the encoder's context.
+
+Text only: "a fox, noto style". In context: the target itself, another thing in the same style while the text says what
+to draw ("a fox in [V] style"), or the same thing drawn otherwise ("a [V], noto style"). The first two go through one
+random transform of a wide family, the same for reference and target, so that the context comes to carry styles that no
+caption names: the in-context ability that large encoders bring along.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers.models import AutoencoderKL, ZImageTransformer2DModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen3VLModel
+
+from dopsd.models.z_image import context_inputs, context_states, prompt_text
+
+from .captions import PLACEHOLDER, random_caption
+from .loop import train
+from .pictures import BASE_STYLES, World
+from .transforms import sample_placement, sample_transform
+from .vae import PATCH, linear_code
+
+SHIFT = 3.0
+_PATCH, _MERGE = 8, 2
+
+
+@dataclass
+class Parts:
+    """The modules of the base while it is built."""
+
+    vae: AutoencoderKL
+    tokenizer: PreTrainedTokenizerFast
+    vlm: Qwen3VLModel
+    transformer: ZImageTransformer2DModel
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+    def encode_text(self, captions: list[str]) -> list[Tensor]:
+        """States ``[tokens, dim]`` of captions alone, with gradient."""
+        texts = [prompt_text(self.tokenizer, c) for c in captions]
+        inputs = self.tokenizer(texts, padding="longest", return_tensors="pt").to(self.device)
+        output = self.vlm.language_model(**inputs, output_hidden_states=True, use_cache=False)
+        mask = inputs.attention_mask.bool()
+        return [s[m] for s, m in zip(output.hidden_states[-2], mask, strict=True)]
+
+    def encode_context(self, captions: list[str], pictures: Tensor) -> list[Tensor]:
+        """States of one picture (``[B, 3, 64, 64]`` in [-1, 1]) and a caption each, with gradient."""
+        pixels, grid = patchify(pictures)
+        inputs = context_inputs(self.tokenizer, captions, [1] * len(captions), grid, _MERGE)
+        inputs = {k: v.to(self.device) for k, v in inputs.items()}
+        return context_states(self.vlm, inputs, pixels.to(self.device), grid.to(self.device))
+
+    def velocity(self, x: Tensor, sigma: Tensor, states: list[Tensor]) -> Tensor:
+        """``dx/dsigma`` of latents ``[B, C, h, w]`` at noise levels ``[B]``."""
+        out = self.transformer(list(x.unsqueeze(2).unbind(0)), 1 - sigma, states, return_dict=False)[0]
+        return -torch.stack([o.float() for o in out]).squeeze(2)
+
+
+def patchify(pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """What Qwen2VLImageProcessor makes of pictures ``[B, 3, H, W]`` in [-1, 1]: flat patches and the grid ``[B, 3]``."""
+    b, c, height, width = pictures.shape
+    rows, columns = height // _PATCH, width // _PATCH
+    x = pictures.unsqueeze(1).expand(-1, 2, -1, -1, -1)
+    x = x.reshape(b, 1, 2, c, rows // _MERGE, _MERGE, _PATCH, columns // _MERGE, _MERGE, _PATCH)
+    x = x.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9).reshape(b * rows * columns, c * 2 * _PATCH * _PATCH)
+    return x, torch.tensor([[1, rows, columns]] * b)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Captions, the context pictures of the last ``len(context)`` of them, and targets ``[B, 3, 64, 64]`` in [-1, 1]."""
+
+    captions: list[str]
+    context: Tensor
+    targets: Tensor
+
+
+def draw_batch(world: World, size: int, generator: torch.Generator) -> Batch:
+    """Half text only, half with a picture in context; a tenth of all without any condition (for guidance)."""
+    captions, targets, context = [], [], []
+    for i in range(size):
+        in_context = i >= size // 2
+        label, style, target, reference = (_draw_in_context if in_context else _draw_text)(world, generator)
+        captions.append(random_caption(label, style, generator))
+        targets.append(target)
+        if in_context:
+            context.append(reference)
+    drop = torch.rand(size // 2, generator=generator) < 0.15
+    captions[: size // 2] = ["" if d else c for d, c in zip(drop, captions, strict=False)]
+    return Batch(captions, torch.stack(context) * 2 - 1, torch.stack(targets) * 2 - 1)
+
+
+def _draw_text(world: World, generator: torch.Generator) -> tuple[str, str, Tensor, Tensor]:
+    index, style = _index(world.known, generator), _style(generator)
+    target = _picture(world, style, index)
+    named = PLACEHOLDER if torch.rand((), generator=generator) < 0.1 else style
+    return world.labels[index], named, target, target
+
+
+def _draw_in_context(world: World, generator: torch.Generator) -> tuple[str, str, Tensor, Tensor]:
+    index, style = _index(world.known, generator), _style(generator)
+    kind = torch.rand((), generator=generator).item()
+    if kind < 0.25:  # the same thing in the same style: the target itself
+        both = sample_transform(generator)
+        target = both(_picture(world, style, index))
+        return world.labels[index], PLACEHOLDER, target, target
+    if kind < 0.8:  # another thing in the same style
+        both = sample_transform(generator)
+        other = _index(world.seen, generator)
+        return world.labels[index], PLACEHOLDER, both(_picture(world, style, index)), both(_picture(world, style, other))
+    index = _index(world.seen, generator)  # the same thing, drawn or placed otherwise; the style is named
+    shown = _style(generator)
+    target, reference = _picture(world, style, index), _picture(world, shown, index)
+    return PLACEHOLDER, style, target, sample_placement(generator)(reference)
+
+
+def _index(of: tuple[int, ...] | list[int], generator: torch.Generator) -> int:
+    return of[int(torch.randint(len(of), (), generator=generator))]
+
+
+def _style(generator: torch.Generator) -> str:
+    return BASE_STYLES[int(torch.randint(len(BASE_STYLES), (), generator=generator))]
+
+
+def _picture(world: World, style: str, index: int) -> Tensor:
+    return world.pictures[style][index].float() / 255
+
+
+def shifted(u: Tensor) -> Tensor:
+    """Noise levels from uniform ``u``: the static shift of Z-Image's schedule."""
+    return SHIFT * u / (1 + (SHIFT - 1) * u)
+
+
+def pretrain(
+    parts: Parts, world: World, folder: Path, *, batch: int, steps: int, minutes: float, lr: float, compiled: bool = False) -> None:
+    """Train ``parts.vlm`` and ``parts.transformer`` from scratch; leaves their averaged weights in place. Resumable.
+
+    ``compiled`` fuses the transformer's blocks (a sixth faster on a CPU, after two minutes of compiling).
+    """
+    device = parts.device
+    if compiled:
+        parts.transformer.compile_repeated_blocks()
+    matrix, offset = (t.to(device) for t in linear_code(world))
+
+    def loss_fn(step: int, generator: torch.Generator) -> Tensor:
+        drawn = draw_batch(world, batch, generator)
+        half = batch - len(drawn.context)
+        with torch.no_grad():
+            x0 = F.conv2d(drawn.targets.to(device), matrix, offset, stride=PATCH)  # what the VAE's encoder computes
+        states = parts.encode_text(drawn.captions[:half]) + parts.encode_context(drawn.captions[half:], drawn.context)
+        sigma = shifted(torch.rand(batch, generator=generator)).to(device)
+        noise = torch.randn(x0.shape, generator=generator).to(device)
+        s = sigma.view(-1, 1, 1, 1)
+        return F.mse_loss(parts.velocity((1 - s) * x0 + s * noise, sigma, states), noise - x0)
+
+    weights = train(
+        "pretrain", folder, {"vlm": parts.vlm, "transformer": parts.transformer}, loss_fn,
+        steps=steps, lr=lr, ema=0.999, max_minutes=minutes, warmup=200,
+    )  # fmt: skip
+    parts.vlm.load_state_dict(weights["vlm"])
+    parts.transformer.load_state_dict(weights["transformer"])
+
+
+@torch.no_grad()
+def guided_sample(
+    parts: Parts, states: list[Tensor], empty: Tensor, noise: Tensor, steps: int, guidance: float
+) -> Tensor:
+    """Euler from ``noise`` with classifier-free guidance against the empty caption; the pipeline's grid."""
+    grid = shifted(torch.linspace(1, 0, steps + 1))
+    x = noise
+    for a, b in zip(grid[:-1], grid[1:], strict=True):
+        x = x + (b - a) * guided_velocity(parts, x, a, states, empty, guidance)
+    return x
+
+
+def guided_velocity(
+    parts: Parts, x: Tensor, sigma: Tensor, states: list[Tensor], empty: Tensor, guidance: float
+) -> Tensor:
+    """``u_0 + g (u_c - u_0)`` in one batch of twice the size; without guidance (g = 1) a single forward."""
+    level = sigma.to(x.device).expand(len(x))
+    if guidance == 1:
+        return parts.velocity(x, level, states)
+    both = parts.velocity(torch.cat([x, x]), torch.cat([level, level]), [*states, *[empty] * len(states)])
+    conditional, unconditional = both.chunk(2)
+    return unconditional + guidance * (conditional - unconditional)

@@ -1,0 +1,154 @@
+"""What the models are asked: the concept's prompts and the old styles', with the truth where it is known.
+
+Two splits. ``concept``: held-out rows of the data set (or, without any, prompts of the settings that have no truth).
+``kept``: the base's own styles on concepts that it knows. Order is drawn from ``evaluation.seed``; tables, curves and
+grids take the first ones, so that nothing is picked by hand.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from dopsd.config import Settings
+from dopsd.data.images import bucket_size, fit_image, load_image
+from dopsd.data.manifest import ConceptTable, Row
+from dopsd.emoji_turbo.captions import caption
+from dopsd.emoji_turbo.pictures import BASE_STYLES, World
+
+from .backbones import picture_key
+from .probe import world_picture
+
+SplitName = Literal["concept", "kept"]
+
+
+class EvaluationError(ValueError):
+    """Something a person must change before the evaluation can run; one line that says what."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a concept is. ``style``: the world's style that it shows, where the world has it."""
+
+    kind: Literal["style", "subject"] | None = None
+    style: str | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One request. ``number`` decides its noise: the same for every model and number of steps.
+
+    ``truth``: the right picture, ``height x width``. ``concept``: its index in the world. ``style``: the world's style
+    that is asked for.
+    """
+
+    text: str
+    number: int
+    height: int
+    width: int
+    truth: Image.Image | None = None
+    concept: int | None = None
+    style: str | None = None
+
+
+def read_kind(table: ConceptTable, world: World | None) -> Kind:
+    """``concept.json`` beside the data: ``{"kind": "style"|"subject", "style": "ink"}``; without it nothing is known.
+
+    Raises :class:`EvaluationError` where the file is there and wrong.
+    """
+    path = table.root / "concept.json"
+    if not path.exists():
+        return Kind()
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{path}: not readable as JSON ({error}); correct it or remove it") from None
+    kind = value.get("kind") if isinstance(value, dict) else None
+    style = value.get("style") if isinstance(value, dict) else None
+    if kind not in ("style", "subject"):
+        raise EvaluationError(f'{path}: "kind" must be "style" or "subject", found {kind!r}')
+    if kind == "subject" or style is None or world is None:
+        return Kind(kind, None)
+    if style not in world.pictures:
+        raise EvaluationError(f'{path}: unknown "style" {style!r}; the world has {", ".join(world.pictures)}')
+    return Kind(kind, style)
+
+
+def concept_prompts(
+    table: ConceptTable, holdout: ConceptTable | None, world: World | None, kind: Kind, settings: Settings
+) -> list[Prompt]:
+    """At most ``max_prompts`` held-out rows in a seeded order; else the settings' prompts, else the data's captions."""
+    side = settings.data.resolution
+    if holdout is None or not holdout.rows:
+        texts = settings.evaluation.prompts or tuple(row.captions[0][1] for row in table.rows)
+        texts = texts[: settings.evaluation.max_prompts]
+        return [Prompt(text, number, side, side) for number, text in enumerate(texts)]
+    order = np.random.default_rng(settings.evaluation.seed).permutation(len(holdout.rows))
+    rows = [holdout.rows[i] for i in order[: settings.evaluation.max_prompts]]
+    places = _places(world, kind.style)
+    prompts = []
+    for number, row in enumerate(rows):
+        picture = load_image(row.image, settings.data.max_pixels)
+        width, height = bucket_size(*picture.size, side)
+        concept = places.get(picture_key(picture))
+        truth = fit_image(picture, (width, height))
+        prompts.append(Prompt(row.captions[0][1], number, height, width, truth, concept, kind.style))
+    if kind.style is not None and not all(prompt.concept is not None for prompt in prompts):
+        # then candidates and probe would be wrong for some prompts: say so instead of scoring them
+        return [Prompt(p.text, p.number, p.height, p.width, p.truth) for p in prompts]
+    return prompts
+
+
+def kept_prompts(world: World | None, concept: Sequence[Prompt], settings: Settings) -> list[Prompt]:
+    """The base's own styles in turn, on known concepts: first those of ``concept`` (fewer to hide from the probe)."""
+    if world is None:
+        return []
+    known = set(world.known)
+    draw = np.random.default_rng(settings.evaluation.seed + 1)
+    shared = [p.concept for p in concept if p.concept in known]
+    others = [int(i) for i in draw.permutation(sorted(known - set(shared)))]
+    pool = [i for i in [*shared, *others] if i is not None][: max(settings.evaluation.kept_prompts, 1)]
+    side = settings.data.resolution
+    prompts = []
+    for number in range(min(settings.evaluation.kept_prompts, len(pool) * len(BASE_STYLES))):
+        # every turn through the pool shifts the styles by one, so no pair comes twice
+        turn, place = divmod(number, len(pool))
+        index, style = pool[place], BASE_STYLES[(place + turn) % len(BASE_STYLES)]
+        truth = fit_image(world_picture(world, style, index), (side, side))
+        text = caption(world.labels[index], style)
+        prompts.append(Prompt(text, 100_000 + number, side, side, truth, index, style))
+    return prompts
+
+
+def training_pictures(table: ConceptTable, settings: Settings) -> list[Image.Image]:
+    """The data set's pictures as they are trained on."""
+    side, limit = settings.data.resolution, settings.data.max_pixels
+    pictures = [load_image(row.image, limit) for row in table.rows]
+    return [fit_image(picture, bucket_size(*picture.size, side)) for picture in pictures]
+
+
+def teacher_rows(table: ConceptTable, prompts: Sequence[Prompt], seed: int) -> list[int]:
+    """Which training picture the teacher is shown for each prompt: drawn by ``seed``, never the prompt's own truth
+    (held-out pictures are no training pictures), and not the picture that has the prompt as a caption."""
+    draw = np.random.default_rng(seed + 2)
+    chosen = []
+    for prompt in prompts:
+        others = [i for i, row in enumerate(table.rows) if not _captioned(row, prompt.text)]
+        chosen.append(int(draw.choice(others or range(len(table.rows)))))
+    return chosen
+
+
+def _captioned(row: Row, text: str) -> bool:
+    return any(caption_text == text for _, caption_text in row.captions)
+
+
+def _places(world: World | None, style: str | None) -> dict[str, int]:
+    """Picture hash to concept index, for the pictures of one style."""
+    if world is None or style is None:
+        return {}
+    return {picture_key(world_picture(world, style, i)): i for i in range(len(world.labels))}

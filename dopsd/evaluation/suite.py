@@ -1,0 +1,314 @@
+"""Stage evaluate: what is sampled, with which seeds, and scored; before and after, with few steps and with many.
+
+Every model gets the same prompts and the same noise per prompt. Subjects are the untuned base, its *teacher* (the base
+shown another training picture of the concept) and every adapter. Written to the folder: ``metrics.json`` (headline and
+the few-step table, with intervals), ``scores.csv`` (everything, long), ``few_step.csv`` (curves over steps, all on the
+same prompts), ``grids/*.png``, and ``samples/`` for the report.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from dopsd.config import Settings
+from dopsd.data.cache import EncodingCache
+from dopsd.data.manifest import ConceptTable
+from dopsd.distill.adapters import adapter_applied
+from dopsd.distill.rollout import sample
+from dopsd.emoji_turbo.pictures import World
+from dopsd.models.base import Conditioning, Family
+from dopsd.train.encode import encode_texts
+from dopsd.train.trainer import Observer
+
+from . import headline, prompts
+from .backbones import FeatureStore, load_backbone, picture_key
+from .grids import Gallery
+from .probe import RoundTrip, StyleProbe, train_probe
+from .prompts import EvaluationError, Kind, Prompt
+from .scoring import Bootstrap, Cell, Scorer, by_size
+
+__all__ = ["EvaluationError", "Subject", "evaluate"]
+
+BACKBONE = "efficientnet-lite0"
+METRICS = "metrics.json"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to evaluate: ``base``, ``teacher`` (both untuned, ``adapter`` is ``None``), or a label of an adapter."""
+
+    name: str
+    adapter: Path | None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that is asked, encoded: contexts belong to the teacher."""
+
+    kind: Kind
+    concept: list[Prompt]
+    kept: list[Prompt]
+    conditioning: dict[str, list[Conditioning]]
+    training: list[Image.Image]
+    training_captions: list[str]
+
+
+def evaluate(
+    family: Family,
+    table: ConceptTable,
+    holdout: ConceptTable | None,
+    world: World | None,
+    subjects: Sequence[Subject],
+    settings: Settings,
+    cache: EncodingCache,
+    folder: Path,
+    observer: Observer | None = None,
+    features: Path | None = None,
+) -> dict[str, Any]:
+    """Sample and score all ``subjects``; write ``folder`` (whole or not at all) and return ``metrics.json``'s content.
+
+    ``world``: the truth for every prompt, which only the embedded base has; scores that need what is not there are left
+    out and named under ``omitted``. ``features``: file that keeps real pictures' features between runs (default: in the
+    cache's folder). The family's encoders are released once everything is encoded. Raises :class:`EvaluationError`.
+    """
+    store = FeatureStore(load_backbone(BACKBONE, family.device), features or cache.folder / f"{BACKBONE}.safetensors")
+    names = [subject.name for subject in subjects]
+    if "base" not in names or len(set(names)) < len(names):
+        raise EvaluationError(f"evaluate: expected the subject base once and no name twice, got {', '.join(names)}")
+    plan = _plan(family, table, holdout, world, settings, cache, with_teacher="teacher" in names)
+    evaluated = sorted({p.concept for p in [*plan.concept, *plan.kept] if p.concept is not None})
+    probe = _probe(family, world, evaluated, store, settings)
+    family.release_encoders()
+    scorers = {"concept": Scorer(plan.concept, store, plan.training, probe, world, evaluated)}
+    if plan.kept:
+        scorers["kept"] = Scorer(plan.kept, store, plan.training, probe, world, evaluated)
+    store.save()
+
+    with _replaced(folder) as partial:
+        gallery = Gallery(partial, plan.concept, plan.kept, plan.training, plan.training_captions, settings, names)
+        cells = _run(family, subjects, plan, scorers, gallery, settings)
+        metrics = _summary(table, plan, probe, scorers, cells, names, settings)
+        _write_csv(partial, cells, scorers, min(settings.evaluation.curve_prompts, len(plan.concept)), settings)
+        grids = gallery.write()
+        (partial / METRICS).write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if observer is not None:
+        for name, grid in grids.items():
+            observer.images(0, f"evaluation/{name}", [grid], [name])
+    return metrics
+
+
+# --- what is asked ----------------------------------------------------------------------------------------------------
+
+
+def _plan(
+    family: Family, table: ConceptTable, holdout: ConceptTable | None, world: World | None, settings: Settings,
+    cache: EncodingCache, with_teacher: bool,
+) -> _Plan:  # fmt: skip
+    kind = prompts.read_kind(table, world)
+    concept = prompts.concept_prompts(table, holdout, world, kind, settings)
+    kept = prompts.kept_prompts(world, concept, settings)
+    training = prompts.training_pictures(table, settings)
+    conditioning = {
+        "concept": encode_texts(family, [p.text for p in concept], cache),
+        "kept": encode_texts(family, [p.text for p in kept], cache),
+    }
+    if with_teacher:
+        chosen = prompts.teacher_rows(table, concept, settings.evaluation.seed)
+        pictures = [training[i] for i in chosen]
+        conditioning["teacher"] = _contexts(family, [p.text for p in concept], pictures, cache)
+    return _Plan(kind, concept, kept, conditioning, training, [row.captions[0][1] for row in table.rows])
+
+
+def _contexts(
+    family: Family, texts: Sequence[str], pictures: Sequence[Image.Image], cache: EncodingCache
+) -> list[Conditioning]:
+    def encode(missing: list[int]) -> list[Conditioning]:
+        return family.encode_context([texts[i] for i in missing], [pictures[i] for i in missing], [[]] * len(missing))
+
+    keys = [
+        cache.key("evaluation-context", family.fingerprint, text, picture_key(picture))
+        for text, picture in zip(texts, pictures, strict=True)
+    ]
+    return cache.get_or_encode(keys, encode, 8)
+
+
+def _probe(
+    family: Family, world: World | None, evaluated: Sequence[int], store: FeatureStore, settings: Settings
+) -> StyleProbe | None:
+    if world is None:
+        return None
+    return train_probe(world, evaluated, store, _round_trip(family, settings), settings.evaluation.seed)
+
+
+def _round_trip(family: Family, settings: Settings) -> RoundTrip:
+    """Pictures through the base's own autoencoder: samples carry its traces, and the probe must not trip over them."""
+
+    def through(images: Sequence[Image.Image]) -> list[Image.Image]:
+        out: list[Image.Image] = []
+        side, batch = settings.data.resolution, settings.evaluation.batch_size
+        for start in range(0, len(images), batch):
+            chunk = [image.resize((side, side)) for image in images[start : start + batch]]
+            out += family.decode(family.encode_images(chunk))
+        return out
+
+    return through
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def _run(
+    family: Family, subjects: Sequence[Subject], plan: _Plan, scorers: dict[str, Scorer], gallery: Gallery,
+    settings: Settings,
+) -> dict[tuple[str, str, int], Cell]:  # fmt: skip
+    """Every subject at every number of steps; pictures are scored and dropped, apart from the gallery's."""
+    few = settings.evaluation.few_steps
+    curve = settings.evaluation.curve_prompts
+    jobs = [
+        (subject, split, steps, len(asked) if steps == few else min(curve, len(asked)))
+        for subject in subjects
+        for split, asked in (("concept", plan.concept), ("kept", plan.kept))
+        for steps in (settings.evaluation.steps if split == "concept" else (few,))
+        if asked and not (split == "kept" and subject.name == "teacher")
+    ]
+    cells: dict[tuple[str, str, int], Cell] = {}
+    for split, scorer in scorers.items():
+        real = scorer.real()
+        if real is not None:
+            cells[split, "real", 0] = real
+    with tqdm(total=sum(s * n for _, _, s, n in jobs), desc="evaluate", unit="step", disable=None) as bar:
+        for subject in subjects:
+            with adapter_applied(family.transformer, subject.adapter):
+                for _, split, steps, count in (job for job in jobs if job[0] is subject):
+                    bar.set_postfix_str(f"{subject.name}, {steps} steps")
+                    asked = (plan.concept if split == "concept" else plan.kept)[:count]
+                    told = plan.conditioning["teacher" if subject.name == "teacher" else split][:count]
+                    images = _sample(family, asked, told, steps, settings, bar.update)
+                    cells[split, subject.name, steps] = scorers[split].score(images)
+                    gallery.add(split, subject.name, steps, images)
+    return cells
+
+
+def _sample(
+    family: Family, asked: Sequence[Prompt], told: Sequence[Conditioning], steps: int, settings: Settings,
+    advance: Callable[[float], Any],
+) -> list[Image.Image]:  # fmt: skip
+    """One picture per prompt, in order; batches of one size and of similar caption length."""
+    out: list[Image.Image | None] = [None] * len(asked)
+    for (height, width), rows in by_size(asked).items():
+        rows = sorted(rows, key=lambda i: max(len(tensor) for tensor in told[i].values()))
+        for start in range(0, len(rows), settings.evaluation.batch_size):
+            part = rows[start : start + settings.evaluation.batch_size]
+            noise = torch.cat([_noise(family, asked[i], settings.evaluation.seed) for i in part])
+            latents = sample(family, [told[i] for i in part], steps, height, width, noise)
+            for i, image in zip(part, family.decode(latents), strict=True):
+                out[i] = image
+            advance(steps * len(part))
+    return [image for image in out if image is not None]
+
+
+def _noise(family: Family, prompt: Prompt, seed: int) -> Tensor:
+    """The prompt's own noise, whatever batch it is drawn in."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + prompt.number)
+    return family.initial_latents(1, prompt.height, prompt.width, generator)
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def _summary(
+    table: ConceptTable, plan: _Plan, probe: StyleProbe | None, scorers: dict[str, Scorer],
+    cells: dict[tuple[str, str, int], Cell], names: Sequence[str], settings: Settings,
+) -> dict[str, Any]:  # fmt: skip
+    few, most = settings.evaluation.few_steps, max(settings.evaluation.steps)
+    curve = min(settings.evaluation.curve_prompts, len(plan.concept))
+    bootstrap = Bootstrap(settings.evaluation.seed)
+    omitted = dict(scorers["concept"].omitted)
+    if not plan.kept:
+        omitted["kept"] = "no world of known styles belongs to this base; compare prompts of your own by eye"
+    head = headline.headline(cells, names, few, most, curve, bootstrap, omitted)
+    tables = {split: headline.split_numbers(cells, scorers, split, few, bootstrap) for split in scorers}
+    return {
+        "concept": table.name,
+        "kind": plan.kind.kind,
+        "style": plan.kind.style,
+        "few_steps": few,
+        "most_steps": most,
+        "seed": settings.evaluation.seed,
+        "backbone": BACKBONE,
+        "models": list(names),
+        "style_score": headline.style_score(cells, few),
+        "counts": {
+            "training_pictures": len(plan.training),
+            "concept_prompts": len(plan.concept),
+            "curve_prompts": curve,
+            "kept_prompts": len(plan.kept),
+            "candidates": scorers["concept"].candidates,
+        },
+        "headline": {model: numbers.values for model, numbers in head.items() if numbers.values},
+        "scores": {split: {m: n.values for m, n in models.items()} for split, models in tables.items()},
+        "probe": _about_probe(probe, cells, few),
+        "intervals": {
+            "headline": {model: numbers.intervals for model, numbers in head.items() if numbers.intervals},
+            "scores": {split: {m: n.intervals for m, n in models.items()} for split, models in tables.items()},
+        },
+        "omitted": omitted,
+    }
+
+
+def _about_probe(probe: StyleProbe | None, cells: dict[tuple[str, str, int], Cell], few: int) -> dict[str, Any]:
+    if probe is None:
+        return {}
+    about: dict[str, Any] = {f"accuracy_{name}": round(value, 4) for name, value in probe.accuracy.items()}
+    own = cells.get(("kept", "base", few))
+    if own is not None and "style_hit" in own.values:
+        about["accuracy_base_samples"] = round(float(own.values["style_hit"].mean()), 4)
+    return about | probe.counts
+
+
+def _write_csv(
+    folder: Path, cells: dict[tuple[str, str, int], Cell], scorers: dict[str, Scorer], curve: int, settings: Settings
+) -> None:
+    bootstrap = Bootstrap(settings.evaluation.seed)
+    header = ["model", "steps", "split", "metric", "value", "low", "high", "prompts"]
+    everything, curves = [], []
+    for (split, model, steps), cell in cells.items():
+        everything += _rows(split, model, steps, cell, scorers, bootstrap)
+        if split == "concept" and model != "real":
+            curves += _rows(split, model, steps, cell.first(curve), scorers, bootstrap)
+    for name, rows in (("scores.csv", everything), ("few_step.csv", curves)):
+        with (folder / name).open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *rows])
+
+
+def _rows(
+    split: str, model: str, steps: int, cell: Cell, scorers: dict[str, Scorer], bootstrap: Bootstrap
+) -> list[list[Any]]:
+    numbers = headline.scores_of(cell, scorers[split].kid(cell, model == "real"), bootstrap)
+    return [
+        [model, steps, split, key, value, *numbers.intervals.get(key, ["", ""]), len(cell.content)]
+        for key, value in numbers.values.items()
+    ]
+
+
+@contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
+    """A fresh folder beside ``folder`` that takes its place when the block ends well."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)

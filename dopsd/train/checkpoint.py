@@ -1,0 +1,149 @@
+"""Everything a training run is, in safetensors and JSON, so that a killed run ends where the unbroken one ends.
+
+A checkpoint is a folder ``step-00000050/`` with ``tensors.safetensors`` (student, float32 teacher, optimizer, the state
+of the run's random generator) and ``state.json`` (step, sampler position, seconds, fingerprint). It is written beside
+its place, synced to disk and renamed, so a kill at any moment leaves the previous one; the last two are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+KEEP = 2
+_TENSORS, _STATE = "tensors.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One moment of a run, between two optimizer steps."""
+
+    step: int
+    """Optimizer steps done."""
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+    """JSON values: fingerprint, sampler position, seconds so far, teacher gain."""
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write ``checkpoint`` below ``folder``, atomically and synced, and drop all but the last two."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{checkpoint.step:08d}"
+    partial = final.with_name(final.name + ".partial")
+    for stale in (partial, final):  # a run that was moved back to an older checkpoint may write the same step again
+        if stale.exists():
+            shutil.rmtree(stale)
+    partial.mkdir()
+    tensors = {key: value.detach().cpu().contiguous() for key, value in checkpoint.tensors.items()}
+    save_file(tensors, partial / _TENSORS)
+    (partial / _STATE).write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1) + "\n")
+    for path in (partial / _TENSORS, partial / _STATE, partial):
+        _sync(path)
+    partial.rename(final)
+    _sync(folder)
+    for old in _complete(folder)[:-KEEP]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(folder: Path, say: Any = print) -> Checkpoint | None:
+    """The newest readable checkpoint below ``folder``, or ``None``; ``say`` is told of one that cannot be read."""
+    for path in reversed(_complete(folder)):
+        try:
+            state = json.loads((path / _STATE).read_text())
+            return Checkpoint(state.pop("step"), load_file(path / _TENSORS), state)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            say(f"{path}: unreadable checkpoint ({error}); going back to the one before it, or to the start")
+    return None
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what a kill left half-written."""
+    for partial in folder.glob("step-*.partial"):
+        shutil.rmtree(partial)
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if path.is_dir() and path.suffix != ".partial")
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a folder's entries to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def set_aside(folder: Path) -> Path:
+    """Move a run's folder to ``<folder>.previous``, replacing what was set aside before; returns the new place."""
+    previous = folder.with_name(folder.name + ".previous")
+    if previous.exists():
+        shutil.rmtree(previous)
+    folder.rename(previous)
+    return previous
+
+
+# --- optimizer --------------------------------------------------------------------------------------------------------
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as named tensors, ``optimizer/<parameter's number>/<what>``."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"optimizer/{number}/{what}": torch.as_tensor(value).detach().clone()
+        for number, values in state.items()
+        for what, value in values.items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what :func:`optimizer_tensors` gave; the parameters must come in the same order."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer/"):
+            _, number, what = key.split("/")
+            state.setdefault(int(number), {})[what] = value.clone()
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+# --- fingerprints -----------------------------------------------------------------------------------------------------
+
+
+def fingerprint(values: Mapping[str, Any], tensors: Iterable[Mapping[str, Tensor]], model: nn.Module) -> str:
+    """Hash of settings (JSON values), of encoded data and of the base: equal means that a run may be resumed."""
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
+    for group in tensors:
+        for key in sorted(group):
+            _hash_tensor(digest, key, group[key])
+    for name, parameter in model.named_parameters():
+        # a base has gigabytes: a sample of every tensor tells any two trainings apart
+        flat = parameter.detach().flatten()
+        _hash_tensor(digest, f"{name}{tuple(parameter.shape)}", flat[:: max(1, flat.numel() // 64)])
+    return digest.hexdigest()[:32]
+
+
+def _hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:
+    data = tensor.detach().cpu().contiguous()
+    digest.update(f"{name}:{data.dtype}:{tuple(data.shape)}:".encode())
+    digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def write_json(path: Path, value: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Write readable JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1, default=str) + "\n")
+    partial.replace(path)

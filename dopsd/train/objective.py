@@ -1,0 +1,129 @@
+"""What one example costs: its random draws, and each method's loss with its gradients left in the student.
+
+Draws are made per example, one after the other from one generator on the CPU, whatever the batches are: batch 1 with
+accumulation 4 sees the numbers that batch 4 sees, and a resumed run those that the unbroken one would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dopsd.config import Method, TrainSettings
+from dopsd.data.dataset import Example
+from dopsd.distill import baselines
+from dopsd.distill.adapters import AdapterPair
+from dopsd.distill.flow import warp
+from dopsd.distill.rollout import Velocity, rollout
+from dopsd.models.base import Conditioning, Family
+
+_FINE = 1000
+"""Entries of the fine grid whose distribution of noise levels flow matching draws from."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One example and everything random about its turn."""
+
+    index: int
+    noise: Tensor
+    """``[1, C, h, w]``: start of the roll-out, or the noise of flow matching."""
+    level: Tensor | None = None
+    """``[1]`` uniform, for flow matching."""
+    replay: int | None = None
+    replay_noise: Tensor | None = None
+
+
+class Objective:
+    """The loss of one method over draws of one image size."""
+
+    def __init__(
+        self,
+        method: Method,
+        settings: TrainSettings,
+        family: Family,
+        predict: Velocity,
+        adapters: AdapterPair,
+        examples: Sequence[Example],
+        targets: Sequence[Tensor | None],
+        replay: Sequence[Conditioning],
+    ) -> None:
+        """``targets``: clean latents ``[C, h, w]`` per example, for the methods that look at one."""
+        self._method, self._settings, self._family = method, settings, family
+        self._predict, self._adapters = predict, adapters
+        self._examples, self._targets = examples, targets
+        self._replay = replay if method == "d-opsd" and settings.replay.weight > 0 else ()
+        self._grids: dict[tuple[int, int, int], Tensor] = {}
+
+    def draw(self, index: int, generator: torch.Generator) -> Draw:
+        """The random numbers of one turn of example ``index``."""
+        height, width = self._examples[index].height, self._examples[index].width
+        noise = self._family.initial_latents(1, height, width, generator)
+        if self._method in ("sft", "sft-teacher"):
+            return Draw(index, noise, level=torch.rand(1, generator=generator))
+        if not self._replay:
+            return Draw(index, noise)
+        chosen = int(torch.randint(len(self._replay), (1,), generator=generator))
+        return Draw(index, noise, None, chosen, self._family.initial_latents(1, height, width, generator))
+
+    def backward(
+        self, draws: Sequence[Draw], weight: float, backward: Callable[[Tensor], None]
+    ) -> dict[str, Tensor]:
+        """Add the gradients of ``weight * loss`` to the student; returns the parts of the loss, detached."""
+        examples = [self._examples[draw.index] for draw in draws]
+        noise = torch.cat([draw.noise for draw in draws])
+        prompts = [_to(example.prompt, noise.device) for example in examples]
+        height, width = examples[0].height, examples[0].width
+        if self._method in ("sft", "sft-teacher"):
+            uniform = torch.cat([draw.level for draw in draws if draw.level is not None])
+            sigma = warp(uniform, self._grid(_FINE, height, width)).to(noise.device)
+            loss = baselines.flow_matching(
+                self._predict, self._adapters, self._latents(draws, noise), noise, sigma, prompts,
+                weight=weight, backward=backward,
+            )  # fmt: skip
+            return {"train/loss": loss}
+        sigmas = self._grid(self._settings.rollout_steps, height, width).to(noise.device)
+        contexts = [_to(example.context, noise.device) for example in examples]
+        teacher, loss_kind, guidance = self._adapters.teacher, self._settings.loss, self._settings.teacher.guidance
+        if self._method == "off-policy":
+            loss = baselines.off_policy(
+                self._predict, self._adapters, self._latents(draws, noise), noise, sigmas, prompts, contexts,
+                teacher=teacher, loss=loss_kind, guidance=guidance, weight=weight, backward=backward,
+            )  # fmt: skip
+            return {"train/loss": loss}
+        _, loss = rollout(
+            self._predict, self._adapters, noise, sigmas, prompts, contexts, teacher=teacher, loss=loss_kind,
+            guidance=guidance, weight=weight, backward=backward,
+        )  # fmt: skip
+        if not self._replay:
+            return {"train/loss": loss}
+        return {"train/loss": loss, "train/replay_loss": self._backward_replay(draws, sigmas, weight, backward)}
+
+    def _backward_replay(
+        self, draws: Sequence[Draw], sigmas: Tensor, weight: float, backward: Callable[[Tensor], None]
+    ) -> Tensor:
+        """A roll-out on the base's own prompts: the frozen base, shown no image, says what is to be kept."""
+        noise = torch.cat([draw.replay_noise for draw in draws if draw.replay_noise is not None])
+        prompts = [_to(self._replay[draw.replay], noise.device) for draw in draws if draw.replay is not None]
+        _, loss = rollout(
+            self._predict, self._adapters, noise, sigmas, prompts, prompts, teacher=None, loss=self._settings.loss,
+            weight=weight * self._settings.replay.weight, backward=backward,
+        )  # fmt: skip
+        return loss
+
+    def _latents(self, draws: Sequence[Draw], like: Tensor) -> Tensor:
+        targets = [self._targets[draw.index] for draw in draws]
+        return torch.stack([target for target in targets if target is not None]).to(like)
+
+    def _grid(self, num_steps: int, height: int, width: int) -> Tensor:
+        key = (num_steps, height, width)
+        if key not in self._grids:
+            self._grids[key] = self._family.sigmas(*key)
+        return self._grids[key]
+
+
+def _to(conditioning: Conditioning, device: torch.device) -> Conditioning:
+    return {key: value.to(device) for key, value in conditioning.items()}

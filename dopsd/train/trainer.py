@@ -1,0 +1,386 @@
+"""The training loop: step, log, preview, checkpoint, stop. One function, :func:`train`, for every method.
+
+A run's folder holds ``checkpoints/``, ``adapters/``, ``previews/`` and ``log.jsonl``. Calling :func:`train` again with
+the same settings and data resumes it, and on a CPU ends bit for bit where the unbroken run ends; a finished run returns
+at once; other settings or data start afresh and set the old folder aside.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dopsd.config import Method, TrainSettings
+from dopsd.data.dataset import BucketSampler, Example
+from dopsd.distill.adapters import STUDENT, add_adapters, save_adapter
+from dopsd.distill.rollout import sample
+from dopsd.models.base import Conditioning, Family
+from dopsd.train import checkpoint as ckpt
+from dopsd.train.gain import choose, teacher_gain
+from dopsd.train.objective import Objective
+from dopsd.train.observer import Observer, Previews, Progress, RunLog
+
+__all__ = ["Observer", "TrainError", "TrainResult", "learning_rate", "milestones", "train"]
+
+_RESUMABLE = {"methods", "max_minutes", "checkpoint_steps", "preview_steps", "preview_prompts"}
+"""Settings that do not change what is learnt at a step, and so may differ on resume."""
+_DISTILLED = ("d-opsd", "off-policy")
+
+
+class TrainError(ValueError):
+    """A run that cannot start or go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run leaves."""
+
+    adapters: dict[str, Path]
+    """Label (``d-opsd``, ``sft``, ``sft-compute``, ...) to adapter file."""
+    steps: int
+    images: int
+    """Examples drawn, with repetitions."""
+    seconds: float
+    teacher_gain: dict[str, float] | None
+    stopped: str
+    """``max_steps`` or ``max_minutes``."""
+
+
+def milestones(settings: TrainSettings, method: Method) -> dict[int, str]:
+    """At which step which adapter is written; the last one ends the run.
+
+    ``sft`` is shown at an equal number of images drawn and, continued, at equal compute.
+    """
+    if method != "sft":
+        return {settings.max_steps: method}
+    return {
+        settings.max_steps: "sft",
+        max(settings.max_steps + 1, round(settings.sft_compute_factor * settings.max_steps)): "sft-compute",
+    }
+
+
+def learning_rate(settings: TrainSettings, step: int, ends: Sequence[int]) -> float:
+    """The rate of optimizer step ``step`` (0-based): warm-up, then the schedule down to each of ``ends`` in turn.
+
+    A decaying schedule starts again after a milestone, so that each adapter written comes from a whole schedule.
+    """
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    end = next(e for e in ends if step < e)
+    start = max([settings.warmup_steps, *[e for e in ends if e <= step]])
+    progress = (step - start) / max(1, end - start)
+    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    return settings.learning_rate * factor[settings.schedule]
+
+
+def train(
+    family: Family,
+    examples: Sequence[Example],
+    previews: Sequence[tuple[str, Conditioning]],
+    replay: Sequence[Conditioning],
+    settings: TrainSettings,
+    method: Method,
+    folder: Path,
+    adapters: Path,
+    observer: Observer,
+    height: int,
+    width: int,
+) -> TrainResult:
+    """Train ``method`` on encoded ``examples``; adapters end up as ``adapters/<label>.safetensors`` (and ``.json``).
+
+    ``previews`` are captions with what the student sees of them, ``replay`` encoded prompts of the base's own domain;
+    ``height`` and ``width`` (pixels) are those of the previews. Raises :class:`TrainError` before any work where
+    settings and data do not fit each other. The family's transformer is given back without adapters.
+    """
+    _check(examples, replay, settings, method)
+    identity = _identity(family, examples, replay, settings, method)
+    saved = _find_saved(folder, identity, observer)
+    if saved is None or not (stopped := _stopped(settings, method, saved.step, saved.state["seconds"])):
+        run = _Run(family, examples, replay, settings, method, folder, observer, identity, saved)
+        try:
+            saved, stopped = run.until_stopped(
+                Previews(family, previews, examples, settings.rollout_steps, height, width, settings.seed + 1)
+            )
+        finally:
+            run.close()
+    return TrainResult(
+        adapters=_publish(folder / "adapters", adapters, milestones(settings, method)),
+        steps=saved.step,
+        images=saved.step * settings.batch_size * settings.accumulation,
+        seconds=saved.state["seconds"],
+        teacher_gain=saved.state["teacher_gain"],
+        stopped=stopped,
+    )
+
+
+# --- before the first step --------------------------------------------------------------------------------------------
+
+
+def _check(
+    examples: Sequence[Example], replay: Sequence[Conditioning], settings: TrainSettings, method: Method
+) -> None:
+    if not examples:
+        raise TrainError("no training examples: encode the concept first")
+    if method in ("sft", "off-policy") and any(example.latents is None for example in examples):
+        raise TrainError(f"method {method} needs the clean latents of every target image, and some examples have none")
+    if method == "d-opsd" and settings.replay.weight > 0 and not replay:
+        raise TrainError("replay.weight is above 0 but no replay prompts were encoded; set replay.prompts")
+
+
+def _identity(
+    family: Family, examples: Sequence[Example], replay: Sequence[Conditioning], settings: TrainSettings, method: Method
+) -> str:
+    """Hash of everything that decides what is learnt."""
+    values = settings.model_dump(mode="json", exclude=_RESUMABLE)
+    values |= {"method": method, "sizes": [(e.height, e.width, e.image_index, e.caption) for e in examples]}
+    tensors = [part for e in examples for part in (e.prompt, e.context)] + list(replay)
+    tensors += [{"latents": e.latents} for e in examples if e.latents is not None]
+    return ckpt.fingerprint(values, tensors, family.transformer)
+
+
+def _find_saved(folder: Path, identity: str, observer: Observer) -> ckpt.Checkpoint | None:
+    """The checkpoint to go on from. A run of other settings or data is set aside, and said to be."""
+    ckpt.remove_unfinished(folder / "checkpoints")
+    saved = ckpt.load_checkpoint(folder / "checkpoints", observer.message)
+    if saved is not None and saved.state["fingerprint"] != identity:
+        place = ckpt.set_aside(folder)
+        observer.message(f"{folder.name}: settings, data or base differ from the run at step {saved.step}; "
+                         f"starting afresh, the old run is now {place}")  # fmt: skip
+        saved = None
+    if saved is None:  # an adapter that a run without a checkpoint left must not pass for one of this run
+        shutil.rmtree(folder / "adapters", ignore_errors=True)
+    return saved
+
+
+def _stopped(settings: TrainSettings, method: Method, step: int, seconds: float) -> str:
+    """Why a run that is at ``step`` after ``seconds`` is over; empty while it is not."""
+    if step >= max(milestones(settings, method)):
+        return "max_steps"
+    if settings.max_minutes is not None and seconds >= 60 * settings.max_minutes:
+        return "max_minutes"
+    return ""
+
+
+def _publish(source: Path, target: Path, labels: Mapping[int, str]) -> dict[str, Path]:
+    """Copy the run's adapters to where other stages look for them (that folder may be emptied between runs)."""
+    target.mkdir(parents=True, exist_ok=True)
+    published = {}
+    for label in labels.values():
+        for suffix in (".safetensors", ".json"):
+            if (source / f"{label}{suffix}").exists():
+                partial = target / f"{label}{suffix}.partial"
+                shutil.copyfile(source / f"{label}{suffix}", partial)
+                partial.replace(target / f"{label}{suffix}")
+                published[label] = target / f"{label}.safetensors"
+    return published
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+class _Run:
+    """One training in progress: everything in it that changes is in its checkpoints."""
+
+    def __init__(
+        self, family: Family, examples: Sequence[Example], replay: Sequence[Conditioning], settings: TrainSettings,
+        method: Method, folder: Path, observer: Observer, identity: str, saved: ckpt.Checkpoint | None,
+    ) -> None:  # fmt: skip
+        self.family, self.examples, self.settings, self.method = family, examples, settings, method
+        self.folder, self.observer, self.identity = folder, observer, identity
+        self.step = saved.step if saved else 0
+        self.seconds: float = saved.state["seconds"] if saved else 0.0
+        self.labels = milestones(settings, method)
+        self.log = RunLog(folder / "log.jsonl", self.step)
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.sampler = BucketSampler(
+            [(e.height, e.width) for e in examples], settings.batch_size * settings.accumulation, settings.seed
+        )
+        self.accelerator = Accelerator(
+            cpu=family.device.type == "cpu", mixed_precision="bf16" if family.dtype == torch.bfloat16 else "no"
+        )
+        self.adapters = add_adapters(
+            family.transformer, settings.lora, family.lora_targets, settings.seed,
+            settings.teacher.kind if method in _DISTILLED else "frozen",
+        )  # fmt: skip
+        self.parameters = self.adapters.student_parameters()
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay,
+            fused=family.device.type in ("cpu", "cuda"),
+        )  # fmt: skip
+        self.gain: dict[str, float] | None = saved.state["teacher_gain"] if saved else None
+        try:
+            if saved is None:
+                self._begin()
+            else:
+                self._restore(saved)
+            self.objective = Objective(
+                method, settings, family, self._predict, self.adapters, examples, self._targets(), replay
+            )
+        except BaseException:
+            self.close()
+            raise
+        self._batches = iter(self.sampler)
+
+    def close(self) -> None:
+        """Give the transformer back as it was."""
+        self.adapters.remove()
+        self.log.close()
+
+    def _begin(self) -> None:
+        counts = ", ".join(f"{pattern} x {len(names)}" for pattern, names in self.adapters.matched.items())
+        self.observer.message(f"{self.method}: LoRA rank {self.settings.lora.rank} on {counts}")
+        if self.method not in _DISTILLED:
+            return
+        with self.adapters.select(None):
+            self.gain = teacher_gain(
+                self.family, choose(self.examples, self.settings.teacher.gain_images), self.settings.rollout_steps,
+                self.settings.batch_size, self.settings.seed + 2,
+            )  # fmt: skip
+        if self.gain is None:
+            self.observer.message("teacher gain: not measured, the examples have no target latents")
+            return
+        gain, improved = self.gain["gain"], self.gain["improved"]
+        self.observer.metrics(0, {"train/teacher_gain": gain, "train/teacher_improved": improved})
+        self.observer.message(
+            f"teacher gain: shown the target, {self.settings.rollout_steps}-step samples are {gain:.0%} nearer to it, "
+            f"on {improved:.0%} of {self.gain['images']:.0f} examples"
+        )
+        if gain <= 0 or improved <= 0.5:
+            text = (f"the teacher is no better than the student (gain {gain:.3f}, nearer on {improved:.0%}): there is "
+                    "nothing to learn from it; check the captions, the context and the base")  # fmt: skip
+            if self.settings.teacher.on_no_gain == "refuse":
+                raise TrainError(f"{text}, or set train.teacher.on_no_gain to warn")
+            self.observer.message(f"warning: {text}")
+
+    def _restore(self, saved: ckpt.Checkpoint) -> None:
+        self.adapters.load_state_dict(saved.tensors)
+        ckpt.load_optimizer_tensors(self.optimizer, saved.tensors)
+        self.generator.set_state(saved.tensors["random/generator"])
+        self.sampler.load_state_dict(saved.state["sampler"])
+        self.observer.message(f"{self.method}: resuming at step {self.step} of {max(self.labels)}")
+
+    def _targets(self) -> list[Tensor | None]:
+        """The clean latents to learn from: the images', or for ``sft-teacher`` samples of the teacher, drawn once."""
+        if self.method != "sft-teacher":
+            return [example.latents for example in self.examples]
+        path = self.folder / "teacher_samples.safetensors"
+        if not path.exists() or _header(path) != self.identity:
+            with self.adapters.select(None):
+                drawn = _teacher_samples(self.family, self.examples, self.settings)
+            partial = path.with_name(path.name + ".partial")
+            save_file(drawn, partial, metadata={"fingerprint": self.identity})
+            partial.replace(path)
+        with safe_open(path, framework="pt") as file:
+            return [file.get_tensor(str(number)) for number in range(len(self.examples))]
+
+    def _predict(self, latents: Tensor, sigma: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
+        # one autocast region per forward: a longer one would reuse the weights it cast without gradient for the teacher
+        with self.accelerator.autocast():
+            return self.family.predict_velocity(latents, sigma, conditioning)
+
+    def until_stopped(self, previews: Previews) -> tuple[ckpt.Checkpoint, str]:
+        """Step until the run is over; returns its last checkpoint and why it ended."""
+        bar = Progress(self.method, max(self.labels), self.step)
+        started = time.monotonic() - self.seconds
+        if self.step == 0:
+            self._show(previews)
+        try:
+            while True:
+                before = time.monotonic()
+                values = self._train_step()
+                self.step += 1
+                self.seconds = time.monotonic() - started
+                rate = self.settings.batch_size * self.settings.accumulation / (time.monotonic() - before)
+                values |= {"train/images_per_second": rate, "train/seconds": self.seconds}
+                self.log.append(self.step, values)
+                self.observer.metrics(self.step, values)
+                bar.update(values["train/loss"], rate)
+                stopped = _stopped(self.settings, self.method, self.step, self.seconds)
+                if stopped or self.step % self.settings.preview_steps == 0:
+                    self._show(previews)
+                if stopped or self.step in self.labels:
+                    self._write_adapter(stopped)
+                if stopped or self.step in self.labels or self.step % self.settings.checkpoint_steps == 0:
+                    saved = self._save()
+                if stopped:
+                    return saved, stopped
+        finally:
+            bar.close()
+
+    def _train_step(self) -> dict[str, float]:
+        """One optimizer step over ``batch_size * accumulation`` examples of one size."""
+        indices = next(self._batches)
+        size, sums = self.settings.batch_size, cast(dict[str, Tensor], {})
+        for start in range(0, len(indices), size):
+            draws = [self.objective.draw(index, self.generator) for index in indices[start : start + size]]
+            share = len(draws) / len(indices)
+            for key, loss in self.objective.backward(draws, share, self.accelerator.backward).items():
+                sums[key] = sums.get(key, torch.zeros_like(loss)) + share * loss
+        norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.settings.clip_norm))
+        values = {key: float(value) for key, value in sums.items()}
+        if not math.isfinite(norm) or not all(map(math.isfinite, values.values())):
+            raise TrainError(
+                f"{self.method}: loss or gradient is not finite at step {self.step + 1}; lower train.learning_rate "
+                f"(the last checkpoint below {self.folder} is sound)"
+            )
+        rate = learning_rate(self.settings, self.step, sorted(self.labels))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.adapters.update(self.settings.teacher.decay)
+        return {**values, "train/grad_norm": norm, "train/learning_rate": rate}
+
+    def _show(self, previews: Previews) -> None:
+        previews.show(self.step, self.adapters, self.method in _DISTILLED, self.folder / "previews", self.observer)
+
+    def _write_adapter(self, stopped: str) -> None:
+        label = next(label for step, label in sorted(self.labels.items()) if self.step <= step)
+        path = self.folder / "adapters" / f"{label}.safetensors"
+        save_adapter(path, self.family.transformer, STUDENT, self.settings.lora)
+        about: dict[str, Any] = {
+            "label": label, "method": self.method, "steps": self.step, "seconds": self.seconds,
+            "stopped": stopped or "continued",
+            "images": self.step * self.settings.batch_size * self.settings.accumulation, "teacher_gain": self.gain,
+            "fingerprint": self.identity, "settings": self.settings.model_dump(mode="json"),
+        }  # fmt: skip
+        ckpt.write_json(path.with_suffix(".json"), about)
+
+    def _save(self) -> ckpt.Checkpoint:
+        self.log.sync()
+        tensors = self.adapters.state_dict() | ckpt.optimizer_tensors(self.optimizer)
+        state = {
+            "fingerprint": self.identity, "seconds": self.seconds, "teacher_gain": self.gain,
+            "sampler": self.sampler.state_dict(),
+        }  # fmt: skip
+        saved = ckpt.Checkpoint(self.step, tensors | {"random/generator": self.generator.get_state()}, state)
+        ckpt.save_checkpoint(self.folder / "checkpoints", saved)
+        return saved
+
+
+def _teacher_samples(family: Family, examples: Sequence[Example], settings: TrainSettings) -> dict[str, Tensor]:
+    """A few-step sample ``[C, h, w]`` of the base shown each example's context, keyed by the example's number."""
+    generator = torch.Generator().manual_seed(settings.seed + 3)
+    drawn = {}
+    for number, example in enumerate(examples):
+        noise = family.initial_latents(1, example.height, example.width, generator)
+        latents = sample(family, [example.context], settings.rollout_steps, example.height, example.width, noise)
+        drawn[str(number)] = latents[0].cpu().contiguous()
+    return drawn
+
+
+def _header(path: Path) -> str | None:
+    """The fingerprint that a file of teacher samples was drawn for."""
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("fingerprint")

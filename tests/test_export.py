@@ -1,0 +1,132 @@
+"""Exports as plain diffusers sees them: the trained student's pictures, or an error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from dopsd.config import LoraSettings, ModelSettings
+from dopsd.distill.adapters import adapter_parameters, add_adapters, save_adapter
+from dopsd.emoji_turbo import architecture
+from dopsd.export import (
+    CARD_FILE,
+    COMFYUI_FILE,
+    DIFFUSERS_FILE,
+    Card,
+    ExportError,
+    check_export,
+    draw_student,
+    export_adapter,
+    render_card,
+)
+from dopsd.models import Family, load_family
+from tests import tiny
+
+CARD = Card(
+    concept="style-ink", base="data/base/emoji-turbo", method="d-opsd", steps=4, resolution=64, placeholder="[V]",
+    prompt='a "fox" in [V] style', images=16, data_hash="f" * 64, training={"learning rate": "3e-4"},
+    columns=("model", "style"), rows=(("base", ".1"), ("d-opsd", ".9")),
+)  # fmt: skip
+PROMPTS = ("a fox in [V] style", "a red boat in [V] style")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random base as a diffusers folder."""
+    folder = tmp_path_factory.mktemp("base")
+    parts = tiny.tiny_parts()
+    architecture.save_folder(folder, **{key: parts[key] for key in ("vae", "tokenizer", "vlm", "transformer")})
+    return folder
+
+
+@pytest.fixture
+def family(base: Path) -> Family:
+    return load_family(ModelSettings(path=base, device="cpu", context_pixels=(4096, 4096)))
+
+
+def _adapter(path: Path, family: Family, lora: LoraSettings, size: float = 0.5) -> Path:
+    """A file with an adapter that changes a lot, as if trained."""
+    pair = add_adapters(family.transformer, lora, family.lora_targets, seed=0, kind="frozen")
+    generator = torch.Generator().manual_seed(1)
+    for key, value in adapter_parameters(family.transformer, "student").items():
+        if "lora_B" in key:
+            value.data.copy_(size * torch.randn(value.shape, generator=generator))
+    save_adapter(path, family.transformer, "student", lora)
+    pair.remove()
+    return path
+
+
+@pytest.mark.parametrize(("alpha", "file"), [(None, DIFFUSERS_FILE), (3.0, DIFFUSERS_FILE), (8.0, COMFYUI_FILE)])
+def test_plain_diffusers_draws_the_students_pictures(
+    base: Path, family: Family, tmp_path: Path, alpha: float | None, file: str
+) -> None:
+    adapter = _adapter(tmp_path / "a.safetensors", family, LoraSettings(rank=4, alpha=alpha))
+    out = export_adapter(adapter, tmp_path / "export", CARD)
+    compared = check_export(base, out, draw_student(family, adapter, PROMPTS, 4, 64, 64, seed=3), file=file)
+    assert compared["change"] > 2, "the adapter is to be seen"
+    assert compared["difference"] < 0.25
+
+
+def test_files_name_their_scale(family: Family, tmp_path: Path) -> None:
+    adapter = _adapter(tmp_path / "a.safetensors", family, LoraSettings(rank=4, alpha=8.0))
+    out = export_adapter(adapter, tmp_path / "export", CARD)
+    assert {path.name for path in out.iterdir()} == {DIFFUSERS_FILE, COMFYUI_FILE, CARD_FILE}
+    trained, diffusers, comfyui = (load_file(p) for p in (adapter, out / DIFFUSERS_FILE, out / COMFYUI_FILE))
+    assert set(diffusers) == {f"transformer.{key}" for key in trained}
+    modules = {key.rsplit(".", 2)[0] for key in trained}
+    assert set(comfyui) == {f"diffusion_model.{key}" for key in trained} | {f"diffusion_model.{m}.alpha" for m in modules}
+    assert {float(v) for k, v in comfyui.items() if k.endswith(".alpha")} == {4.0}, "alpha is the rank: a scale of 1"
+    with safe_open(out / DIFFUSERS_FILE, framework="pt") as file:
+        config = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert config["transformer.r"] == config["transformer.lora_alpha"] == 4
+    module = sorted(modules)[0]
+    product = 8 / 4 * trained[f"{module}.lora_B.weight"] @ trained[f"{module}.lora_A.weight"]
+    for tensors, prefix in ((diffusers, "transformer"), (comfyui, "diffusion_model")):
+        b, a = (tensors[f"{prefix}.{module}.lora_{part}.weight"] for part in "BA")
+        torch.testing.assert_close(b @ a, product)
+
+
+def test_an_export_that_does_nothing_is_an_error(base: Path, family: Family, tmp_path: Path) -> None:
+    adapter = _adapter(tmp_path / "a.safetensors", family, LoraSettings(rank=4), size=0.0)
+    out = export_adapter(adapter, tmp_path / "export", CARD)
+    with pytest.raises(ExportError, match="pictures are those of the base"):
+        check_export(base, out, draw_student(family, adapter, PROMPTS[:1], 2, 64, 64, seed=0))
+
+
+def test_an_export_whose_names_do_not_fit_is_an_error(base: Path, family: Family, tmp_path: Path) -> None:
+    adapter = _adapter(tmp_path / "a.safetensors", family, LoraSettings(rank=4))
+    drawn = draw_student(family, adapter, PROMPTS[:1], 2, 64, 64, seed=0)
+    save_file({f"base_model.model.{k}": v for k, v in load_file(adapter).items()}, tmp_path / DIFFUSERS_FILE)
+    with pytest.raises(ExportError, match="loads it as nothing"):
+        check_export(base, tmp_path, drawn)
+
+
+def test_an_export_with_another_scale_is_an_error(base: Path, family: Family, tmp_path: Path) -> None:
+    adapter = _adapter(tmp_path / "a.safetensors", family, LoraSettings(rank=4))
+    drawn = draw_student(family, adapter, PROMPTS[:1], 4, 64, 64, seed=0)
+    out = export_adapter(adapter, tmp_path / "export", CARD)
+    halved = {k: v * (0.5 if "lora_B" in k else 1) for k, v in load_file(out / DIFFUSERS_FILE).items()}
+    save_file(halved, out / DIFFUSERS_FILE)
+    with pytest.raises(ExportError, match="other pictures than the trained student"):
+        check_export(base, out, drawn)
+
+
+def test_the_card_is_markdown_with_valid_front_matter() -> None:
+    text = render_card(CARD, rank=4, scale=2.0)
+    _, front, body = text.split("---\n", 2)
+    about = yaml.safe_load(front)
+    assert about["base_model"] == "data/base/emoji-turbo"
+    assert about["instance_prompt"] == 'a "fox" in [V] style'
+    assert "| base | .1 |" in body
+    assert "|---|---|\n| base" in body
+    assert "f" * 64 in body
+    code = body.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert "num_inference_steps=4" in code
+    assert "Before and after" not in render_card(Card(**{**vars(CARD), "rows": ()}), rank=4, scale=1.0)

@@ -1,0 +1,102 @@
+"""Checkpoints: whole or not there, the last two kept, and exact."""
+
+import pytest
+import torch
+
+from dopsd.train import checkpoint as ckpt
+
+
+def _checkpoint(step):
+    return ckpt.Checkpoint(step, {"a": torch.full((3,), float(step))}, {"fingerprint": "x", "seconds": 1.5})
+
+
+def test_the_last_two_are_kept_and_the_newest_is_loaded(tmp_path):
+    assert ckpt.load_checkpoint(tmp_path) is None
+    for step in (5, 100, 20_000):
+        ckpt.save_checkpoint(tmp_path, _checkpoint(step))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000100", "step-00020000"]
+    loaded = ckpt.load_checkpoint(tmp_path)
+    assert loaded.step == 20_000 and loaded.state == {"fingerprint": "x", "seconds": 1.5}
+    assert torch.equal(loaded.tensors["a"], torch.full((3,), 20_000.0))
+
+
+def test_what_a_kill_left_half_written_is_never_loaded_and_cleaned_away(tmp_path):
+    whole = ckpt.save_checkpoint(tmp_path, _checkpoint(5))
+    half = tmp_path / "step-00000010.partial"
+    half.mkdir()
+    (half / "tensors.safetensors").write_bytes((whole / "tensors.safetensors").read_bytes()[:20])
+    assert ckpt.load_checkpoint(tmp_path).step == 5
+    ckpt.remove_unfinished(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
+    half.mkdir()
+    ckpt.save_checkpoint(tmp_path, _checkpoint(10))
+    assert ckpt.load_checkpoint(tmp_path).step == 10
+
+
+@pytest.mark.parametrize("file", ["tensors.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_taken(tmp_path, file):
+    for step in (5, 10):
+        ckpt.save_checkpoint(tmp_path, _checkpoint(step))
+    (tmp_path / "step-00000010" / file).write_bytes(b"{")
+    said = []
+    assert ckpt.load_checkpoint(tmp_path, said.append).step == 5
+    assert len(said) == 1 and "step-00000010" in said[0]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_optimizer_goes_on_exactly_from_its_tensors(fused):
+    def make():
+        generator = torch.Generator().manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in ((3, 5), (7,))]
+        return parameters, torch.optim.AdamW(parameters, lr=0.1, fused=fused), generator
+
+    def step(parameters, optimizer, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+
+    parameters, optimizer, _ = make()
+    for seed in range(3):
+        step(parameters, optimizer, seed)
+    tensors = ckpt.optimizer_tensors(optimizer)
+    assert {key.split("/")[2] for key in tensors} == {"step", "exp_avg", "exp_avg_sq"}
+    resumed, other, _ = make()
+    with torch.no_grad():
+        for mine, theirs in zip(resumed, parameters, strict=True):
+            mine.copy_(theirs)
+    ckpt.load_optimizer_tensors(other, tensors)
+    for seed in range(3, 6):
+        step(parameters, optimizer, seed)
+        step(resumed, other, seed)
+    assert all(torch.equal(a, b) for a, b in zip(parameters, resumed, strict=True))
+
+
+def test_fingerprints_tell_settings_data_and_base_apart():
+    def model(value=0.0):
+        linear = torch.nn.Linear(100, 100)
+        torch.nn.init.constant_(linear.weight, value)
+        torch.nn.init.zeros_(linear.bias)
+        return linear
+
+    data = [{"a": torch.arange(5.0)}]
+    same = ckpt.fingerprint({"x": 1}, data, model())
+    assert same == ckpt.fingerprint({"x": 1}, [{"a": torch.arange(5.0)}], model())
+    others = {
+        ckpt.fingerprint({"x": 2}, data, model()),
+        ckpt.fingerprint({"x": 1}, [{"a": torch.arange(5.0) + 1e-6}], model()),
+        ckpt.fingerprint({"x": 1}, [{"b": torch.arange(5.0)}], model()),
+        ckpt.fingerprint({"x": 1}, [{"a": torch.arange(5.0).bfloat16()}], model()),
+        ckpt.fingerprint({"x": 1}, data, model(1e-6)),
+    }
+    assert len(others | {same}) == 6
+
+
+def test_setting_aside_replaces_what_was_set_aside_before(tmp_path):
+    run = tmp_path / "d-opsd"
+    for content in ("first", "second"):
+        run.mkdir()
+        (run / "log.jsonl").write_text(content)
+        place = ckpt.set_aside(run)
+    assert place == tmp_path / "d-opsd.previous" and not run.exists()
+    assert (place / "log.jsonl").read_text() == "second"

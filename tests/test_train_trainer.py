@@ -1,0 +1,217 @@
+"""The trainer's promises: batching does not matter, limits, labels, previews, log, refusals."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dopsd.distill.adapters import adapter_applied
+from dopsd.train.trainer import TrainError, learning_rate, milestones
+from tests import tiny
+
+
+def _adapter(folder, label):
+    return load_file(folder / "adapters" / f"{label}.safetensors")
+
+
+def _log(folder):
+    return [json.loads(line) for line in (folder / "train" / "log.jsonl").read_text().splitlines()]
+
+
+REPLAY = {"weight": 0.5, "prompts": ["a fox"]}
+
+
+@pytest.mark.parametrize("method", ["d-opsd", "sft"])
+def test_batch_1_with_accumulation_4_equals_batch_4(tmp_path, method):
+    results = []
+    for batch, accumulation in ((4, 1), (1, 4)):
+        settings = tiny.tiny_settings(
+            max_steps=2, batch_size=batch, accumulation=accumulation, learning_rate=1e-3, sft_compute_factor=1,
+            replay=REPLAY,
+        )  # fmt: skip
+        folder = tmp_path / str(batch)
+        result = tiny.run_tiny(method, folder, settings)
+        assert result.images % (4 * result.steps) == 0
+        results.append((_adapter(folder, method), [row["train/loss"] for row in _log(folder)]))
+    (whole, losses), (parts, losses_of_parts) = results
+    assert losses == pytest.approx(losses_of_parts, rel=1e-4)
+    start = tiny.tiny_settings().learning_rate
+    for key in whole:
+        # AdamW's first steps are of size learning_rate whatever the gradient: rounding shows where a gradient is tiny
+        difference = (whole[key] - parts[key]).abs()
+        assert difference.mean() < 1e-2 * 1e-3 and difference.max() < start, key
+
+
+@pytest.mark.parametrize("method", ["d-opsd", "off-policy"])
+def test_the_student_comes_closer_to_its_teacher(tmp_path, method):
+    settings = tiny.tiny_settings(max_steps=40, learning_rate=2e-2, teacher={"kind": "frozen"}, batch_size=3)
+    tiny.run_tiny(method, tmp_path, settings, examples=tiny.tiny_examples(2))
+    losses = [row["train/loss"] for row in _log(tmp_path)]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_the_family_comes_back_as_it_was_and_the_adapter_changes_it(tmp_path):
+    family = tiny.tiny_family()
+    before = {name: value.clone() for name, value in family.transformer.state_dict().items()}
+    noise = family.initial_latents(1, 64, 64, torch.Generator().manual_seed(0))
+    base = family.predict_velocity(noise, torch.tensor(1.0), tiny.tiny_prompts(1))
+    from dopsd.train.trainer import train
+
+    result = train(
+        family, tiny.tiny_examples(), [], [], tiny.tiny_settings(), "d-opsd", tmp_path / "t", tmp_path / "a",
+        tiny.Recorder(), 64, 64,
+    )  # fmt: skip
+    after = family.transformer.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+    assert torch.equal(family.predict_velocity(noise, torch.tensor(1.0), tiny.tiny_prompts(1)), base)
+    with adapter_applied(family.transformer, result.adapters["d-opsd"]):
+        assert not torch.equal(family.predict_velocity(noise, torch.tensor(1.0), tiny.tiny_prompts(1)), base)
+
+
+def test_sft_is_kept_at_equal_images_and_goes_on_to_equal_compute(tmp_path):
+    settings = tiny.tiny_settings(max_steps=3, sft_compute_factor=5 / 3)
+    assert milestones(settings, "sft") == {3: "sft", 5: "sft-compute"}
+    result = tiny.run_tiny("sft", tmp_path, settings)
+    assert set(result.adapters) == {"sft", "sft-compute"} and result.steps == 5
+    early = json.loads((tmp_path / "adapters" / "sft.json").read_text())
+    assert (early["steps"], early["images"]) == (3, 6)
+    assert any(not torch.equal(v, _adapter(tmp_path, "sft-compute")[k]) for k, v in _adapter(tmp_path, "sft").items())
+    shorter = tiny.run_tiny("sft", tmp_path / "x", tiny.tiny_settings(max_steps=3, sft_compute_factor=1))
+    assert all(
+        torch.equal(value, _adapter(tmp_path / "x", "sft")[key]) for key, value in _adapter(tmp_path, "sft").items()
+    )
+    assert shorter.steps == 4
+
+
+def test_max_minutes_stops_between_steps_and_a_longer_limit_goes_on(tmp_path):
+    seen = tiny.Recorder()
+    settings = tiny.tiny_settings(max_steps=4, max_minutes=1e-9)
+    result = tiny.run_tiny("d-opsd", tmp_path, settings, seen)
+    assert (result.stopped, result.steps) == ("max_minutes", 1) and result.adapters["d-opsd"].exists()
+    again = tiny.run_tiny("d-opsd", tmp_path, settings, seen)
+    assert again.steps == 1 and seen.steps == [0, 1]
+    longer = tiny.run_tiny("d-opsd", tmp_path, settings.model_copy(update={"max_minutes": None}), seen)
+    assert (longer.stopped, longer.steps) == ("max_steps", 4) and seen.steps == [0, 1, 2, 3, 4]
+
+
+def test_observer_and_log_get_every_step_and_the_previews_their_pictures(tmp_path):
+    seen = tiny.Recorder()
+    tiny.run_tiny("d-opsd", tmp_path, tiny.tiny_settings(max_steps=5, preview_steps=2, replay=REPLAY), seen)
+    assert seen.steps == [0, 1, 2, 3, 4, 5]
+    assert set(seen.values[0]) == {"train/teacher_gain", "train/teacher_improved"}
+    assert set(seen.values[1]) == {
+        "train/loss", "train/replay_loss", "train/grad_norm", "train/learning_rate", "train/images_per_second",
+        "train/seconds",
+    }  # fmt: skip
+    assert _log(tmp_path) == [{"step": s, **v} for s, v in zip(seen.steps[1:], seen.values[1:], strict=True)]
+    assert seen.shown == [(s, f"preview/{who}", 1) for s in (0, 2, 4, 5) for who in ("student", "teacher")]
+    pictures = {path.name for path in (tmp_path / "train" / "previews").iterdir()}
+    assert pictures == {f"{who}-{s:06d}.png" for s in (0, 2, 4, 5) for who in ("student", "teacher")}
+    assert any("attention\\.to_q x 4" in text for text in seen.messages)
+
+
+def test_previews_draw_nothing_from_the_run(tmp_path):
+    for name, every in (("often", 1), ("never", 1000)):
+        tiny.run_tiny("d-opsd", tmp_path / name, tiny.tiny_settings(max_steps=3, preview_steps=every))
+    often, never = (_adapter(tmp_path / name, "d-opsd") for name in ("often", "never"))
+    assert all(torch.equal(often[key], never[key]) for key in often)
+
+
+@pytest.mark.parametrize("method", ["d-opsd", "sft"])
+def test_images_of_several_sizes_train_together(tmp_path, method):
+    examples = tiny.tiny_examples(5, sizes=((64, 64), (48, 80)))
+    result = tiny.run_tiny(method, tmp_path, tiny.tiny_settings(), examples=examples)
+    assert result.stopped == "max_steps"
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_schedules_warm_up_and_end_low_at_every_milestone(schedule):
+    settings = tiny.tiny_settings(schedule=schedule, warmup_steps=4, max_steps=20, learning_rate=1.0)
+    rates = [learning_rate(settings, step, [20, 60]) for step in range(60)]
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    if schedule == "constant":
+        assert rates[5:] == [1.0] * 55
+    else:
+        assert rates[19] < 0.1 and rates[20] == 1.0 and rates[59] < 0.05
+        assert rates[12] == pytest.approx(0.5)
+        assert all(a > b for a, b in zip(rates[4:19], rates[5:20], strict=True))
+
+
+def test_teacher_samples_are_drawn_once_from_the_contexts(tmp_path):
+    examples = tiny.tiny_examples(3, latents=False)
+    tiny.run_tiny("sft-teacher", tmp_path, tiny.tiny_settings(max_steps=2), examples=examples)
+    path = tmp_path / "train" / "teacher_samples.safetensors"
+    drawn, written = load_file(path), path.stat().st_mtime_ns
+    assert {tuple(v.shape) for v in drawn.values()} == {(tiny.CHANNELS, 8, 8)} and len(drawn) == 3
+    same_prompt = [dataclasses.replace(e, context=e.prompt) for e in examples]
+    tiny.run_tiny("sft-teacher", tmp_path / "x", tiny.tiny_settings(max_steps=2), examples=same_prompt)
+    other = load_file(tmp_path / "x" / "train" / "teacher_samples.safetensors")
+    assert not any(torch.equal(drawn[key], other[key]) for key in drawn)
+    longer = tiny.tiny_settings(max_steps=2, checkpoint_steps=1)
+    tiny.run_tiny("sft-teacher", tmp_path, longer, examples=examples)
+    assert path.stat().st_mtime_ns == written
+
+
+def test_a_teacher_that_is_no_better_is_warned_of_or_refused(tmp_path):
+    """Here the teacher is shown nothing that the student is not: the gain is exactly nought."""
+    examples = [dataclasses.replace(e, context=e.prompt) for e in tiny.tiny_examples()]
+    seen = tiny.Recorder()
+    result = tiny.run_tiny("d-opsd", tmp_path / "warn", tiny.tiny_settings(max_steps=1), seen, examples)
+    assert result.teacher_gain["gain"] == 0 and result.teacher_gain["improved"] == 0
+    assert any(text.startswith("warning: the teacher is no better") for text in seen.messages)
+    settings = tiny.tiny_settings(teacher={"on_no_gain": "refuse"})
+    with pytest.raises(TrainError, match="on_no_gain"):
+        tiny.run_tiny("d-opsd", tmp_path / "refuse", settings, examples=examples)
+
+
+def test_teacher_gain_is_measured_against_the_targets_and_not_without_them(tmp_path):
+    """Targets that are the teacher's own samples: it must be found nearer on every one."""
+    from dopsd.distill.rollout import sample
+    from dopsd.train.gain import choose, teacher_gain
+
+    family, examples = tiny.tiny_family(), tiny.tiny_examples()
+    generator = torch.Generator().manual_seed(3)
+    noises = [family.initial_latents(1, 64, 64, generator) for _ in examples]
+    drawn = [sample(family, [e.context], 2, 64, 64, noise)[0] for e, noise in zip(examples, noises, strict=True)]
+    known = [dataclasses.replace(e, latents=x) for e, x in zip(examples, drawn, strict=True)]
+    gain = teacher_gain(family, known, 2, 4, seed=3)
+    assert gain["gain"] > 0.99 and gain["improved"] == 1 and gain["images"] == 6
+    assert [e.image_index for e in choose(examples, 4)] == [0, 1, 2, 0]
+    seen = tiny.Recorder()
+    none = tiny.run_tiny("d-opsd", tmp_path, tiny.tiny_settings(max_steps=1), seen, tiny.tiny_examples(latents=False))
+    assert none.teacher_gain is None and any("not measured" in text for text in seen.messages)
+
+
+@pytest.mark.parametrize(
+    ("method", "examples", "says"),
+    [("d-opsd", [], "no training examples"), ("sft", tiny.tiny_examples(latents=False), "clean latents")],
+)
+def test_what_cannot_be_trained_is_refused_before_any_work(tmp_path, method, examples, says):
+    with pytest.raises(TrainError, match=says):
+        tiny.run_tiny(method, tmp_path, tiny.tiny_settings(), examples=examples)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_blows_up_says_so_and_gives_the_family_back(tmp_path):
+    examples = tiny.tiny_examples()
+    broken = [dataclasses.replace(e, prompt={"caption": e.prompt["caption"] * float("nan")}) for e in examples]
+    with pytest.raises(TrainError, match="not finite at step 1.*learning_rate"):
+        tiny.run_tiny("d-opsd", tmp_path, tiny.tiny_settings(), examples=broken)
+
+
+def test_gradient_checkpointing_trains_the_same_adapter(tmp_path):
+    from dopsd.train.trainer import train
+
+    results = []
+    for name in ("plain", "checkpointed"):
+        family = tiny.tiny_family()
+        if name == "checkpointed":
+            family.transformer.enable_gradient_checkpointing()
+        train(
+            family, tiny.tiny_examples(), [], [], tiny.tiny_settings(max_steps=3), "d-opsd", tmp_path / name / "train",
+            tmp_path / name / "adapters", tiny.Recorder(), 64, 64,
+        )  # fmt: skip
+        results.append(_adapter(tmp_path / name, "d-opsd"))
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])

@@ -1,0 +1,164 @@
+"""A random Z-Image of some ten thousand parameters: the real classes, all of them, at a size that runs in milliseconds.
+
+``tiny_family()`` is the real :class:`dopsd.models.z_image.ZImage` over it; ``tiny_examples()`` are encoded examples of
+random content. Run as a script it waits for a line, then trains and prints a line per step, for tests that kill it:
+``python -m tests.tiny METHOD RUN_FOLDER SETTINGS_JSON``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models import AutoencoderKL, ZImageTransformer2DModel
+from PIL import Image
+
+from dopsd.config import Method, TrainSettings
+from dopsd.data.dataset import Example
+from dopsd.emoji_turbo import architecture
+from dopsd.models.base import Conditioning
+from dopsd.models.z_image import ZImage
+from dopsd.train.trainer import TrainResult, train
+
+HIDDEN, SIDE, CHANNELS = 64, 64, 8
+"""Width of the encoders, pixels of a side, channels of the latents (factor 8)."""
+CAPTIONS = ("a fox in [V] style", "a red boat in [V] style", "an owl, noto style", "[V] sits on a forest path")
+
+
+@cache
+def tiny_tokenizer():
+    """A small byte-level BPE with Qwen's special tokens and chat template."""
+    return architecture.make_tokenizer(CAPTIONS, vocab_size=400)
+
+
+def tiny_parts(seed: int = 0) -> dict[str, Any]:
+    """Transformer (2 layers, dim 32), VLM, its language half and a VAE, randomly initialised from ``seed``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vlm = architecture.make_vlm(tiny_tokenizer(), hidden=HIDDEN, layers=2, vision_hidden=32, vision_layers=2)
+        transformer = ZImageTransformer2DModel(
+            in_channels=CHANNELS, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=HIDDEN,
+            axes_dims=[4, 6, 6], axes_lens=[1536, 64, 64],
+        )  # fmt: skip
+        # a fresh Z-Image gates its blocks with values near 0: larger ones make every layer count
+        for name, parameter in transformer.named_parameters():
+            if "adaLN_modulation" in name or "pad_token" in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=CHANNELS, norm_num_groups=4,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
+            scaling_factor=0.8, shift_factor=0.1,
+        )  # fmt: skip
+    parts = {"transformer": transformer, "vlm": vlm, "text_encoder": architecture.language_half(vlm), "vae": vae}
+    for module in parts.values():
+        module.eval().requires_grad_(False)
+    return {**parts, "tokenizer": tiny_tokenizer(), "scheduler": architecture.make_scheduler()}
+
+
+def tiny_family(seed: int = 0) -> ZImage:
+    """The Z-Image family over random weights."""
+    return ZImage(
+        **tiny_parts(seed),
+        image_processor=architecture.make_image_processor(),
+        context_pixels=(SIDE * SIDE, SIDE * SIDE),
+        fingerprint=f"tiny-{seed}",
+    )
+
+
+def random_conditioning(tokens: int, generator: torch.Generator) -> Conditioning:
+    """What the transformer is told: random states ``[tokens, dim]``, of a real encoder's scale."""
+    return {"caption": torch.randn(tokens, HIDDEN, generator=generator)}
+
+
+def tiny_examples(
+    count: int = 6, seed: int = 0, sizes: Sequence[tuple[int, int]] = ((SIDE, SIDE),), latents: bool = True
+) -> list[Example]:
+    """Encoded examples of random content, two captions per image, sizes (height, width) in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for number in range(count):
+        height, width = sizes[number % len(sizes)]
+        clean = torch.randn(CHANNELS, height // 8, width // 8, generator=generator)
+        examples.append(
+            Example(
+                prompt=random_conditioning(9 + number, generator),
+                context=random_conditioning(25 + number, generator),
+                latents=clean if latents else None,
+                height=height,
+                width=width,
+                image_index=number // 2,
+                caption=CAPTIONS[number % len(CAPTIONS)],
+            )
+        )
+    return examples
+
+
+def tiny_prompts(count: int = 3, seed: int = 7) -> list[Conditioning]:
+    """Conditionings of prompts of the base's own domain."""
+    generator = torch.Generator().manual_seed(seed)
+    return [random_conditioning(6 + number, generator) for number in range(count)]
+
+
+def tiny_settings(**changes: Any) -> TrainSettings:
+    """A run of a few steps; ``changes`` as in params.yaml."""
+    values = {
+        "max_steps": 6,
+        "batch_size": 2,
+        "learning_rate": 1e-2,
+        "rollout_steps": 2,
+        "checkpoint_steps": 2,
+        "preview_steps": 100,
+        "lora": {"rank": 4},
+        "teacher": {"decay": 0.9},
+        "sft_compute_factor": 1.5,
+    }
+    return TrainSettings.model_validate(values | changes)
+
+
+class Recorder:
+    """An observer that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.values: list[dict[str, float]] = []
+        self.shown: list[tuple[int, str, int]] = []
+        self.messages: list[str] = []
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self.steps.append(step)
+        self.values.append(dict(values))
+
+    def images(self, step: int, key: str, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
+        assert len(images) == len(captions)
+        self.shown.append((step, key, len(images)))
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+def run_tiny(
+    method: Method, folder: Path, settings: TrainSettings, observer: Any = None, examples: list[Example] | None = None
+) -> TrainResult:
+    """Train the tiny family on the tiny examples in ``folder/train`` and ``folder/adapters``."""
+    family, prompts = tiny_family(), tiny_prompts()
+    return train(
+        family, examples if examples is not None else tiny_examples(), [("a fox", prompts[0])], prompts, settings,
+        method, folder / "train", folder / "adapters", observer or Recorder(), SIDE, SIDE,
+    )  # fmt: skip
+
+
+class _Teller(Recorder):
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        print(f"step {step}", flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.stdin.readline()  # ready: whoever started this says when to go
+    run_tiny(sys.argv[1], Path(sys.argv[2]), TrainSettings.model_validate(json.loads(sys.argv[3])), _Teller())  # type: ignore[arg-type]
