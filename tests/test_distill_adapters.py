@@ -48,7 +48,8 @@ def test_every_pattern_of_the_family_matches_in_every_block(family):
 def test_a_pattern_that_matches_nothing_is_named(family, lost):
     with pytest.raises(AdapterError, match="to_v") as error:
         add_adapters(family.transformer, LoraSettings(rank=4, targets=(r"to_v", lost)), (), seed=0)
-    assert repr(lost) in str(error.value) and "'to_v' " not in str(error.value)
+    assert repr(lost) in str(error.value)
+    assert "'to_v' " not in str(error.value)
     assert not [n for n, _ in family.transformer.named_parameters() if "lora" in n]
 
 
@@ -102,7 +103,8 @@ def test_each_selection_gives_its_own_answer_and_restores_the_one_before(family)
         with pair.select("student"):
             assert torch.equal(_velocity(family), student)
         assert pair.selected == "teacher"
-    assert pair.selected == "student" and torch.equal(_velocity(family), student)
+    assert pair.selected == "student"
+    assert torch.equal(_velocity(family), student)
 
 
 def test_only_the_student_is_ever_trainable(family):
@@ -161,7 +163,8 @@ def test_the_average_follows_a_float64_reference_over_1000_steps(family, dtype):
     assert (master.double() - reference).abs().max() < 1e-4 * moved
     assert (stalled.double() - start).abs().mean() < 0.2 * moved
     live = adapter_parameters(family.transformer, "teacher")["layers.0.attention.to_q.lora_B.weight"]
-    assert live.dtype == dtype and torch.equal(live, master.to(dtype))
+    assert live.dtype == dtype
+    assert torch.equal(live, master.to(dtype))
 
 
 # --- files
@@ -180,7 +183,8 @@ def test_a_saved_adapter_loads_to_the_identical_output(family, tmp_path, alpha):
     with adapter_applied(other.transformer, path):
         assert torch.equal(_velocity(other), trained)
         assert not [n for n, p in other.transformer.named_parameters() if p.requires_grad]
-    assert torch.equal(_velocity(other), base) and not torch.equal(trained, base)
+    assert torch.equal(_velocity(other), base)
+    assert not torch.equal(trained, base)
     with adapter_applied(other.transformer, None):
         assert torch.equal(_velocity(other), base)
     assert [p.name for p in path.parent.iterdir()] == ["a.safetensors"]

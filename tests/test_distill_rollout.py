@@ -94,7 +94,8 @@ def test_a_rollout_ends_where_plain_euler_and_the_pipeline_itself_end(family):
         prompt_embeds=[p["caption"] for p in prompts], guidance_scale=0.0, num_inference_steps=STEPS, latents=noise,
         height=tiny.SIDE, width=tiny.SIDE, output_type="latent",
     ).images  # fmt: skip
-    assert torch.equal(end, x) and torch.equal(sampled, x)
+    assert torch.equal(end, x)
+    assert torch.equal(sampled, x)
     # the pipeline rounds its timesteps 1000 * sigma to float32 on the way to the same t
     torch.testing.assert_close(truth, x, rtol=1e-4, atol=1e-4)
     with_context = sample(family, contexts, STEPS, tiny.SIDE, tiny.SIDE, noise)
@@ -104,7 +105,8 @@ def test_a_rollout_ends_where_plain_euler_and_the_pipeline_itself_end(family):
 def test_sampling_needs_noise_or_a_generator_and_repeats_with_the_same_seed(family):
     prompts = tiny.tiny_prompts(2)
     first, again = (sample(family, prompts, 2, 64, 64, generator=torch.Generator().manual_seed(5)) for _ in range(2))
-    assert torch.equal(first, again) and not first.requires_grad
+    assert torch.equal(first, again)
+    assert not first.requires_grad
     with pytest.raises(TypeError, match="noise or a generator"):
         sample(family, prompts, 2, 64, 64)
 
@@ -131,7 +133,7 @@ def test_each_step_is_taught_and_back_propagated_before_the_next(family):
 @pytest.mark.parametrize("kind", ["ema", "frozen", "copy"])
 def test_gradient_checkpointing_recomputes_under_the_student(family, kind):
     pair, noise, sigmas, prompts, contexts = _setting(family, kind=kind)
-    run = dict(teacher=pair.teacher, guidance=1.5)
+    run = {"teacher": pair.teacher, "guidance": 1.5}
     rollout(family.predict_velocity, pair, noise, sigmas, prompts, contexts, **run)
     plain = _gradients(pair)
     forwards = []
@@ -151,7 +153,8 @@ def test_the_teacher_never_gets_a_gradient_and_only_the_student_does(family):
     pair, noise, sigmas, prompts, contexts = _setting(family)
     rollout(family.predict_velocity, pair, noise, sigmas, prompts, contexts, teacher="teacher", guidance=2.0)
     with_gradient = {name for name, p in family.transformer.named_parameters() if p.grad is not None}
-    assert with_gradient and all(".student." in name for name in with_gradient)
+    assert with_gradient
+    assert all(".student." in name for name in with_gradient)
     assert len(with_gradient) == len(pair.student_parameters())
 
 
@@ -163,7 +166,9 @@ def test_guidance_pushes_the_target_along_what_the_context_changes(family):
             u_t, u_0 = (family.predict_velocity(noise, sigmas[0], c) for c in (contexts, prompts))
         u_s = family.predict_velocity(noise, sigmas[0], prompts)
     for g in (1.0, 2.5):
-        _, loss = rollout(family.predict_velocity, pair, noise, sigmas, prompts, contexts, teacher="teacher", guidance=g)
+        _, loss = rollout(
+            family.predict_velocity, pair, noise, sigmas, prompts, contexts, teacher="teacher", guidance=g
+        )
         expected = torch.nn.functional.mse_loss(u_s, u_0 + g * (u_t - u_0))
         torch.testing.assert_close(loss, expected)
 

@@ -16,7 +16,8 @@ def test_the_last_two_are_kept_and_the_newest_is_loaded(tmp_path):
         ckpt.save_checkpoint(tmp_path, _checkpoint(step))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000100", "step-00020000"]
     loaded = ckpt.load_checkpoint(tmp_path)
-    assert loaded.step == 20_000 and loaded.state == {"fingerprint": "x", "seconds": 1.5}
+    assert loaded.step == 20_000
+    assert loaded.state == {"fingerprint": "x", "seconds": 1.5}
     assert torch.equal(loaded.tensors["a"], torch.full((3,), 20_000.0))
 
 
@@ -40,7 +41,8 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_taken(tmp_path, f
     (tmp_path / "step-00000010" / file).write_bytes(b"{")
     said = []
     assert ckpt.load_checkpoint(tmp_path, said.append).step == 5
-    assert len(said) == 1 and "step-00000010" in said[0]
+    assert len(said) == 1
+    assert "step-00000010" in said[0]
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -98,5 +100,6 @@ def test_setting_aside_replaces_what_was_set_aside_before(tmp_path):
         run.mkdir()
         (run / "log.jsonl").write_text(content)
         place = ckpt.set_aside(run)
-    assert place == tmp_path / "d-opsd.previous" and not run.exists()
+    assert place == tmp_path / "d-opsd.previous"
+    assert not run.exists()
     assert (place / "log.jsonl").read_text() == "second"

@@ -57,7 +57,8 @@ def _losses(folder):
 
 def _assert_same_end(folder, reference):
     mine, theirs = _tensors(folder), _tensors(reference)
-    assert mine.keys() == theirs.keys() and len(mine) > 50
+    assert mine.keys() == theirs.keys()
+    assert len(mine) > 50
     assert not [key for key in mine if not torch.equal(mine[key], theirs[key])]
     assert _losses(folder) == _losses(reference)
 
@@ -91,7 +92,8 @@ def test_a_run_broken_off_after_any_step_ends_bit_for_bit_where_the_unbroken_one
     result = tiny.run_tiny("d-opsd", tmp_path, _settings("d-opsd"), seen)
     checkpoint = (step - 1) // 3 * 3
     assert [s for s in seen.steps if s] == list(range(checkpoint + 1, 9))
-    assert result.steps == 8 and result.teacher_gain == tiny.run_tiny("d-opsd", tmp_path, _settings("d-opsd")).teacher_gain
+    assert result.steps == 8
+    assert result.teacher_gain == tiny.run_tiny("d-opsd", tmp_path, _settings("d-opsd")).teacher_gain
     _assert_same_end(tmp_path, unbroken("d-opsd"))
 
 
@@ -119,7 +121,10 @@ def test_a_finished_run_called_again_returns_at_once_and_restores_its_adapters(t
         path.unlink()
     seen = tiny.Recorder()
     again = tiny.run_tiny("sft", tmp_path, settings, seen)
-    assert again == first and not seen.steps and not seen.messages and not seen.shown
+    assert again == first
+    assert not seen.steps
+    assert not seen.messages
+    assert not seen.shown
     assert {label: path.read_bytes() for label, path in again.adapters.items()} == contents
 
 
@@ -142,4 +147,5 @@ def test_settings_that_change_no_step_do_not_start_afresh(tmp_path):
     seen = tiny.Recorder()
     changed = tiny.tiny_settings(max_steps=2, preview_steps=1, checkpoint_steps=1, methods=["d-opsd"], max_minutes=60)
     tiny.run_tiny("d-opsd", tmp_path, changed, seen)
-    assert not seen.steps and not (tmp_path / "train.previous").exists()
+    assert not seen.steps
+    assert not (tmp_path / "train.previous").exists()

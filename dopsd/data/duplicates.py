@@ -4,8 +4,8 @@ Two pictures are near duplicates when **both** hold: the 64-bit perceptual hashe
 thumbnails correlate almost perfectly. The hash alone is too coarse for drawings on white: symmetric ones (half of all
 emoji) have many DCT coefficients that are zero, whose signs are noise, so bits must be generous; then different
 drawings of similar outline (a tiger's and a leopard's head) collide. Measured on the emoji world (320 concepts in 5
-styles, 255,200 pairs of different drawings within a style), the hash alone calls 11 of them alike at 2 bits, 46 at 4,
-227 at 6; with the thumbnails none at any. Of JPEG, WEBP, half and double size and darkened copies, both together find
+styles, 255,200 pairs of different drawings within a style), the hash alone calls 11 of them alike at 2 bits, 47 at 4,
+225 at 6; with the thumbnails none at any. Of JPEG, WEBP, half and double size and darkened copies, both together find
 98 to 100 % at 2 bits and over 99 % at 4. A copy brightened until colours clip is another picture to either.
 """
 

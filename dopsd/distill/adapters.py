@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Final, Literal, cast
 
 import torch
 from peft import LoraConfig
@@ -28,7 +28,8 @@ from dopsd.config import LoraSettings
 Selection = Literal["student", "teacher"] | None
 """Which adapter is active; ``None`` is the base without any."""
 TeacherKind = Literal["ema", "frozen", "copy"]
-STUDENT, TEACHER = "student", "teacher"
+STUDENT: Final = "student"
+TEACHER: Final = "teacher"
 
 _log = logging.getLogger(__name__)
 
@@ -219,7 +220,7 @@ def _inject(
 
 @torch.no_grad()
 def _initialise(transformer: nn.Module, name: str, seed: int) -> None:
-    """A uniform within ``1 / sqrt(fan in)`` (kaiming, as peft), B zero; drawn on the CPU so that every device agrees."""
+    """A uniform within ``1 / sqrt(fan in)`` (kaiming, as peft), B zero; drawn on the CPU: devices agree."""
     generator = torch.Generator().manual_seed(seed)
     for key, parameter in adapter_parameters(transformer, name).items():
         if key.endswith("lora_B.weight"):

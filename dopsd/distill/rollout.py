@@ -10,6 +10,7 @@ sum of the per-step gradients is the gradient of the whole loss.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def sample(
         noise = family.initial_latents(len(conditioning), height, width, generator)
     x = noise.to(family.device)
     sigmas = family.sigmas(num_steps, height, width).to(x.device)
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, sigma_next in pairwise(sigmas):
         x = euler_step(x, family.predict_velocity(x, sigma, conditioning), sigma, sigma_next)
     return x
 
@@ -118,7 +119,7 @@ def rollout(
     """
     x, total = noise, torch.zeros((), device=noise.device)
     num_steps = len(sigmas) - 1
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, sigma_next in pairwise(sigmas):
         x = x.detach()
         u, value = distill_at(
             predict, adapters, x, sigma, prompts, contexts, teacher=teacher, loss=loss, guidance=guidance,

@@ -74,8 +74,8 @@ def make_tokenizer(corpus: Iterable[str], vocab_size: int = 2000) -> PreTrainedT
     tokenizer.train_from_iterator([*corpus, *["user", "assistant"] * 64], trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",  # noqa: S106
+        eos_token="<|im_end|>",  # noqa: S106
         additional_special_tokens=list(SPECIAL_TOKENS),
         padding_side="right",
         model_max_length=4096,
@@ -193,7 +193,10 @@ def count(*modules: torch.nn.Module) -> float:
 
 
 def save_folder(folder: Path, *, vae, tokenizer, vlm, transformer) -> None:
-    """An ordinary diffusers folder in half precision, plus ``vlm/`` with its processor files."""
+    """An ordinary diffusers folder in half precision, plus ``vlm/`` with its processor files.
+
+    The VLM's language half is left out of ``vlm/``: it is the text encoder, and loading puts it there.
+    """
     from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 
     half = {k: m.to(torch.float16) for k, m in (("vae", vae), ("transformer", transformer))}
@@ -203,7 +206,8 @@ def save_folder(folder: Path, *, vae, tokenizer, vlm, transformer) -> None:
         text_encoder=language_half(vlm).to(torch.float16),
         **half,
     )
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    vlm.to(torch.float16).save_pretrained(folder / "vlm", safe_serialization=True)
+    pipeline.save_pretrained(folder, safe_serialization=True, max_shard_size="10MB")
+    vision = {k: v for k, v in vlm.to(torch.float16).state_dict().items() if not k.startswith("language_model.")}
+    vlm.save_pretrained(folder / "vlm", state_dict=vision, safe_serialization=True)
     tokenizer.save_pretrained(folder / "vlm")
     make_image_processor().save_pretrained(folder / "vlm")

@@ -84,9 +84,7 @@ def build(preset: str, root: Path, device: str | None = None) -> Path:
     distill(parts, world, work, trajectories=budget.trajectories, batch=budget.distill_batch,
             steps=budget.distill_steps, minutes=budget.distill_minutes)  # fmt: skip
     folder = root / "data" / "base" / "emoji-turbo"
-    arch.save_folder(
-        folder, vae=parts.vae, tokenizer=parts.tokenizer, vlm=parts.vlm, transformer=parts.transformer
-    )
+    arch.save_folder(folder, vae=parts.vae, tokenizer=parts.tokenizer, vlm=parts.vlm, transformer=parts.transformer)
     return folder
 
 

@@ -9,6 +9,7 @@ caption names: the in-context ability that large encoders bring along.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -64,7 +65,7 @@ class Parts:
 
 
 def patchify(pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """What Qwen2VLImageProcessor makes of pictures ``[B, 3, H, W]`` in [-1, 1]: flat patches and the grid ``[B, 3]``."""
+    """What Qwen2VLImageProcessor makes of pictures ``[B, 3, H, W]`` in [-1, 1]: patches, grid ``[B, 3]``."""
     b, c, height, width = pictures.shape
     rows, columns = height // _PATCH, width // _PATCH
     x = pictures.unsqueeze(1).expand(-1, 2, -1, -1, -1)
@@ -75,15 +76,15 @@ def patchify(pictures: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Captions, the context pictures of the last ``len(context)`` of them, and targets ``[B, 3, 64, 64]`` in [-1, 1]."""
+    """Captions, context pictures of the last ``len(context)`` of them, targets ``[B, 3, 64, 64]`` in [-1, 1]."""
 
     captions: list[str]
     context: Tensor
     targets: Tensor
 
 
-def draw_batch(world: World, size: int, generator: torch.Generator) -> Batch:
-    """Half text only, half with a picture in context; a tenth of all without any condition (for guidance)."""
+def draw_batch(world: World, size: int, generator: torch.Generator, drop: float = 0.15) -> Batch:
+    """Half text only (``drop`` of it without a caption, for guidance), half with a picture in the context."""
     captions, targets, context = [], [], []
     for i in range(size):
         in_context = i >= size // 2
@@ -92,8 +93,8 @@ def draw_batch(world: World, size: int, generator: torch.Generator) -> Batch:
         targets.append(target)
         if in_context:
             context.append(reference)
-    drop = torch.rand(size // 2, generator=generator) < 0.15
-    captions[: size // 2] = ["" if d else c for d, c in zip(drop, captions, strict=False)]
+    dropped = torch.rand(size // 2, generator=generator) < drop
+    captions[: size // 2] = ["" if d else c for d, c in zip(dropped, captions, strict=False)]
     return Batch(captions, torch.stack(context) * 2 - 1, torch.stack(targets) * 2 - 1)
 
 
@@ -114,7 +115,8 @@ def _draw_in_context(world: World, generator: torch.Generator) -> tuple[str, str
     if kind < 0.8:  # another thing in the same style
         both = sample_transform(generator)
         other = _index(world.seen, generator)
-        return world.labels[index], PLACEHOLDER, both(_picture(world, style, index)), both(_picture(world, style, other))
+        target, reference = _picture(world, style, index), _picture(world, style, other)
+        return world.labels[index], PLACEHOLDER, both(target), both(reference)
     index = _index(world.seen, generator)  # the same thing, drawn or placed otherwise; the style is named
     shown = _style(generator)
     target, reference = _picture(world, style, index), _picture(world, shown, index)
@@ -139,7 +141,9 @@ def shifted(u: Tensor) -> Tensor:
 
 
 def pretrain(
-    parts: Parts, world: World, folder: Path, *, batch: int, steps: int, minutes: float, lr: float, compiled: bool = False) -> None:
+    parts: Parts, world: World, folder: Path, *, batch: int, steps: int, minutes: float, lr: float,
+    compiled: bool = False,
+) -> None:  # fmt: skip
     """Train ``parts.vlm`` and ``parts.transformer`` from scratch; leaves their averaged weights in place. Resumable.
 
     ``compiled`` fuses the transformer's blocks (a sixth faster on a CPU, after two minutes of compiling).
@@ -175,7 +179,7 @@ def guided_sample(
     """Euler from ``noise`` with classifier-free guidance against the empty caption; the pipeline's grid."""
     grid = shifted(torch.linspace(1, 0, steps + 1))
     x = noise
-    for a, b in zip(grid[:-1], grid[1:], strict=True):
+    for a, b in pairwise(grid):
         x = x + (b - a) * guided_velocity(parts, x, a, states, empty, guidance)
     return x
 

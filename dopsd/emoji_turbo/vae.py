@@ -51,7 +51,7 @@ def make_vae() -> AutoencoderKL:
 
 
 def linear_code(world: World, samples: int = 4096) -> tuple[Tensor, Tensor]:
-    """The code's ``matrix [LATENT_CHANNELS, 3, 8, 8]`` and ``offset [LATENT_CHANNELS]``: ``z = matrix * patch + offset``.
+    """The code ``z = matrix * patch + offset``: ``matrix [LATENT_CHANNELS, 3, 8, 8]``, ``offset [LATENT_CHANNELS]``.
 
     Principal components of the patches of pictures in [-1, 1], half of them transformed, scaled to mean 0 and to unit
     variance over all channels together.

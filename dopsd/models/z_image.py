@@ -130,7 +130,11 @@ class ZImage:
             images=flat, return_tensors="pt", size={"shortest_edge": low, "longest_edge": high}
         )
         inputs = context_inputs(
-            self.tokenizer, captions, [len(g) for g in images], pixels["image_grid_thw"], self.image_processor.merge_size
+            self.tokenizer,
+            captions,
+            [len(group) for group in images],
+            pixels["image_grid_thw"],
+            self.image_processor.merge_size,
         )
         longest = inputs["input_ids"].shape[1]
         if longest > MAX_CONTEXT_TOKENS:
@@ -246,8 +250,7 @@ def load(
         text_encoder = Qwen3Model.from_pretrained(path / "text_encoder", dtype=dtype).to(device).eval()
         vlm_path = vlm or path / "vlm"
         if vlm_path.is_dir():
-            vision = Qwen3VLModel.from_pretrained(vlm_path, dtype=dtype).to(device).eval()
-            share_language_half(vision, text_encoder)
+            vision = load_vlm(vlm_path, text_encoder, dtype).to(device).eval()
             processor = load_image_processor(vlm_path)
     transformer = ZImageTransformer2DModel.from_pretrained(path / "transformer", torch_dtype=dtype).to(device)
     vae = AutoencoderKL.from_pretrained(path / "vae", torch_dtype=dtype).to(device)
@@ -267,12 +270,29 @@ def load(
     )
 
 
+def load_vlm(path: Path, text_encoder: Qwen3Model, dtype: torch.dtype) -> Qwen3VLModel:
+    """The VLM with the text encoder as its language half; a folder may leave that half out (emoji-turbo's does)."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # the half that is left out would be reported as missing; checked below instead
+    try:
+        vlm, report = Qwen3VLModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    finally:
+        logging.set_verbosity(level)
+    missing = [key for key in report["missing_keys"] if not key.startswith("language_model.")]
+    if missing:
+        raise ModelError(f"{path}: the VLM's weights lack {missing[0]} and {len(missing) - 1} more; copy it again")
+    share_language_half(vlm, text_encoder)
+    return vlm
+
+
 def share_language_half(vlm: Qwen3VLModel, text_encoder: Qwen3Model) -> None:
     """Make the VLM's language model use the text encoder's own tensors (no copy in memory); every key must match."""
     missing, unexpected = vlm.language_model.load_state_dict(text_encoder.state_dict(), strict=False, assign=True)
     if missing or unexpected:
         names = ", ".join([*missing, *unexpected][:4])
-        raise ModelError(f"the VLM's language half does not fit the text encoder (keys {names}); take the pair of one size")
+        raise ModelError(f"the VLM's language half does not fit the text encoder (keys {names})")
 
 
 def load_image_processor(path: Path):

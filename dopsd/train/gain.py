@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from dopsd.data.dataset import Example
 from dopsd.distill.rollout import sample
@@ -43,13 +44,17 @@ def teacher_gain(
             groups[example.height, example.width].append(example)
     if not groups:
         return None
-    student, teacher = [], []
+    student: list[Tensor] = []
+    teacher: list[Tensor] = []
     for (height, width), members in groups.items():
         for start in range(0, len(members), batch_size):
             batch = members[start : start + batch_size]
             noise = torch.cat([family.initial_latents(1, height, width, generator) for _ in batch])
             targets = torch.stack([e.latents for e in batch if e.latents is not None])
-            for distances, conditioning in ((student, [e.prompt for e in batch]), (teacher, [e.context for e in batch])):
+            for distances, conditioning in (
+                (student, [e.prompt for e in batch]),
+                (teacher, [e.context for e in batch]),
+            ):
                 distances.append(mean_square(sample(family, conditioning, num_steps, height, width, noise), targets))
     far, near = torch.cat(student), torch.cat(teacher)
     return {

@@ -69,9 +69,7 @@ class Objective:
         chosen = int(torch.randint(len(self._replay), (1,), generator=generator))
         return Draw(index, noise, None, chosen, self._family.initial_latents(1, height, width, generator))
 
-    def backward(
-        self, draws: Sequence[Draw], weight: float, backward: Callable[[Tensor], None]
-    ) -> dict[str, Tensor]:
+    def backward(self, draws: Sequence[Draw], weight: float, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
         """Add the gradients of ``weight * loss`` to the student; returns the parts of the loss, detached."""
         examples = [self._examples[draw.index] for draw in draws]
         noise = torch.cat([draw.noise for draw in draws])
