@@ -5,8 +5,10 @@ A person's mistake is one line and exit code 2; ``--debug`` shows where it was f
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,7 +61,17 @@ PARAMS = Path("params.yaml")
 
 @app.callback()
 def _options(debug: Annotated[bool, typer.Option("--debug", help="Show where an error was found.")] = False) -> None:
-    """Read by :func:`main`, which sees the arguments first."""
+    # --debug is read by main(), which sees the arguments first
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+
+
+_QUIET = {
+    # the libraries' own bars and notes would drown ours
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+}
 
 
 def main() -> None:
@@ -92,9 +104,7 @@ def _help(stage: Callable[..., None]) -> str:
 
 
 for _name, _stage in STAGES.items():
-    app.command(_name, help=_help(_stage), rich_help_panel="Stages, in this order")(
-        _stage_command(_name)
-    )
+    app.command(_name, help=_help(_stage), rich_help_panel="Stages, in this order")(_stage_command(_name))
 
 
 @app.command()
@@ -104,7 +114,8 @@ def show(concept: Concept, params: Params = PARAMS) -> None:
 
     from rich.console import Console
 
-    from dopsd.evaluation.report import headline_table
+    from dopsd.evaluation.table import headline_table
+    from dopsd.evaluation.verdict import verdict
     from dopsd.tracking import public_uri, tracking_uri
 
     run = run_folder(concept, Path())
@@ -112,7 +123,9 @@ def show(concept: Concept, params: Params = PARAMS) -> None:
     if not metrics.exists():
         raise StageError(f"{metrics}: missing; run `make demo CONCEPT={concept}` or `dvc repro evaluate@{concept}`")
     console = Console()
-    console.print(headline_table(json.loads(metrics.read_text())))
+    numbers = json.loads(metrics.read_text())
+    console.print(headline_table(numbers))
+    console.print(verdict(numbers)[0], highlight=False)
     for what, path in (("page", run / "report.html"), ("export", run / "export"), ("metrics", metrics)):
         if path.exists():
             console.print(f"{what:>8}: {path.resolve()}", soft_wrap=True, highlight=False)
@@ -177,7 +190,9 @@ def doctor(params: Params = PARAMS) -> None:
 
 @concept_app.command("add")
 def concept_add(
-    folder: Annotated[Path, typer.Argument(help="Pictures and captions (metadata.jsonl, .txt beside them, or parquet).")],
+    folder: Annotated[
+        Path, typer.Argument(help="Pictures and captions (metadata.jsonl, .txt beside them, or parquet).")
+    ],
     name: Annotated[str, typer.Option("--name", help="What to call it: a-z, 0-9 and -.")],
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite a concept of that name.")] = False,
     params: Params = PARAMS,
@@ -200,14 +215,22 @@ def track_sync(concept: Concept, params: Params = PARAMS) -> None:
         raise typer.Exit(1)
 
 
+class Preset(StrEnum):
+    """How large a build of the base is."""
+
+    cpu = "cpu"
+    gpu = "gpu"
+
+
 @base_app.command("build")
 def base_build(
-    preset: Annotated[str, typer.Option("--preset", help="cpu or gpu: how large the runs are.")] = "cpu",
+    preset: Annotated[Preset, typer.Option("--preset", help="How large the runs are.")] = Preset.cpu,
+    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda; by itself the one there is.")] = None,
 ) -> None:
     """Make the embedded base from the emoji sets: pictures, VAE, pre-training, distillation. Resumable; takes hours."""
     from dopsd.emoji_turbo.build import build
 
-    build(preset, Path())
+    build(preset.value, Path(), device)
 
 
 @base_app.command("check")

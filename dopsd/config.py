@@ -51,7 +51,7 @@ class DataSettings(_Settings):
     min_images: Positive = 4
     max_pixels: Positive = 50_000_000
     """More than this many pixels in one file is refused before it is decoded (decompression bombs)."""
-    near_duplicate_bits: Annotated[int, Field(ge=0, le=64)] = 2
+    near_duplicate_bits: Annotated[int, Field(ge=0, le=64)] = 4
     """Two images whose 64-bit perceptual hashes differ in at most this many bits are near duplicates."""
 
 

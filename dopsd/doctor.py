@@ -53,7 +53,9 @@ def findings_table(findings: list[Finding]) -> Table:
 
 def _python() -> Iterator[Finding]:
     old = sys.version_info < (3, 11)
-    yield Finding("python", sys.version.split()[0], "fault" if old else "fine", "3.11 or newer is needed" if old else "")
+    yield Finding(
+        "python", sys.version.split()[0], "fault" if old else "fine", "3.11 or newer is needed" if old else ""
+    )
     for package in _PACKAGES:
         try:
             yield Finding(package, version(package))
@@ -113,7 +115,9 @@ def _dvc(_: Settings, root: Path) -> Iterator[Finding]:
     if (root / ".dvc").is_dir() and (root / ".git").exists():
         yield Finding("DVC", "initialised")
     else:
-        yield Finding("DVC", "not initialised here", "fault", "run in a git clone of the project, or `git init && dvc init`")
+        yield Finding(
+            "DVC", "not initialised here", "fault", "run in a git clone of the project, or `git init && dvc init`"
+        )
 
 
 def _tracker(settings: Settings, root: Path) -> Iterator[Finding]:

@@ -123,7 +123,7 @@ def render_card(card: Card, **more: object) -> str:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
     environment.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)
-    return environment.get_template("card.md.jinja").render(
+    return environment.get_template("card.md.j2").render(
         card=card, diffusers_file=DIFFUSERS_FILE, comfyui_file=COMFYUI_FILE, **more
     )
 
@@ -158,7 +158,9 @@ def check_export(
     before = _draw(pipeline, drawn)
     pipeline.load_lora_weights(export, weight_name=file)
     if not pipeline.get_active_adapters():
-        raise ExportError(f"{export / file}: diffusers loads it as nothing; the names of its tensors do not fit the base")
+        raise ExportError(
+            f"{export / file}: diffusers loads it as nothing; the names of its tensors do not fit the base"
+        )
     after = _draw(pipeline, drawn)
     change = max(_difference(a, b) for a, b in zip(before, after, strict=True))
     if change == 0:

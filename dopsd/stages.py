@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 EMBEDDED_BASE = Path("data/base/emoji-turbo")
 WORLD = Path("data/world")
+PREVIEWS = 6
+"""How many held-out prompts are previewed during training where the settings name none."""
 _TRAINING_CODE = ("models", "distill", "train", "data/dataset.py", "data/encoded.py")
 
 
@@ -56,13 +58,14 @@ def encode(concept: str, settings: Settings, root: Path) -> None:
     from dopsd.train.encode import encode_concept, encode_texts
 
     run = run_folder(concept, root)
-    table, _ = _read_concept(concept, settings, root)
+    table, holdout = _read_concept(concept, settings, root)
     if _read_json(run / "validated.json", "validate")["content_hash"] != table.content_hash:
         raise StageError(f"data/concepts/{concept} changed since it was validated; run `dopsd validate` again")
     family = load_family(settings.model, root)
     cache = _cache(root)
     examples = encode_concept(family, table, settings, cache)
-    previews = settings.train.preview_prompts or tuple(row.captions[0][1] for row in table.rows[:4])
+    unseen = holdout or table
+    previews = settings.train.preview_prompts or tuple(row.captions[0][1] for row in unseen.rows[:PREVIEWS])
     replay = settings.train.replay.prompts
     encoded = Encoded(
         examples=tuple(examples),
@@ -76,7 +79,7 @@ def encode(concept: str, settings: Settings, root: Path) -> None:
 
 
 def train(concept: str, settings: Settings, root: Path) -> None:
-    """``encoded/`` and the base's transformer -> ``train/<method>/`` and ``adapters/``, for each of ``train.methods``."""
+    """``encoded/`` and the base's transformer -> ``train/<method>/`` and ``adapters/``, for each method."""
     from dopsd.data.encoded import read_encoded
     from dopsd.models import load_family
     from dopsd.train.trainer import train as train_method
@@ -162,9 +165,7 @@ def register(concept: str, settings: Settings, root: Path) -> None:
 
 
 Stage = Callable[[str, Settings, Path], None]
-STAGES: dict[str, Stage] = {
-    stage.__name__: stage for stage in (validate, encode, train, evaluate, report, register)
-}
+STAGES: dict[str, Stage] = {stage.__name__: stage for stage in (validate, encode, train, evaluate, report, register)}
 
 
 # --- what goes in -----------------------------------------------------------------------------------------------------
@@ -203,7 +204,7 @@ def _subjects(adapters: Path) -> list[Any]:
 
 
 def _begin_training(run: Path, settings: Settings, content_hash: str) -> dict[str, str]:
-    """Name this training after all that decides it. A run of other code is set aside: it would resume as if finished."""
+    """Name this training after all that decides it. A run of other code is set aside: it must not be resumed."""
     from dopsd.train.checkpoint import set_aside
 
     code = _code_hash()
@@ -257,9 +258,11 @@ def _describe(
 
 
 def _card(concept: str, settings: Settings, table: ConceptTable, run: Path) -> Any:
+    from dopsd.evaluation.table import table_as_text
     from dopsd.export import Card
 
     train = settings.train
+    columns, rows = table_as_text(_read_json(run / "evaluation" / "metrics.json", "evaluate"))
     return Card(
         concept=concept,
         base=settings.model.path.as_posix(),
@@ -278,13 +281,9 @@ def _card(concept: str, settings: Settings, table: ConceptTable, run: Path) -> A
             "replay": f"{train.replay.weight:g}",
             "seed": str(train.seed),
         },
-        **_headline(run / "evaluation" / "metrics.json"),
+        columns=columns,
+        rows=rows,
     )
-
-
-def _headline(path: Path) -> dict[str, Any]:
-    """The before-and-after table as text, for the card."""
-    raise NotImplementedError
 
 
 def _read_json(path: Path, made_by: str) -> dict[str, Any]:

@@ -2,63 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
+from concept_folders import SETTINGS, faults_of, make, picture, rows, write_rows
 from PIL import Image
 
-from dopsd.config import DataSettings
-from dopsd.data.concept import ConceptError, add_concept
-from dopsd.data.manifest import DataError, Fault
+from dopsd.data.manifest import DataError
 from dopsd.data.schema import validate_concept, validate_dataset, validate_holdout
-
-SETTINGS = DataSettings(resolution=32, max_pixels=10_000)
-
-
-def picture(seed: int, size: tuple[int, int] = (40, 40)) -> Image.Image:
-    """A picture of large random blocks: no two seeds are near duplicates."""
-    blocks = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
-    return Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST)
-
-
-def rows(count: int = 5) -> list[dict]:
-    return [
-        {"image": f"{i}.png", "captions": {"short": f"a {i} in [V] style", "medium": f"{i}, [V]"}} for i in range(count)
-    ]
-
-
-def write_rows(folder: Path, listed: list) -> None:
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
-
-
-def make(folder: Path, count: int = 5, first: int = 0) -> Path:
-    """A sound data set of ``count`` pictures in ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(count):
-        picture(first + i).save(folder / f"{i}.png")
-    write_rows(folder, rows(count))
-    return folder
-
-
-def faults_of(folder: Path, settings: DataSettings = SETTINGS) -> list[tuple[str, int | None, str | None, str]]:
-    with pytest.raises(DataError) as caught:
-        validate_concept(folder, "test", settings)
-    lines = str(caught.value).split("\n")
-    assert len(lines) == len(caught.value.faults)  # one line each, whatever the data held
-    return [(os.path.relpath(f.file, folder), f.row, f.column, f.problem) for f in caught.value.faults]
 
 
 def test_a_sound_folder_gives_its_rows_in_their_order(tmp_path):
@@ -156,7 +113,7 @@ def _absolute(folder: Path, listed: list[dict]) -> None:
 
 
 _FRAMES = [picture(50), picture(51)]
-_BOMB = Image.new("L", (20_000, 20_000))
+_BOMB = Image.new("L", (5_000, 5_000))
 ROW_FAULTS = {
     "no caption": (lambda folder, listed: listed[2].pop("captions"), "captions", "missing"),
     "captions without a variant": (_set(captions={}), "captions", "is empty"),
@@ -404,172 +361,6 @@ def test_a_held_out_picture_must_not_be_a_training_picture(tmp_path):
     listed = [*rows(), {"image": "holdout/0.png", "caption": "[V]"}]
     write_rows(tmp_path, listed)
     assert "held-out truth" in faults_of(tmp_path)[0][3]
-
-
-# --- hostile input: whatever the bytes, a DataError and nothing else -------------------------------------------------
-
-
-def faults_or_none(folder: Path) -> tuple[Fault, ...]:
-    try:
-        validate_concept(folder, "test", SETTINGS)
-    except DataError as error:
-        return error.faults
-    return ()
-
-
-fuzz = hypothesis_settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()) | st.just("0.png"),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(["image", "caption", "captions", "references"]) | st.text(), inner, max_size=4
-        )
-    ),
-    max_leaves=12,
-)
-paths = st.one_of(
-    st.text(st.characters(), max_size=30),
-    st.lists(st.sampled_from(["..", ".", "", "~", "0.png", "holdout", "\\", "C:", "a", "\0", "\n"]), max_size=6).map(
-        "/".join
-    ),
-    st.integers(1, 5000).map(lambda n: "a/" * n),
-)
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("sound"))
-
-
-@fuzz
-@given(content=st.binary(max_size=200))
-def test_random_bytes_as_metadata(sound, content):
-    (sound / "metadata.jsonl").write_bytes(content)
-    assert faults_of(sound)
-
-
-@fuzz
-@given(values=st.lists(json_values, max_size=4))
-def test_random_json_as_metadata(sound, values):
-    write_rows(sound, values)
-    assert faults_of(sound)
-
-
-@fuzz
-@given(path=paths, reference=paths)
-def test_weird_paths(sound, path, reference):
-    write_rows(sound, [*rows(), {"image": path, "caption": "[V]", "references": [reference]}])
-    assert all(row in (6, None) for _, row, _, _ in faults_of(sound))
-
-
-@fuzz
-@given(content=st.binary(max_size=300), keep=st.integers(0, 400), suffix=st.sampled_from(["png", "jpg", "webp"]))
-def test_random_bytes_after_a_sound_start_of_an_image(tmp_path, content, keep, suffix):
-    buffer = io.BytesIO()
-    picture(7).save(buffer, {"jpg": "JPEG"}.get(suffix, suffix.upper()))
-    start = buffer.getvalue()[: min(keep, len(buffer.getvalue()) - 30)]
-    make(tmp_path, count=4)
-    (tmp_path / f"x.{suffix}").write_bytes(start + content)
-    write_rows(tmp_path, [*rows(4), {"image": f"x.{suffix}", "caption": "[V]"}])
-    try:
-        # A JPEG's pixels carry no checksum: it may decode.
-        assert all(fault.row == 5 for fault in faults_or_none(tmp_path))
-    finally:
-        (tmp_path / f"x.{suffix}").unlink()
-
-
-@fuzz
-@given(content=st.binary(max_size=300), cut=st.integers(0, 2000), place=st.integers(0, 5000))
-def test_damaged_parquet(tmp_path, content, cut, place):
-    make(tmp_path)
-    (tmp_path / "metadata.jsonl").unlink()
-    buffer = io.BytesIO()
-    pd.DataFrame(rows()).to_parquet(buffer)
-    whole = bytearray(buffer.getvalue())
-    position = place % len(whole)
-    whole[position : position + len(content) % 20] = content
-    (tmp_path / "rows.parquet").write_bytes(bytes(whole[: len(whole) - cut % 3]))
-    try:
-        faults_or_none(tmp_path)
-    finally:
-        (tmp_path / "rows.parquet").unlink()
-
-
-# --- dopsd concept add -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def project(tmp_path):
-    """A project with git and DVC, as a person has it."""
-    root = tmp_path / "project"
-    root.mkdir()
-    environment = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
-    subprocess.run(["git", "init", "-q"], cwd=root, check=True, env=environment)
-    command = [sys.executable, "-m", "dvc", "init", "-q"]
-    subprocess.run(command, cwd=root, check=True, env={**environment, "DVC_NO_ANALYTICS": "1"})
-    return root
-
-
-def snapshot(root: Path) -> dict[str, bytes]:
-    data = root / "data"
-    return {str(path.relative_to(data)): path.read_bytes() for path in sorted(data.rglob("*")) if path.is_file()}
-
-
-def test_add_copies_and_tracks_or_leaves_everything_as_it_was(tmp_path, project):
-    folder = make(tmp_path / "mine")
-    make(folder / "holdout", count=2, first=20)
-    (folder / "README.md").write_text("mine")
-    (folder / ".hidden").write_text("x")
-    table = add_concept(folder, "my-style", project, SETTINGS)
-    target = project / "data" / "concepts" / "my-style"
-    assert table.root == target
-    assert table.content_hash == validate_concept(folder, "x", SETTINGS).content_hash
-    copied = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
-    expected = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert copied == expected - {".hidden"}
-    assert "/my-style" in (target.parent / ".gitignore").read_text()
-    assert "md5" in (target.parent / "my-style.dvc").read_text()
-
-    before = snapshot(project)
-    with pytest.raises(ConceptError, match="there already"):
-        add_concept(folder, "my-style", project, SETTINGS)
-    bad = make(tmp_path / "bad")
-    (bad / "1.png").unlink()
-    with pytest.raises(DataError, match="is missing"):
-        add_concept(bad, "my-style", project, SETTINGS, replace=True)
-    assert snapshot(project) == before
-
-    other = make(tmp_path / "other", first=40)
-    replaced = add_concept(other, "my-style", project, SETTINGS, replace=True)
-    assert replaced.content_hash == validate_concept(other, "x", SETTINGS).content_hash
-    assert sorted(path.name for path in target.parent.iterdir()) == [".gitignore", "my-style", "my-style.dvc"]
-    # What lies there already is put under DVC where it is.
-    assert add_concept(target, "my-style", project, SETTINGS).content_hash == replaced.content_hash
-
-
-def test_add_is_undone_where_dvc_refuses(tmp_path, project):
-    # DVC refuses to track what git already tracks.
-    target = make(project / "data" / "concepts" / "taken")
-    subprocess.run(["git", "add", "data"], cwd=project, check=True)
-    before = snapshot(project)
-    with pytest.raises(ConceptError, match="dvc add failed"):
-        add_concept(make(tmp_path / "mine", first=40), "taken", project, SETTINGS, replace=True)
-    assert snapshot(project) == before
-    assert sorted(path.name for path in target.parent.iterdir()) == ["taken"]
-
-
-@pytest.mark.parametrize("name", ["", "A", "a b", "../a", "a/b", "-a", "ä", "a\n", ".", "a" * 65])
-def test_add_refuses_names(tmp_path, name):
-    with pytest.raises(ConceptError, match="a-z, 0-9 and -"):
-        add_concept(tmp_path, name, tmp_path, SETTINGS)
-
-
-def test_add_outside_a_project(tmp_path):
-    with pytest.raises(ConceptError, match="not a DVC project"):
-        add_concept(make(tmp_path / "mine"), "a", tmp_path, SETTINGS)
 
 
 def test_rows_keep_the_order_they_are_written_in(tmp_path):

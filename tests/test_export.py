@@ -80,7 +80,9 @@ def test_files_name_their_scale(family: Family, tmp_path: Path) -> None:
     trained, diffusers, comfyui = (load_file(p) for p in (adapter, out / DIFFUSERS_FILE, out / COMFYUI_FILE))
     assert set(diffusers) == {f"transformer.{key}" for key in trained}
     modules = {key.rsplit(".", 2)[0] for key in trained}
-    assert set(comfyui) == {f"diffusion_model.{key}" for key in trained} | {f"diffusion_model.{m}.alpha" for m in modules}
+    assert set(comfyui) == {f"diffusion_model.{key}" for key in trained} | {
+        f"diffusion_model.{m}.alpha" for m in modules
+    }
     assert {float(v) for k, v in comfyui.items() if k.endswith(".alpha")} == {4.0}, "alpha is the rank: a scale of 1"
     with safe_open(out / DIFFUSERS_FILE, framework="pt") as file:
         config = json.loads(file.metadata()["lora_adapter_metadata"])

@@ -31,6 +31,7 @@ def add_concept(folder: Path, name: str, root: Path, settings: DataSettings, rep
     """
     if not _NAME.fullmatch(name):
         raise ConceptError(f"concept name {name!r}: use 1 to 64 of a-z, 0-9 and -, not beginning with -")
+    root = Path(os.path.abspath(root))
     if not (root / ".dvc").is_dir():
         raise ConceptError(f"{root}: not a DVC project; run from the project's root, or `dvc init` there first")
     target = root / CONCEPTS / name

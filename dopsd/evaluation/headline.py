@@ -17,6 +17,8 @@ REFERENCES = ("base", "teacher", "real")
 KEPT_SCORES = ("style", "cosine", "concept_top1", "concept_top5", "structure")
 """Of these the lowest ratio is ``kept_lowest``; all of them are better when higher."""
 RETAINED_SCORES = ("style", "train_similarity", "cosine", "sharpness")
+_LEAST = 0.05
+"""Below this a score is nothing that could be retained: a ratio of two such values would be noise."""
 
 Cells = Mapping[tuple[str, str, int], Cell]
 """(split, model, steps) to scores; the real pictures have 0 steps."""
@@ -120,7 +122,7 @@ def _retention(numbers: Numbers, few: Cell, most: Cell | None, bootstrap: Bootst
     if most is None:
         return
     for key in RETAINED_SCORES:
-        if key in few.values and key in most.values and most.values[key].mean() > 0:
+        if key in few.values and key in most.values and most.values[key].mean() > _LEAST:
             resampled = _divide(bootstrap.means(few.values[key]), bootstrap.means(most.values[key]))
             numbers.add(f"retention_{key}", few.values[key].mean() / most.values[key].mean(), resampled)
 

@@ -32,6 +32,7 @@ _TEMPLATE = "report.html.j2"
 _CURVES = ("style", "train_similarity", "cosine", "concept_top1", "sharpness")
 _PREVIEW = re.compile(r"(student|teacher)-(\d+)\.png")
 _PREVIEWS_SHOWN = 6
+_PAIRS_SHOWN = 8
 
 Tiles = dict[tuple[str, str, int], list[Image.Image]]
 
@@ -118,7 +119,7 @@ def _pairs(metrics: Mapping[str, Any], index: Mapping[str, Any], tiles: Tiles) -
     return [
         {"prompt": text, "before": _tile(a), "after": _tile(b), "truth": _tile(truth) if truth else None}
         for text, a, b, truth in zip(index["prompts"]["concept"], before, after, truths, strict=False)
-    ]
+    ][:_PAIRS_SHOWN]
 
 
 def _grid(

@@ -102,7 +102,8 @@ def _change(
 ) -> Literal["better", "worse", "same", ""]:
     if model in ("base", "real") or value is None or base is None or low is None or high is None:
         return ""
-    if low <= base <= high:
+    # what the table's digits hardly show is no difference to speak of, however certain
+    if low <= base <= high or abs(value - base) < 5 * 10.0 ** -SCORES[key].digits:
         return "same"
     better = SCORES[key].better
     closer = abs(value - 1) < abs(base - 1)

@@ -64,8 +64,11 @@ def verdict(metrics: Mapping[str, Any]) -> tuple[str, list[str]]:
         head = f"{name} hardly learnt the new {what}"
     else:
         head = f"{name} learnt the new {what} in part"
-    losses = [text for level, text in ((sharp, "lost sharpness"), (kept, "lost some of the old styles"))
-              if level in ("fair", "poor")]  # fmt: skip
+    words = {
+        ("sharp", "fair"): "lost a little sharpness", ("sharp", "poor"): "lost sharpness",
+        ("kept", "fair"): "gave up a little of the old styles", ("kept", "poor"): "lost much of the old styles",
+    }  # fmt: skip
+    losses = [words[key] for key in (("sharp", sharp), ("kept", kept)) if key in words]
     gains = [text for level, text in ((sharp, "stays sharp"), (kept, "keeps what the base knew")) if level == "good"]
     if losses:
         return f"{head}, but {' and '.join(losses)}.", sentences

@@ -7,6 +7,7 @@ Qwen3-VL whose language half is overwritten by the pipeline's own text encoder, 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from diffusers.models import AutoencoderKL, ZImageTransformer2DModel
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from PIL.Image import Image
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Model, Qwen3VLModel
 
 from .base import Conditioning
@@ -168,12 +170,13 @@ class ZImage:
     def predict_velocity(self, latents: Tensor, sigma: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
         """``dx/dsigma`` as float32 ``[B, C, h, w]``: minus the transformer's output at ``t = 1 - sigma``."""
         t = (1 - torch.as_tensor(sigma, dtype=torch.float32, device=latents.device)).expand(len(latents))
-        output = self.transformer(
-            list(latents.to(self.dtype).unsqueeze(2).unbind(0)),
-            t,
-            [c[CAPTION].to(latents.device, self.dtype) for c in conditioning],
-            return_dict=False,
-        )[0]
+        with _attention(latents.device):
+            output = self.transformer(
+                list(latents.to(self.dtype).unsqueeze(2).unbind(0)),
+                t,
+                [c[CAPTION].to(latents.device, self.dtype) for c in conditioning],
+                return_dict=False,
+            )[0]
         return -torch.stack([o.float() for o in output]).squeeze(2)
 
     def decode(self, latents: Tensor) -> list[Image]:
@@ -189,6 +192,11 @@ class ZImage:
         """Free text encoder and VLM; the VAE stays for previews (its encoder is a few per cent of the whole)."""
         self.text_encoder = None
         self.vlm = None
+
+
+def _attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """On a CPU plain attention: the fused kernel's backward is several times slower for sequences of some hundreds."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, caption: str) -> str:

@@ -151,9 +151,7 @@ def sync(root: Path, folder: Path, settings: TrackingSettings, tell: Callable[[s
     return done
 
 
-def _open(
-    root: Path, folder: Path, settings: TrackingSettings, tell: Callable[[str], None]
-) -> tuple[Spool, Sender]:
+def _open(root: Path, folder: Path, settings: TrackingSettings, tell: Callable[[str], None]) -> tuple[Spool, Sender]:
     spool = Spool(folder / "spool")
     return spool, Sender(spool, Server(tracking_uri(root), settings.experiment, root / "mlartifacts", spool), tell)
 

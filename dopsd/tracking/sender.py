@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from filelock import FileLock, Timeout
 from tenacity import RetryError, Retrying, retry_if_exception_type
+from tenacity.nap import sleep_using_event
 from tenacity.stop import stop_when_event_set
 from tenacity.wait import wait_exponential
 
@@ -70,7 +71,7 @@ class Sender:
             retry=retry_if_exception_type(Away),
             wait=wait_exponential(multiplier=0.5, max=LONGEST_WAIT),
             stop=stop_when_event_set(self._closing),
-            sleep=self._closing.wait,
+            sleep=sleep_using_event(self._closing),
             before_sleep=lambda state: self._report(state.outcome.exception() if state.outcome else None),
         )
         while not self._closing.is_set():

@@ -146,10 +146,10 @@ class Server:
     def _dataset(self, record: Record) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        dataset = Dataset(
-            record["name"], record["hash"][:36], "local", record["source"], profile=record["profile"]
+        dataset = Dataset(record["name"], record["hash"][:36], "local", record["source"], profile=record["profile"])
+        self.client.log_inputs(
+            self._run(record), [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
         )
-        self.client.log_inputs(self._run(record), [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
     def _image(self, record: Record) -> None:
         from PIL import Image

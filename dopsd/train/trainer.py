@@ -206,9 +206,8 @@ class _Run:
         self.sampler = BucketSampler(
             [(e.height, e.width) for e in examples], settings.batch_size * settings.accumulation, settings.seed
         )
-        self.accelerator = Accelerator(
-            cpu=family.device.type == "cpu", mixed_precision="bf16" if family.dtype == torch.bfloat16 else "no"
-        )
+        # precision is set per forward (see _predict): accelerate would fix it for the whole process
+        self.accelerator = Accelerator(cpu=family.device.type == "cpu", mixed_precision="no")
         self.adapters = add_adapters(
             family.transformer, settings.lora, family.lora_targets, settings.seed,
             settings.teacher.kind if method in _DISTILLED else "frozen",
@@ -285,8 +284,10 @@ class _Run:
             return [file.get_tensor(str(number)) for number in range(len(self.examples))]
 
     def _predict(self, latents: Tensor, sigma: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
-        # one autocast region per forward: a longer one would reuse the weights it cast without gradient for the teacher
-        with self.accelerator.autocast():
+        # One autocast region per forward: a longer one would reuse the weights that it cast without gradient for the
+        # teacher. The adapters stay float32 on a bfloat16 base, because small steps vanish in bfloat16.
+        dtype = self.family.dtype
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             return self.family.predict_velocity(latents, sigma, conditioning)
 
     def until_stopped(self, previews: Previews) -> tuple[ckpt.Checkpoint, str]:

@@ -1,0 +1,50 @@
+"""Concept folders made on the spot, sound unless a test spoils them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dopsd.config import DataSettings
+from dopsd.data.manifest import DataError
+from dopsd.data.schema import validate_concept
+
+SETTINGS = DataSettings(resolution=32, max_pixels=10_000)
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 40)) -> Image.Image:
+    """A picture of large random blocks: no two seeds are near duplicates."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST)
+
+
+def rows(count: int = 5) -> list[dict]:
+    return [
+        {"image": f"{i}.png", "captions": {"short": f"a {i} in [V] style", "medium": f"{i}, [V]"}} for i in range(count)
+    ]
+
+
+def write_rows(folder: Path, listed: list) -> None:
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
+
+
+def make(folder: Path, count: int = 5, first: int = 0) -> Path:
+    """A sound data set of ``count`` pictures in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        picture(first + i).save(folder / f"{i}.png")
+    write_rows(folder, rows(count))
+    return folder
+
+
+def faults_of(folder: Path, settings: DataSettings = SETTINGS) -> list[tuple[str, int | None, str | None, str]]:
+    with pytest.raises(DataError) as caught:
+        validate_concept(folder, "test", settings)
+    lines = str(caught.value).split("\n")
+    assert len(lines) == len(caught.value.faults)  # one line each, whatever the data held
+    return [(os.path.relpath(f.file, folder), f.row, f.column, f.problem) for f in caught.value.faults]

@@ -1,0 +1,198 @@
+"""The command line as a person meets it: the six stages on a tiny base, and what is said about mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from mlflow import MlflowClient
+from PIL import Image
+from typer.testing import CliRunner
+
+from dopsd import cli
+from dopsd.emoji_turbo import architecture
+from dopsd.stages import STAGES
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+
+
+def _pictures(folder: Path, count: int, seed: int, caption: str) -> None:
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(seed)
+    lines = []
+    for number in range(count):
+        small = draw.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((64, 64), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "caption": caption.format(number)}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with a random base and one concept, small enough to go the whole way in seconds."""
+    root = tmp_path_factory.mktemp("project")
+    parts = tiny.tiny_parts()
+    architecture.save_folder(
+        root / "data/base/tiny", **{key: parts[key] for key in ("vae", "tokenizer", "vlm", "transformer")}
+    )
+    _pictures(root / "data/concepts/blots", 4, 0, "blot number {} in [V] style")
+    _pictures(root / "data/concepts/blots/holdout", 3, 1, "another blot number {} in [V] style")
+    train = tiny.tiny_settings(max_steps=3, preview_steps=2).model_dump(mode="json")
+    settings = {
+        "concepts": ["blots"],
+        "model": {"path": "data/base/tiny", "device": "cpu", "context_pixels": [4096, 4096]},
+        "data": {"resolution": 64},
+        "train": train | {"methods": ["d-opsd", "sft"]},
+        "evaluation": {"steps": [1, 2], "few_steps": 2, "max_prompts": 3, "curve_prompts": 2},
+    }
+    (root / "params.yaml").write_text(yaml.safe_dump(settings))
+    return root
+
+
+@pytest.fixture
+def inside(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(project)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return project
+
+
+def _run(*arguments: str) -> str:
+    """Run a command in this process; it must succeed."""
+    result = CliRunner(env={"COLUMNS": "300"}).invoke(cli.app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def _mistake(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    """Run a command as a person does, who made a mistake; returns what they are told."""
+    monkeypatch.setattr(sys, "argv", ["dopsd", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+def test_the_six_stages_one_after_another(inside: Path) -> None:
+    for stage in STAGES:
+        said = _run(stage, "--concept", "blots")
+        assert said.startswith(f"{stage}: "), "each says what it did"
+        assert len(said.strip().splitlines()) <= 2
+    run = inside / "runs" / "blots"
+    for made in (
+        "validated.json", "encoded/index.json", "train/d-opsd/log.jsonl", "adapters/d-opsd.safetensors",
+        "adapters/sft-compute.safetensors", "evaluation/metrics.json", "evaluation/few_step.csv", "report.html",
+        "export/pytorch_lora_weights.safetensors", "export/README.md",
+    ):  # fmt: skip
+        assert (run / made).is_file(), made
+    assert not list(run.rglob("*.partial")), "nothing half-written is left"
+
+    said = _run("show", "--concept", "blots")
+    assert "D-OPSD" in said
+    assert str(run / "report.html") in said
+    assert "mlflow.db" in said
+
+    # the tracker was told all of it
+    client = MlflowClient(tracking_uri=f"sqlite:///{inside}/mlflow.db")
+    experiment = client.get_experiment_by_name("dopsd")
+    assert experiment is not None
+    runs = {r.info.run_name: r for r in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {"blots", "blots d-opsd", "blots sft"}
+    assert {r.info.status for r in runs.values()} == {"FINISHED"}
+    history = client.get_metric_history(runs["blots d-opsd"].info.run_id, "train/loss")
+    assert [m.step for m in history] == [1, 2, 3]
+    top = {item.path for item in client.list_artifacts(runs["blots"].info.run_id)}
+    assert {"evaluation", "report.html", "export", "settings.json"} <= top
+    assert runs["blots"].inputs.dataset_inputs[0].dataset.name == "blots"
+    assert runs["blots"].data.params["train.max_steps"] == "3"
+    assert any(key.startswith("evaluation/") for key in runs["blots"].data.metrics)
+    assert client.list_artifacts(runs["blots d-opsd"].info.run_id, "images"), "previews"
+
+
+def test_training_again_returns_at_once_and_is_the_same_run(inside: Path) -> None:
+    adapter = inside / "runs/blots/adapters/d-opsd.safetensors"
+    before = adapter.read_bytes()
+    _run("train", "--concept", "blots")
+    assert adapter.read_bytes() == before
+    client = MlflowClient(tracking_uri=f"sqlite:///{inside}/mlflow.db")
+    experiment = client.get_experiment_by_name("dopsd")
+    assert experiment is not None
+    assert len(client.search_runs([experiment.experiment_id])) == 3
+
+
+def test_other_training_code_starts_afresh(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dopsd.stages._code_hash", lambda: "another")
+    said = _run("train", "--concept", "blots", "--set", "train.methods=[sft]")
+    assert "the code of training changed" in said
+    assert (inside / "runs/blots/train/sft.previous").is_dir()
+
+
+def test_sample_draws_with_and_without_an_adapter(inside: Path, tmp_path: Path) -> None:
+    prompts = ("-p", "a blot in [V] style", "-p", "a blot")
+    _run("sample", *prompts, "--steps", "2", "--out", str(tmp_path / "base"))
+    _run("sample", *prompts, "--steps", "2", "--out", str(tmp_path / "again"))
+    _run(
+        "sample", *prompts, "--steps", "2", "--out", str(tmp_path / "tuned"),
+        "--adapter", "runs/blots/adapters/d-opsd.safetensors",
+    )  # fmt: skip
+    files = sorted(path.name for path in (tmp_path / "base").iterdir())
+    assert files == ["00.png", "01.png", "grid.png"]
+    base, again, tuned = ([(tmp_path / d / f).read_bytes() for f in files] for d in ("base", "again", "tuned"))
+    assert base == again, "a seed is a picture"
+    assert base != tuned
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "-c", "blots", "--set", "train.max_stepz=3"], "train.max_stepz: unknown setting"),
+        (["train", "-c", "blots", "--params", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["validate", "-c", "nothing"], "nothing"),
+        (["train", "-c", "nothing"], "run stage encode first"),
+        (["evaluate", "-c", "nothing"], "nothing"),
+        (["report", "-c", "nothing"], "run stage validate first"),
+        (["show", "-c", "nothing"], "make demo CONCEPT=nothing"),
+        (["sample", "-p", "x", "-a", "no.safetensors"], "no.safetensors: no such adapter"),
+        (["sample", "-p", "x", "--set", "model.path=no/where"], "no base model there"),
+        (["concept", "add", "no/where", "--name", "x"], "not a DVC project"),
+    ],
+)
+def test_a_mistake_is_said_in_words(
+    inside: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    told = _mistake(capsys, monkeypatch, *arguments)
+    assert said in told
+    assert told.startswith("error: ")
+
+
+def test_debug_shows_where(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["dopsd", "--debug", "train", "-c", "blots", "--set", "x=1"])
+    with pytest.raises(ValueError, match="x: unknown setting"):
+        cli.main()
+
+
+def test_doctor_tells_what_is_missing(inside: Path) -> None:
+    result = CliRunner().invoke(cli.app, ["doctor"], env={"COLUMNS": "200"})
+    assert result.exit_code == 1, "DVC is not initialised there"
+    assert "dvc init" in result.output
+    assert "data/base/tiny" in result.output
+
+
+def test_help_is_quick_and_shows_examples() -> None:
+    code = (
+        "import sys; from dopsd.cli import app; app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, env=dict(os.environ)
+    )
+    assert done.stdout.splitlines()[-1] == "False", "the help needs no torch"
+    for word in ("dvc repro", "concept add", "--set train.max_steps=20", *STAGES):
+        assert word in done.stdout

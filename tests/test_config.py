@@ -1,0 +1,131 @@
+"""Settings: what a person may get wrong is one line that names the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dopsd.config import Settings, SettingsError, load_settings
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = ROOT / "params.yaml"
+
+
+def _write(tmp_path: Path, **changes: Any) -> Path:
+    raw = yaml.safe_load(SHIPPED.read_text())
+    for key, value in changes.items():
+        node = raw
+        *parents, last = key.split("__")
+        for parent in parents:
+            node = node[parent]
+        if value is ...:
+            del node[last]
+        else:
+            node[last] = value
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def test_the_shipped_settings_are_valid_and_name_every_key() -> None:
+    raw = yaml.safe_load(SHIPPED.read_text())
+    assert load_settings(SHIPPED).model_dump(mode="json").keys() == raw.keys()
+
+    def same_keys(group: Any, written: Any, place: str) -> None:
+        assert isinstance(written, dict), place
+        assert set(written) == set(type(group).model_fields), f"{place}: params.yaml is the one place for settings"
+        for name in type(group).model_fields:
+            if hasattr(getattr(group, name), "model_fields"):
+                same_keys(getattr(group, name), written[name], f"{place}.{name}")
+
+    same_keys(load_settings(SHIPPED), raw, "params.yaml")
+
+
+def test_the_shipped_concepts_are_there() -> None:
+    for concept in load_settings(SHIPPED).concepts:
+        assert (ROOT / "data" / "concepts" / concept).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train__max_stepz": 3}, "train.max_stepz: unknown setting"),
+        ({"train__max_steps": ...}, "train.max_steps: missing"),
+        ({"train__max_steps": 0}, "train.max_steps: "),
+        ({"train__max_steps": "many"}, "train.max_steps: "),
+        ({"train__methods": ["d-opsd", "magic"]}, "train.methods.1: "),
+        ({"train__teacher__decay": 1.0}, "train.teacher.decay: "),
+        ({"train__teacher__guidance": 0.5}, "train.teacher.guidance: "),
+        ({"train__replay__weight": 1.0}, "replay.prompts is empty"),
+        ({"evaluation__few_steps": 3}, "must be one of evaluation.steps"),
+        ({"data": ...}, "data: missing"),
+    ],
+)
+def test_a_wrong_key_is_named(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(_write(tmp_path, **changes))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value), "one fault, one line"
+
+
+def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(_write(tmp_path, train__max_steps=-1, data__resolution="big", model__colour="red"))
+    assert len(str(caught.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no such file"),
+        ("a: [1", "not valid YAML"),
+        ("[1, 2]", "expected keys and values"),
+        ("", "expected keys"),
+    ],
+)
+def test_a_file_that_is_none(tmp_path: Path, content: str | None, said: str) -> None:
+    path = tmp_path / "params.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SettingsError, match=said):
+        load_settings(path)
+
+
+def test_overrides(tmp_path: Path) -> None:
+    changed = load_settings(SHIPPED, ("train.max_steps=7", "train.lora.targets=[to_q, to_k]", "model.vlm=null"))
+    assert changed.train.max_steps == 7
+    assert changed.train.lora.targets == ("to_q", "to_k")
+    for override, said in (
+        ("train.max_steps", "expected KEY=VALUE"),
+        ("=3", "expected KEY=VALUE"),
+        ("train.max_steps.more=3", "is a value, not a group"),
+        ("train.max_steps=[1", "is not a YAML value"),
+        ("train.nothing=1", "train.nothing: unknown setting"),
+    ):
+        with pytest.raises(SettingsError, match=said):
+            load_settings(SHIPPED, (override,))
+
+
+def test_settings_cannot_be_changed_by_accident() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_settings(SHIPPED).train.max_steps = 3  # type: ignore[misc]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(), lambda c: st.lists(c) | st.dictionaries(st.text(), c)
+    )
+)
+def test_whatever_a_file_holds_the_answer_is_settings_or_a_settings_error(value: Any) -> None:
+    raw = yaml.safe_load(SHIPPED.read_text())
+    raw["train"] = value
+    try:
+        Settings.model_validate(raw)
+    except ValueError as error:
+        assert "train" in str(error)  # noqa: PT017

@@ -1,0 +1,86 @@
+"""``dopsd concept add``: the data set is in place and under DVC, or everything is as it was."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from concept_folders import SETTINGS, make
+
+from dopsd.data.concept import ConceptError, add_concept
+from dopsd.data.manifest import DataError
+from dopsd.data.schema import validate_concept
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project with git and DVC, as a person has it."""
+    root = tmp_path / "project"
+    root.mkdir()
+    environment = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
+    subprocess.run(["git", "init", "-q"], cwd=root, check=True, env=environment)
+    command = [sys.executable, "-m", "dvc", "init", "-q"]
+    subprocess.run(command, cwd=root, check=True, env={**environment, "DVC_NO_ANALYTICS": "1"})
+    return root
+
+
+def snapshot(root: Path) -> dict[str, bytes]:
+    data = root / "data"
+    return {str(path.relative_to(data)): path.read_bytes() for path in sorted(data.rglob("*")) if path.is_file()}
+
+
+def test_add_copies_and_tracks_or_leaves_everything_as_it_was(tmp_path, project):
+    folder = make(tmp_path / "mine")
+    make(folder / "holdout", count=2, first=20)
+    (folder / "README.md").write_text("mine")
+    (folder / ".hidden").write_text("x")
+    table = add_concept(folder, "my-style", project, SETTINGS)
+    target = project / "data" / "concepts" / "my-style"
+    assert table.root == target
+    assert table.content_hash == validate_concept(folder, "x", SETTINGS).content_hash
+    copied = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
+    expected = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert copied == expected - {".hidden"}
+    assert "/my-style" in (target.parent / ".gitignore").read_text()
+    assert "md5" in (target.parent / "my-style.dvc").read_text()
+
+    before = snapshot(project)
+    with pytest.raises(ConceptError, match="there already"):
+        add_concept(folder, "my-style", project, SETTINGS)
+    bad = make(tmp_path / "bad")
+    (bad / "1.png").unlink()
+    with pytest.raises(DataError, match="is missing"):
+        add_concept(bad, "my-style", project, SETTINGS, replace=True)
+    assert snapshot(project) == before
+
+    other = make(tmp_path / "other", first=40)
+    replaced = add_concept(other, "my-style", project, SETTINGS, replace=True)
+    assert replaced.content_hash == validate_concept(other, "x", SETTINGS).content_hash
+    assert sorted(path.name for path in target.parent.iterdir()) == [".gitignore", "my-style", "my-style.dvc"]
+    # What lies there already is put under DVC where it is.
+    assert add_concept(target, "my-style", project, SETTINGS).content_hash == replaced.content_hash
+
+
+def test_add_is_undone_where_dvc_refuses(tmp_path, project):
+    # DVC refuses to track what git already tracks.
+    target = make(project / "data" / "concepts" / "taken")
+    subprocess.run(["git", "add", "data"], cwd=project, check=True)
+    before = snapshot(project)
+    with pytest.raises(ConceptError, match="dvc add failed"):
+        add_concept(make(tmp_path / "mine", first=40), "taken", project, SETTINGS, replace=True)
+    assert snapshot(project) == before
+    assert sorted(path.name for path in target.parent.iterdir()) == ["taken"]
+
+
+@pytest.mark.parametrize("name", ["", "A", "a b", "../a", "a/b", "-a", "ä", "a\n", ".", "a" * 65])
+def test_add_refuses_names(tmp_path, name):
+    with pytest.raises(ConceptError, match="a-z, 0-9 and -"):
+        add_concept(tmp_path, name, tmp_path, SETTINGS)
+
+
+def test_add_outside_a_project(tmp_path):
+    with pytest.raises(ConceptError, match="not a DVC project"):
+        add_concept(make(tmp_path / "mine"), "a", tmp_path, SETTINGS)
