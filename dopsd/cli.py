@@ -156,6 +156,8 @@ def sample(
     from dopsd.tracking import picture_row
 
     settings = _settings(params, overrides)
+    if adapter is not None and not adapter.is_file():
+        raise StageError(f"{adapter}: no such adapter; trained ones are in runs/*/adapters")
     family = load_family(settings.model)
     side = settings.data.resolution
     conditioning = family.encode_prompt(prompt)
@@ -236,9 +238,16 @@ def base_build(
 @base_app.command("check")
 def base_check() -> None:
     """Measure whether the embedded base is good enough (docs/emoji-turbo.md)."""
+    from rich.console import Console
+    from rich.table import Table
+
     from dopsd.emoji_turbo.check import check
 
-    check(Path())
+    table: Table | None = None
+    for row in (line.as_dict() for line in check(Path())):
+        table = table or Table(*row)
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ Exactly one of three kinds::
     NAME.parquet     one table with the same columns
 
 A sub-folder ``holdout/`` is a concept folder of its own (the truth that evaluation compares with) and no part of this
-table. Everything else in the folder must be mentioned by a row, apart from README, LICENSE, NOTICE and hidden files.
+table. Everything else in the folder must be mentioned by a row, apart from concept.json, README, LICENSE, NOTICE and
+hidden files.
 
 Nothing is judged here: :func:`read_table` writes what it could not read into the column ``problems``, and
 :mod:`dopsd.data.schema` turns that and all its own findings into one :class:`DataError`.
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 METADATA = "metadata.jsonl"
 HOLDOUT = "holdout"
+ABOUT = "concept.json"
+"""What kind of concept it is, for the evaluation (dopsd/evaluation/prompts.py reads it)."""
 COLUMNS = ("source", "row", "image", "captions", "references", "problems")
 _DOCUMENTS = ("README", "LICENSE", "LICENCE", "NOTICE", "COPYING", "ATTRIBUTION")
 
@@ -163,7 +166,7 @@ def _join(base: str, name: str) -> str:
 
 
 def _is_document(file: str) -> bool:
-    return Path(file).name.split(".")[0].upper() in _DOCUMENTS and Path(file).suffix.lower() in ("", ".md", ".txt")
+    return file == ABOUT or Path(file).name.split(".")[0].upper() in _DOCUMENTS and Path(file).suffix.lower() in ("", ".md", ".txt")
 
 
 def _mentioned(records: Sequence[Record]) -> set[str]:

@@ -55,7 +55,7 @@ _SIZE = {
 PRESETS = {
     "cpu": Preset(
         **_SIZE, max_concepts=320, max_known=200,
-        decoder_batch=16, decoder_steps=8000, decoder_minutes=25,
+        decoder_batch=16, decoder_steps=8000, decoder_minutes=45,
         pretrain_batch=32, pretrain_steps=12000, pretrain_minutes=60,
         trajectories=2000, distill_batch=48, distill_steps=2000, distill_minutes=10,
     ),

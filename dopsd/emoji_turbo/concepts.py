@@ -2,7 +2,7 @@
 
 ``style-3d`` and ``style-ink``: 16 pictures of known things in a style the base has never seen; held out are 100 other
 known things in that style. ``subject-LABEL``: 5 pictures of a thing the base has never seen, in its own styles, places
-and grounds; held out are its three plain pictures under other words.
+and grounds; held out are three more under other words.
 """
 
 from __future__ import annotations
@@ -41,23 +41,32 @@ def write_concepts(world: World, folder: Path, seed: int = 0) -> list[str]:
     names.append(f"subject-{label}")
     target = _fresh(folder / names[-1])
     _write(target, _subject_rows(world))
-    plain = [
-        (style, f"{PLACEHOLDER} in {style} style", _image(world.pictures[style][world.subject]))
-        for style in BASE_STYLES
-    ]
-    _write(target / "holdout", plain)
+    _write(target / "holdout", _subject_truth(world))
     _describe(target, {"kind": "subject", "label": label})
     return names
 
 
 def _subject_rows(world: World) -> list[tuple[str, dict[str, str], Image.Image]]:
     noto, twemoji, flat = (_image(world.pictures[style][world.subject]) for style in BASE_STYLES)
-    rows = [("noto", "noto", noto), ("twemoji", "twemoji", twemoji), ("flat", "flat", flat)]
+    rows = [("noto", "noto", noto), ("twemoji", "twemoji", twemoji)]
     rows.append(("noto-far", "noto", _placed(noto, 0.6, (4, 22), (255, 255, 255))))
+    rows.append(("flat-far", "flat", _placed(flat, 0.65, (18, 4), (255, 255, 255))))
     rows.append(("twemoji-sky", "twemoji", _placed(twemoji, 0.75, (14, 8), (205, 230, 250))))
     captions = {style: {"short": f"a {PLACEHOLDER}, {style} style", "request": f"draw a {PLACEHOLDER}, {style} style"}
                 for style in BASE_STYLES}  # fmt: skip
     return [(name, captions[style], image) for name, style, image in rows]
+
+
+def _subject_truth(world: World) -> list[tuple[str, str, Image.Image]]:
+    """One picture per style that no training picture shows: flat at its full size, the others in between."""
+    noto, twemoji, flat = (_image(world.pictures[style][world.subject]) for style in BASE_STYLES)
+    plain = (255, 255, 255)
+    pictures = {
+        "noto": _placed(noto, 0.8, (6, 6), plain),
+        "twemoji": _placed(twemoji, 0.85, (2, 8), plain),
+        "flat": flat,
+    }
+    return [(style, f"{PLACEHOLDER} in {style} style", picture) for style, picture in pictures.items()]
 
 
 def _placed(image: Image.Image, scale: float, corner: tuple[int, int], ground: tuple[int, int, int]) -> Image.Image:

@@ -1,0 +1,332 @@
+"""The evaluation from end to end, on the real classes at a tiny size and the real world's pictures."""
+
+import csv
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dopsd.config import LoraSettings, Settings
+from dopsd.data.cache import EncodingCache
+from dopsd.data.schema import validate_dataset
+from dopsd.distill.adapters import STUDENT, add_adapters, lora_layers, save_adapter
+from dopsd.emoji_turbo.captions import concept_caption
+from dopsd.emoji_turbo.pictures import World
+from dopsd.evaluation import headline, prompts
+from dopsd.evaluation.probe import world_picture
+from dopsd.evaluation.report import ReportError, write_report
+from dopsd.evaluation.scoring import Bootstrap, Cell
+from dopsd.evaluation.suite import EvaluationError, Subject, evaluate
+from dopsd.evaluation.table import headline_table, table_as_text
+from dopsd.evaluation.verdict import verdict
+from tests.tiny import tiny_family
+
+WORLD = Path(__file__).parent.parent / "data" / "world"
+HOLDOUT, TRAINING = 12, 4
+HOSTILE = "<script src=\"https://evil.example/x.js\">alert('[V]')</script> & \"quotes\""
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    whole = World.load(WORLD)
+    count = 34
+    pictures = {style: stack[:count] for style, stack in whole.pictures.items()}
+    return replace(
+        whole, labels=whole.labels[:count], codes=whole.codes[:count], pictures=pictures, held_out=(5,),
+        known=tuple(i for i in range(count) if i != 5), subject=5,
+    )  # fmt: skip
+
+
+def tiny_run_settings(**changes) -> Settings:
+    evaluation = {"steps": [1, 2], "few_steps": 2, "max_prompts": 10, "curve_prompts": 4, "kept_prompts": 6}
+    return Settings.model_validate(
+        {
+            "concepts": ["inked"], "model": {"path": "nowhere"}, "data": {"resolution": 64},
+            "train": {"max_steps": 1, "batch_size": 1, "learning_rate": 1e-3}, "evaluation": evaluation | changes,
+        }  # fmt: skip
+    )
+
+
+def write_concept(folder: Path, world: World, kind: dict | None, holdout: bool = True):
+    """A style data set of the world's ink pictures: concepts 0-11 held out, 12-15 to train on."""
+    parts = [(folder, range(HOLDOUT, HOLDOUT + TRAINING))] + ([(folder / "holdout", range(HOLDOUT))] if holdout else [])
+    for place, concepts in parts:
+        place.mkdir(parents=True)
+        rows = []
+        for i in concepts:
+            world_picture(world, "ink", i).save(place / f"{i}.png")
+            rows.append({"image": f"{i}.png", "caption": concept_caption(world.labels[i])})
+        (place / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tables = validate_dataset(folder, "inked", tiny_run_settings().data)
+    if kind is not None:
+        (folder / "concept.json").write_text(json.dumps(kind))
+    return tables
+
+
+def write_adapter(path: Path, scale: float) -> Path:
+    """An adapter that changes the tiny family's pictures, or with ``scale`` 0 does nothing."""
+    transformer = tiny_family().transformer
+    pair = add_adapters(transformer, LoraSettings(rank=4), tiny_family().lora_targets, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in lora_layers(transformer, STUDENT).values():
+            weight = layer.lora_B[STUDENT].weight
+            weight.copy_(scale * torch.randn(weight.shape, generator=generator))
+    save_adapter(path, transformer, STUDENT, LoraSettings(rank=4))
+    pair.remove()
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, world):
+    """One evaluation: base, teacher, an adapter that changes much and one that changes nothing."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("evaluation")
+    table, holdout = write_concept(root / "concept", world, {"kind": "style", "style": "ink"})
+    subjects = [
+        Subject("base", None), Subject("teacher", None),
+        Subject("d-opsd", write_adapter(root / "d-opsd.safetensors", 0.5)),
+        Subject("sft", write_adapter(root / "sft.safetensors", 0.0)),
+    ]  # fmt: skip
+    family = tiny_family()
+    cache = EncodingCache(root / "cache")
+
+    def again(folder: str, **changes):
+        return evaluate(
+            tiny_family(), table, holdout, world, subjects, tiny_run_settings(**changes), cache, root / folder
+        )
+
+    metrics = evaluate(family, table, holdout, world, subjects, tiny_run_settings(), cache, root / "evaluation")
+    return root, metrics, again, family
+
+
+def rows_of(path: Path) -> list[dict]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_everything_is_written(run):
+    root, metrics, _, family = run
+    folder = root / "evaluation"
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert {p.name for p in (folder / "grids").iterdir()} == {"few_step.png", "steps.png", "kept.png"}
+    assert not folder.with_name("evaluation.partial").exists()
+    assert metrics["counts"] == {
+        "training_pictures": 4, "concept_prompts": 10, "curve_prompts": 4, "kept_prompts": 6, "candidates": 34
+    }  # fmt: skip
+    assert metrics["omitted"].keys() <= {"gap_closed_style", "gap_closed_truth"}
+    assert not getattr(family.transformer, "peft_config", None) and family.vlm is None
+
+
+def test_the_curves_hold_every_model_at_every_number_of_steps_on_the_same_prompts(run):
+    rows = rows_of(run[0] / "evaluation" / "few_step.csv")
+    found = {(row["model"], int(row["steps"])) for row in rows if row["metric"] == "style"}
+    assert found == {(model, steps) for model in ("base", "teacher", "d-opsd", "sft") for steps in (1, 2)}
+    assert {row["prompts"] for row in rows} == {"4"}
+    for row in rows:
+        if row["metric"] != "kid":
+            assert float(row["low"]) - 1e-6 <= float(row["value"]) <= float(row["high"]) + 1e-6
+
+
+def test_an_adapter_that_changes_nothing_has_the_bases_scores_exactly(run):
+    """Same prompts, same noise, nothing left behind by the adapter before it."""
+    root, metrics, _, _ = run
+    rows = rows_of(root / "evaluation" / "scores.csv")
+    scores = {(r["model"], r["steps"], r["split"], r["metric"]): r["value"] for r in rows}
+    compared = [key for key in scores if key[0] == "sft"]
+    assert len(compared) > 20
+    assert all(scores[key] == scores["base", *key[1:]] for key in compared)
+    kept = {key: value for key, value in metrics["headline"]["sft"].items() if key.startswith("kept_")}
+    assert kept and all(value == pytest.approx(1) for value in kept.values())
+    changed = [key for key in scores if key[0] == "d-opsd" and scores[key] != scores["base", *key[1:]]]
+    assert len(changed) > 20
+
+
+def test_the_real_pictures_are_the_ceiling(run):
+    real = run[1]["scores"]["concept"]["real"]
+    assert real["cosine"] == pytest.approx(1, abs=1e-5) and real["sharpness"] == pytest.approx(1, abs=1e-5)
+    assert real["mse"] == 0 and real["structure"] == pytest.approx(1, abs=1e-4) and real["concept_top1"] == 1
+    assert real["style"] > 0.8 and abs(real["kid"]) < run[1]["scores"]["concept"]["base"]["kid"]
+
+
+def test_a_second_run_gives_the_same_file(run):
+    root, metrics, again, _ = run
+    assert again("second") == metrics
+    same = [name for name in ("scores.csv", "few_step.csv", "metrics.json")]
+    assert all((root / "second" / n).read_bytes() == (root / "evaluation" / n).read_bytes() for n in same)
+
+
+def test_a_prompts_noise_does_not_depend_on_its_batch(run):
+    other = run[2]("batches", batch_size=3)["scores"]["concept"]["d-opsd"]
+    for key, value in run[1]["scores"]["concept"]["d-opsd"].items():
+        assert other[key] == pytest.approx(value, abs=0.02), key
+
+
+def test_without_world_and_holdout_what_needs_truth_is_left_out_and_said(tmp_path, world):
+    table, holdout = write_concept(tmp_path / "concept", world, None, holdout=False)
+    changes = {"prompts": ["a fox in [V] style", "a red boat in [V] style"]}
+    subjects = [Subject("base", None), Subject("teacher", None), Subject("sft", write_adapter(tmp_path / "a", 0.5))]
+    metrics = evaluate(
+        tiny_family(), table, holdout, None, subjects, tiny_run_settings(**changes), EncodingCache(tmp_path / "cache"),
+        tmp_path / "out",
+    )  # fmt: skip
+    assert metrics["scores"].keys() == {"concept"}
+    assert metrics["scores"]["concept"]["sft"].keys() == {"sharpness", "train_similarity"}
+    assert {"style", "cosine", "concept_top1", "kept", "kid", "mse"} <= metrics["omitted"].keys()
+    assert metrics["style_score"] == "train_similarity" and metrics["counts"]["concept_prompts"] == 2
+    page = write_report(tmp_path / "out", tmp_path / "none", {}, tmp_path / "report.html").read_text()
+    assert "there are no held-out pictures" in page and "What was kept" not in page
+
+
+def test_a_concept_that_says_what_it_is_wrongly_is_a_clear_error(tmp_path, world):
+    table, _ = write_concept(tmp_path / "concept", world, None, holdout=False)
+    for text, message in (
+        ('{"kind": "mood"}', '"kind" must be "style" or "subject", found \'mood\''),
+        ('{"kind": "style", "style": "crayon"}', "unknown \"style\" 'crayon'; the world has noto"),
+        ("{", "not readable as JSON"), ("[]", '"kind" must be'),
+    ):  # fmt: skip
+        (table.root / "concept.json").write_text(text)
+        with pytest.raises(EvaluationError, match=re.escape(message)):
+            prompts.read_kind(table, world)
+
+
+def test_the_base_must_be_there_once(tmp_path, world):
+    table, _ = write_concept(tmp_path / "concept", world, None, holdout=False)
+    with pytest.raises(EvaluationError, match="expected the subject base once"):
+        evaluate(
+            tiny_family(), table, None, None, [Subject("sft", None)], tiny_run_settings(), EncodingCache(tmp_path / "c"),
+            tmp_path / "out",
+        )  # fmt: skip
+
+
+def test_prompts_know_their_truth_and_their_concept(tmp_path, world):
+    settings = tiny_run_settings(kept_prompts=90)
+    table, holdout = write_concept(tmp_path / "concept", world, {"kind": "style", "style": "ink"})
+    kind = prompts.read_kind(table, world)
+    asked = prompts.concept_prompts(table, holdout, world, kind, settings)
+    assert len(asked) == 10 and len({p.concept for p in asked}) == 10
+    for p in asked:
+        assert p.text == concept_caption(world.labels[p.concept])
+        assert p.truth.tobytes() == world_picture(world, "ink", p.concept).tobytes()
+    kept = prompts.kept_prompts(world, asked, settings)
+    assert len(kept) == len({(p.concept, p.style) for p in kept}) == 90
+    assert {p.concept for p in kept} <= set(world.known) and not {p.number for p in kept} & {p.number for p in asked}
+    shown = prompts.teacher_rows(table, asked, 3)
+    assert len(set(shown)) > 1 and shown == prompts.teacher_rows(table, asked, 3)
+    own = [replace(asked[0], text=table.rows[0].captions[0][1])] * 20
+    assert 0 not in prompts.teacher_rows(table, own, 3)
+
+
+# --- headline numbers -------------------------------------------------------------------------------------------------
+
+
+def cell(**values: list[float]) -> Cell:
+    return Cell({key: np.array(value) for key, value in values.items()}, torch.zeros(len(next(iter(values.values()))), 1))
+
+
+def test_headline_numbers_are_the_ratios_they_claim():
+    cells = {
+        ("concept", "base", 4): cell(style=[0.0, 0.2], cosine=[0.3, 0.3], sharpness=[0.4, 0.4]),
+        ("concept", "teacher", 4): cell(style=[0.8, 1.0], cosine=[0.3, 0.3], sharpness=[0.5, 0.5]),
+        ("concept", "d-opsd", 4): cell(style=[0.6, 0.8], cosine=[0.4, 0.4], sharpness=[0.5, 0.5]),
+        ("concept", "d-opsd", 32): cell(style=[1.0, 0.75]),
+        ("kept", "base", 4): cell(style=[0.5, 0.5], cosine=[0.5, 0.3], mse=[0.1, 0.1]),
+        ("kept", "d-opsd", 4): cell(style=[0.5, 0.4], cosine=[0.4, 0.4], mse=[0.1, 0.3]),
+    }
+    omitted: dict[str, str] = {}
+    numbers = headline.headline(cells, ["base", "teacher", "d-opsd"], 4, 32, 1, Bootstrap(0), omitted)["d-opsd"]
+    assert numbers.values["gap_closed_style"] == pytest.approx((0.7 - 0.1) / (0.9 - 0.1))
+    assert "gap_closed_truth" not in numbers.values and "no better than the base" in omitted["gap_closed_truth"]
+    assert numbers.values["sharpness_vs_base"] == pytest.approx(1.25)
+    assert numbers.values["kept_style"] == pytest.approx(0.9) and numbers.values["kept_cosine"] == pytest.approx(1)
+    assert numbers.values["kept_mse"] == pytest.approx(2) and numbers.values["kept_lowest"] == pytest.approx(0.9)
+    assert numbers.values["retention_style"] == pytest.approx(0.6 / 0.875)
+    low, high = numbers.intervals["gap_closed_style"]
+    assert low == pytest.approx(0.75) and high == pytest.approx(0.75)  # 0.6 of 0.8 on both prompts: paired, so certain
+
+
+def test_the_verdict_follows_the_numbers(run):
+    metrics = json.loads(json.dumps(run[1]))
+    good = {"gap_closed_style": 0.9, "gap_closed_truth": 0.8, "sharpness_vs_base": 1.0, "kept_lowest": 0.97, "kept_style": 0.97}
+    metrics["headline"]["d-opsd"] = good
+    assert verdict(metrics)[0] == "D-OPSD learnt the new style, in 2 steps, stays sharp and keeps what the base knew."
+    metrics["headline"]["d-opsd"] = good | {"gap_closed_style": 0.1, "gap_closed_truth": -0.2, "sharpness_vs_base": 0.3}
+    assert verdict(metrics)[0] == "D-OPSD hardly learnt the new style, but lost sharpness."
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """What a browser would load or run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.tags: list[str] = []
+        self.handlers: list[str] = []
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for key, value in attrs:
+            if key.endswith(("src", "href", "srcset", "action", "poster")) or key == "data":
+                self.addresses.append(value or "")
+            if key.startswith("on"):
+                self.handlers.append(key)
+            if key == "id":
+                self.ids.append(value or "")
+
+
+def test_the_page_needs_nothing_else_and_escapes_captions(run, tmp_path):
+    folder = tmp_path / "evaluation"
+    source = run[0] / "evaluation"
+    (folder / "samples").mkdir(parents=True)
+    for path in source.rglob("*"):
+        if path.is_file():
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    index = json.loads((folder / "samples" / "index.json").read_text())
+    index["prompts"]["concept"][0] = index["captions"][0] = HOSTILE
+    index["settings"]["evaluation"]["prompts"] = [HOSTILE]
+    (folder / "samples" / "index.json").write_text(json.dumps(index))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps(metrics | {"concept": HOSTILE}))
+    previews = tmp_path / "train" / "d-opsd" / "previews"
+    previews.mkdir(parents=True)
+    for step in range(0, 100, 10):
+        Image.new("RGB", (128, 64), "red").save(previews / f"student-{step:06d}.png")
+    log = "".join(json.dumps({"step": step, "train/loss": 1 / step}) + "\n" for step in range(1, 50))
+    (tmp_path / "train" / "d-opsd" / "log.jsonl").write_text(log + '{"step": 50, "trai')
+
+    out = write_report(folder, tmp_path / "train", {"content_hash": "ab" * 32}, tmp_path / "deep" / "report.html")
+    text = out.read_text()
+    page = Page()
+    page.feed(text)
+    assert page.addresses and all(address.startswith(("data:image/png;base64,", "#")) for address in page.addresses)
+    assert not {"script", "iframe", "link", "object", "embed", "form"} & set(page.tags) and not page.handlers
+    assert not re.search(r"url\((?!#)|@import", text)
+    assert len(page.ids) == len(set(page.ids))
+    assert "&lt;script src=&#34;https://evil.example/x.js&#34;&gt;" in text
+    assert text.count("<svg") >= 4 and "step 90" in text and "Through training" in text
+
+
+def test_a_missing_evaluation_says_which_stage_to_run(tmp_path):
+    with pytest.raises(ReportError, match="run stage evaluate first"):
+        write_report(tmp_path, tmp_path, {}, tmp_path / "report.html")
+
+
+def test_the_table_is_the_same_everywhere(run):
+    table = headline_table(run[1])
+    titles, rows = table_as_text(run[1])
+    assert [column.header for column in table.columns] == titles
+    assert [row[0] for row in rows] == ["base, untuned", "teacher", "D-OPSD", "SFT", "truth"]
+    style = titles.index("style ↑")
+    assert rows[0][style].startswith(f"{run[1]['scores']['concept']['base']['style']:.3f} (")
