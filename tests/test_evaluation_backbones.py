@@ -97,8 +97,8 @@ def test_a_damaged_store_is_computed_again(tmp_path, backbone, world, content):
 
 
 def test_the_probe_knows_the_styles_of_unseen_concepts_also_degraded(backbone, world):
-    pictures = {style: stack[:75] for style, stack in world.pictures.items()}
-    few = replace(world, labels=world.labels[:75], codes=world.codes[:75], pictures=pictures, held_out=(5,))
+    pictures = {style: stack[:50] for style, stack in world.pictures.items()}
+    few = replace(world, labels=world.labels[:50], codes=world.codes[:50], pictures=pictures, held_out=(5,))
     seen: list[int] = []
 
     def through(images):
@@ -106,12 +106,13 @@ def test_the_probe_knows_the_styles_of_unseen_concepts_also_degraded(backbone, w
         return [image.resize((32, 32)).resize((64, 64)) for image in images]
 
     store = FeatureStore(backbone)
-    probe = train_probe(few, range(0, 75, 3), store, through, seed=0)
-    assert probe.accuracy["clean"] > 0.65 and probe.accuracy["degraded"] > 0.5  # chance: 0.2
-    assert probe.counts["training_pictures"] == 2 * 5 * 50 + seen[0]
-    ink = store.style(store([world_picture(few, "ink", i) for i in range(0, 75, 3)]))
-    assert float(probe.probability(ink, ["ink"] * 25).mean()) > 0.85
-    assert torch.allclose(probe.probabilities(ink).sum(1), torch.ones(25), atol=1e-5)
+    probe = train_probe(few, range(0, 50, 3), store, through, seed=0)
+    assert probe.accuracy["clean"] > 0.65
+    assert probe.accuracy["degraded"] > 0.5
+    assert probe.counts["training_pictures"] == 2 * 5 * 33 + seen[0]
+    ink = store.style(store([world_picture(few, "ink", i) for i in range(0, 50, 3)]))
+    assert float(probe.probability(ink, ["ink"] * 17).mean()) > 0.85
+    assert torch.allclose(probe.probabilities(ink).sum(1), torch.ones(17), atol=1e-5)
 
 
 def test_the_probe_needs_concepts_on_both_sides(backbone, world):

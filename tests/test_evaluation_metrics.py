@@ -83,7 +83,8 @@ def _reference_ssim(a: np.ndarray, b: np.ndarray, window: int = 7) -> float:
 
     unbias = window**2 / (window**2 - 1)
     ma, mb = mean(a), mean(b)
-    va, vb, vab = ((mean(x * y) - mx * my) * unbias for x, y, mx, my in ((a, a, ma, ma), (b, b, mb, mb), (a, b, ma, mb)))
+    va, vb = ((mean(x * x) - m * m) * unbias for x, m in ((a, ma), (b, mb)))
+    vab = (mean(a * b) - ma * mb) * unbias
     c1, c2 = 0.01**2, 0.03**2
     return float(np.mean((2 * ma * mb + c1) * (2 * vab + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))))
 

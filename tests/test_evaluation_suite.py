@@ -29,7 +29,7 @@ from tests.tiny import tiny_family
 
 WORLD = Path(__file__).parent.parent / "data" / "world"
 HOLDOUT, TRAINING = 12, 4
-HOSTILE = "<script src=\"https://evil.example/x.js\">alert('[V]')</script> & \"quotes\""
+HOSTILE = '<script src="https://evil.example/x.js">alert(\'[V]\')</script> & "quotes"'
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +45,11 @@ def world() -> World:
 
 def tiny_run_settings(**changes) -> Settings:
     evaluation = {"steps": [1, 2], "few_steps": 2, "max_prompts": 10, "curve_prompts": 4, "kept_prompts": 6}
-    return Settings.model_validate(
-        {
-            "concepts": ["inked"], "model": {"path": "nowhere"}, "data": {"resolution": 64},
-            "train": {"max_steps": 1, "batch_size": 1, "learning_rate": 1e-3}, "evaluation": evaluation | changes,
-        }  # fmt: skip
-    )
+    values = {
+        "concepts": ["inked"], "model": {"path": "nowhere"}, "data": {"resolution": 64},
+        "train": {"max_steps": 1, "batch_size": 1, "learning_rate": 1e-3}, "evaluation": evaluation | changes,
+    }  # fmt: skip
+    return Settings.model_validate(values)
 
 
 def write_concept(folder: Path, world: World, kind: dict | None, holdout: bool = True):
@@ -121,7 +120,8 @@ def test_everything_is_written(run):
         "training_pictures": 4, "concept_prompts": 10, "curve_prompts": 4, "kept_prompts": 6, "candidates": 34
     }  # fmt: skip
     assert metrics["omitted"].keys() <= {"gap_closed_style", "gap_closed_truth"}
-    assert not getattr(family.transformer, "peft_config", None) and family.vlm is None
+    assert not getattr(family.transformer, "peft_config", None)
+    assert family.vlm is None
 
 
 def test_the_curves_hold_every_model_at_every_number_of_steps_on_the_same_prompts(run):
@@ -143,23 +143,28 @@ def test_an_adapter_that_changes_nothing_has_the_bases_scores_exactly(run):
     assert len(compared) > 20
     assert all(scores[key] == scores["base", *key[1:]] for key in compared)
     kept = {key: value for key, value in metrics["headline"]["sft"].items() if key.startswith("kept_")}
-    assert kept and all(value == pytest.approx(1) for value in kept.values())
+    assert kept
+    assert all(value == pytest.approx(1) for value in kept.values())
     changed = [key for key in scores if key[0] == "d-opsd" and scores[key] != scores["base", *key[1:]]]
     assert len(changed) > 20
 
 
 def test_the_real_pictures_are_the_ceiling(run):
     real = run[1]["scores"]["concept"]["real"]
-    assert real["cosine"] == pytest.approx(1, abs=1e-5) and real["sharpness"] == pytest.approx(1, abs=1e-5)
-    assert real["mse"] == 0 and real["structure"] == pytest.approx(1, abs=1e-4) and real["concept_top1"] == 1
-    assert real["style"] > 0.8 and abs(real["kid"]) < run[1]["scores"]["concept"]["base"]["kid"]
+    assert real["cosine"] == pytest.approx(1, abs=1e-5)
+    assert real["sharpness"] == pytest.approx(1, abs=1e-5)
+    assert real["mse"] == 0
+    assert real["structure"] == pytest.approx(1, abs=1e-4)
+    assert real["concept_top1"] == 1
+    assert real["style"] > 0.8
+    assert abs(real["kid"]) < run[1]["scores"]["concept"]["base"]["kid"]
 
 
 def test_a_second_run_gives_the_same_file(run):
     root, metrics, again, _ = run
     assert again("second") == metrics
-    same = [name for name in ("scores.csv", "few_step.csv", "metrics.json")]
-    assert all((root / "second" / n).read_bytes() == (root / "evaluation" / n).read_bytes() for n in same)
+    for name in ("scores.csv", "few_step.csv", "metrics.json"):
+        assert (root / "second" / name).read_bytes() == (root / "evaluation" / name).read_bytes()
 
 
 def test_a_prompts_noise_does_not_depend_on_its_batch(run):
@@ -179,9 +184,11 @@ def test_without_world_and_holdout_what_needs_truth_is_left_out_and_said(tmp_pat
     assert metrics["scores"].keys() == {"concept"}
     assert metrics["scores"]["concept"]["sft"].keys() == {"sharpness", "train_similarity"}
     assert {"style", "cosine", "concept_top1", "kept", "kid", "mse"} <= metrics["omitted"].keys()
-    assert metrics["style_score"] == "train_similarity" and metrics["counts"]["concept_prompts"] == 2
+    assert metrics["style_score"] == "train_similarity"
+    assert metrics["counts"]["concept_prompts"] == 2
     page = write_report(tmp_path / "out", tmp_path / "none", {}, tmp_path / "report.html").read_text()
-    assert "there are no held-out pictures" in page and "What was kept" not in page
+    assert "there are no held-out pictures" in page
+    assert "What was kept" not in page
 
 
 def test_a_concept_that_says_what_it_is_wrongly_is_a_clear_error(tmp_path, world):
@@ -200,8 +207,8 @@ def test_the_base_must_be_there_once(tmp_path, world):
     table, _ = write_concept(tmp_path / "concept", world, None, holdout=False)
     with pytest.raises(EvaluationError, match="expected the subject base once"):
         evaluate(
-            tiny_family(), table, None, None, [Subject("sft", None)], tiny_run_settings(), EncodingCache(tmp_path / "c"),
-            tmp_path / "out",
+            tiny_family(), table, None, None, [Subject("sft", None)], tiny_run_settings(),
+            EncodingCache(tmp_path / "cache"), tmp_path / "out",
         )  # fmt: skip
 
 
@@ -210,15 +217,18 @@ def test_prompts_know_their_truth_and_their_concept(tmp_path, world):
     table, holdout = write_concept(tmp_path / "concept", world, {"kind": "style", "style": "ink"})
     kind = prompts.read_kind(table, world)
     asked = prompts.concept_prompts(table, holdout, world, kind, settings)
-    assert len(asked) == 10 and len({p.concept for p in asked}) == 10
+    assert len(asked) == 10
+    assert len({p.concept for p in asked}) == 10
     for p in asked:
         assert p.text == concept_caption(world.labels[p.concept])
         assert p.truth.tobytes() == world_picture(world, "ink", p.concept).tobytes()
     kept = prompts.kept_prompts(world, asked, settings)
     assert len(kept) == len({(p.concept, p.style) for p in kept}) == 90
-    assert {p.concept for p in kept} <= set(world.known) and not {p.number for p in kept} & {p.number for p in asked}
+    assert {p.concept for p in kept} <= set(world.known)
+    assert not {p.number for p in kept} & {p.number for p in asked}
     shown = prompts.teacher_rows(table, asked, 3)
-    assert len(set(shown)) > 1 and shown == prompts.teacher_rows(table, asked, 3)
+    assert len(set(shown)) > 1
+    assert shown == prompts.teacher_rows(table, asked, 3)
     own = [replace(asked[0], text=table.rows[0].captions[0][1])] * 20
     assert 0 not in prompts.teacher_rows(table, own, 3)
 
@@ -227,7 +237,8 @@ def test_prompts_know_their_truth_and_their_concept(tmp_path, world):
 
 
 def cell(**values: list[float]) -> Cell:
-    return Cell({key: np.array(value) for key, value in values.items()}, torch.zeros(len(next(iter(values.values()))), 1))
+    count = len(next(iter(values.values())))
+    return Cell({key: np.array(value) for key, value in values.items()}, torch.zeros(count, 1))
 
 
 def test_headline_numbers_are_the_ratios_they_claim():
@@ -242,18 +253,23 @@ def test_headline_numbers_are_the_ratios_they_claim():
     omitted: dict[str, str] = {}
     numbers = headline.headline(cells, ["base", "teacher", "d-opsd"], 4, 32, 1, Bootstrap(0), omitted)["d-opsd"]
     assert numbers.values["gap_closed_style"] == pytest.approx((0.7 - 0.1) / (0.9 - 0.1))
-    assert "gap_closed_truth" not in numbers.values and "no better than the base" in omitted["gap_closed_truth"]
+    assert "gap_closed_truth" not in numbers.values
+    assert "no better than the base" in omitted["gap_closed_truth"]
     assert numbers.values["sharpness_vs_base"] == pytest.approx(1.25)
-    assert numbers.values["kept_style"] == pytest.approx(0.9) and numbers.values["kept_cosine"] == pytest.approx(1)
-    assert numbers.values["kept_mse"] == pytest.approx(2) and numbers.values["kept_lowest"] == pytest.approx(0.9)
-    assert numbers.values["retention_style"] == pytest.approx(0.6 / 0.875)
+    assert numbers.values["kept_style"] == pytest.approx(0.9)
+    assert numbers.values["kept_cosine"] == pytest.approx(1)
+    assert numbers.values["kept_mse"] == pytest.approx(2)
+    assert numbers.values["kept_lowest"] == pytest.approx(0.9)
+    assert numbers.values["retention_style"] == pytest.approx(0.6 / 0.875, rel=1e-4)
     low, high = numbers.intervals["gap_closed_style"]
-    assert low == pytest.approx(0.75) and high == pytest.approx(0.75)  # 0.6 of 0.8 on both prompts: paired, so certain
+    assert low == pytest.approx(0.75)
+    assert high == pytest.approx(0.75)
 
 
 def test_the_verdict_follows_the_numbers(run):
     metrics = json.loads(json.dumps(run[1]))
-    good = {"gap_closed_style": 0.9, "gap_closed_truth": 0.8, "sharpness_vs_base": 1.0, "kept_lowest": 0.97, "kept_style": 0.97}
+    good = {"gap_closed_style": 0.9, "gap_closed_truth": 0.8, "sharpness_vs_base": 1.0}
+    good |= {"kept_lowest": 0.97, "kept_style": 0.97}
     metrics["headline"]["d-opsd"] = good
     assert verdict(metrics)[0] == "D-OPSD learnt the new style, in 2 steps, stays sharp and keeps what the base knew."
     metrics["headline"]["d-opsd"] = good | {"gap_closed_style": 0.1, "gap_closed_truth": -0.2, "sharpness_vs_base": 0.3}
@@ -310,12 +326,16 @@ def test_the_page_needs_nothing_else_and_escapes_captions(run, tmp_path):
     text = out.read_text()
     page = Page()
     page.feed(text)
-    assert page.addresses and all(address.startswith(("data:image/png;base64,", "#")) for address in page.addresses)
-    assert not {"script", "iframe", "link", "object", "embed", "form"} & set(page.tags) and not page.handlers
+    assert page.addresses
+    assert all(address.startswith(("data:image/png;base64,", "#")) for address in page.addresses)
+    assert not {"script", "iframe", "link", "object", "embed", "form"} & set(page.tags)
+    assert not page.handlers
     assert not re.search(r"url\((?!#)|@import", text)
     assert len(page.ids) == len(set(page.ids))
     assert "&lt;script src=&#34;https://evil.example/x.js&#34;&gt;" in text
-    assert text.count("<svg") >= 4 and "step 90" in text and "Through training" in text
+    assert text.count("<svg") >= 4
+    assert "step 90" in text
+    assert "Through training" in text
 
 
 def test_a_missing_evaluation_says_which_stage_to_run(tmp_path):

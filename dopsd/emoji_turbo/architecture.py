@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from diffusers.models import ZImageTransformer2DModel
+from diffusers.models import AutoencoderKL, ZImageTransformer2DModel
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -192,7 +192,14 @@ def count(*modules: torch.nn.Module) -> float:
     return sum(p.numel() for module in modules for p in module.parameters()) / 1e6
 
 
-def save_folder(folder: Path, *, vae, tokenizer, vlm, transformer) -> None:
+def save_folder(
+    folder: Path,
+    *,
+    vae: AutoencoderKL,
+    tokenizer: PreTrainedTokenizerFast,
+    vlm: Qwen3VLModel,
+    transformer: ZImageTransformer2DModel,
+) -> None:
     """An ordinary diffusers folder in half precision, plus ``vlm/`` with its processor files.
 
     The VLM's language half is left out of ``vlm/``: it is the text encoder, and loading puts it there.

@@ -10,13 +10,16 @@ Work in progress lies in ``.cache/base/PRESET``; a killed build continues where 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from . import architecture as arch
 from .captions import PLACEHOLDER, caption, caption_variants, subject_captions
+from .concepts import write_concepts
 from .distill import distill
 from .pictures import BASE_STYLES, World, build_world
 from .pretrain import Parts, pretrain
@@ -68,9 +71,11 @@ PRESETS = {
 }  # fmt: skip
 
 
-def build(preset: str, root: Path, device: str | None = None) -> Path:
+def build(
+    preset: str, root: Path, device: str | None = None, presets: Mapping[str, Preset] = MappingProxyType(PRESETS)
+) -> Path:
     """Run all stages of a preset that are not done yet; returns the folder of the finished base."""
-    budget = PRESETS[preset]
+    budget = presets[preset]
     work = root / ".cache" / "base" / preset
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.set_flush_denormal(True)
@@ -95,6 +100,7 @@ def make_world(budget: Preset, root: Path, work: Path) -> World:
         world = build_world(root / ".cache" / "npm", budget.max_concepts, budget.max_known, seed=0)
         world.save(folder)
         world.save(root / "data" / "world")
+        write_concepts(world, root / "data" / "concepts")
     return World.load(folder)
 
 

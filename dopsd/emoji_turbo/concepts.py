@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,8 @@ def write_concepts(world: World, folder: Path, seed: int = 0) -> list[str]:
         pictures = world.pictures[style]
         rows = [(world.labels[i], caption_variants(world.labels[i]), _image(pictures[i])) for i in sorted(train)]
         _write(target, rows)
-        rows = [(world.labels[i], concept_caption(world.labels[i]), _image(pictures[i])) for i in sorted(held_out)]
-        _write(target / "holdout", rows)
+        truth = [(world.labels[i], concept_caption(world.labels[i]), _image(pictures[i])) for i in sorted(held_out)]
+        _write(target / "holdout", truth)
         _describe(target, {"kind": "style", "style": style})
     label = world.labels[world.subject]
     names.append(f"subject-{label}")
@@ -78,7 +79,7 @@ def _placed(image: Image.Image, scale: float, corner: tuple[int, int], ground: t
     return Image.fromarray((pixels * (np.array(ground) / 255)).round().astype(np.uint8))
 
 
-def _write(folder: Path, rows: list) -> None:
+def _write(folder: Path, rows: Sequence[tuple[str, dict[str, str] | str, Image.Image]]) -> None:
     (folder / "images").mkdir(parents=True)
     lines = []
     for name, captions, image in rows:

@@ -68,7 +68,7 @@ def collect(parts: Parts, world: World, folder: Path, count: int, chunk: int = 1
     """Sample ``count`` guided trajectories, in chunks that are files of their own (so a killed build goes on)."""
     empty = parts.encode_text([""])[0].float()
     levels = grid()
-    parts_of_all = []
+    chunks = []
     for start in tqdm(range(0, count, chunk), desc="trajectories"):
         file = folder / f"trajectories-{start}.safetensors"
         if not file.exists():
@@ -85,10 +85,9 @@ def collect(parts: Parts, world: World, folder: Path, count: int, chunk: int = 1
             partial = file.with_suffix(".partial")
             save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial)
             partial.replace(file)
-        parts_of_all.append(load_file(file))
-    states = torch.cat([p["states"] for p in parts_of_all])
-    conditions = [c for p in parts_of_all for c in p["conditions"].split(p["lengths"].tolist())]
-    return Trajectories(states, conditions)
+        chunks.append(load_file(file))
+    all_conditions = [c for part in chunks for c in part["conditions"].split(part["lengths"].tolist())]
+    return Trajectories(torch.cat([part["states"] for part in chunks]), all_conditions)
 
 
 def latent_shape(parts: Parts) -> tuple[int, int, int]:

@@ -108,7 +108,15 @@ def fast_bf16(device: torch.device) -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _save(path, params, average, optimizer, generator, step: int, minutes: float) -> None:
+def _save(
+    path: Path,
+    params: Mapping[str, nn.Parameter],
+    average: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    step: int,
+    minutes: float,
+) -> None:
     tensors = {f"param/{k}": p.detach().cpu().contiguous() for k, p in params.items()}
     tensors |= {f"ema/{k}": v.cpu().contiguous() for k, v in average.items()}
     for name, p in params.items():
@@ -120,7 +128,13 @@ def _save(path, params, average, optimizer, generator, step: int, minutes: float
     partial.replace(path)
 
 
-def _resume(path, params, average, optimizer, generator) -> tuple[int, float]:
+def _resume(
+    path: Path,
+    params: Mapping[str, nn.Parameter],
+    average: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+) -> tuple[int, float]:
     if not path.exists():
         return 0, 0.0
     from safetensors import safe_open

@@ -10,6 +10,7 @@ reconstruction on slightly noised latents, on pictures through the transforms of
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +103,7 @@ def write_linear_encoder(vae: AutoencoderKL, matrix: Tensor, offset: Tensor) -> 
     _write_output(encoder, blocks[3].resnets[0].conv_shortcut)
 
 
-def _write_output(encoder, spread: nn.Conv2d) -> None:
+def _write_output(encoder: Any, spread: nn.Conv2d) -> None:
     """Spread the code over sign pairs and anchors, and collect it behind the normalisation and the SiLU."""
     width = CHANNELS[-1] // _GROUPS
     nn.init.zeros_(spread.weight)

@@ -29,9 +29,7 @@ class Point:
     high: float | None = None
 
 
-def steps_chart(
-    curves: Mapping[str, Sequence[Point]], few: int, label: str, reference: float | None = None
-) -> Markup:
+def steps_chart(curves: Mapping[str, Sequence[Point]], few: int, label: str, reference: float | None = None) -> Markup:
     """A score over the number of steps, one line per model; ``few`` is marked, ``reference`` is a dashed line."""
     figure, axes = _axes()
     steps = sorted({point.x for points in curves.values() for point in points})
@@ -94,6 +92,9 @@ def _svg(figure: Figure, label: str) -> Markup:
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.S)
     text = re.sub(r'<svg[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img" aria-label="@">', text, count=1)
     text = text.replace('"@"', f'"{Markup.escape(label)}"').replace("xlink:href", "href")
-    text = re.sub(r"\bid=\"(figure|axes|matplotlib|text|patch|line2d|xtick|ytick|PolyCollection|FillBetween\w*)_\d+\"", "", text)
+    used = set(
+        re.findall(r"#([\w.-]+)", text)
+    )  # matplotlib numbers every group alike in every chart: keep what is used
+    text = re.sub(r'\bid="([^"]*)"', lambda match: match[0] if match[1] in used else "", text)
     text = re.sub(r"font: [^;\"]*?([\d.]+)px[^;\"]*", r"font-size: \1px", text)
     return Markup(text.replace(_INK, "currentColor"))

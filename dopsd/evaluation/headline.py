@@ -74,9 +74,7 @@ def style_score(cells: Cells, few: int) -> str:
     return "style" if "style" in cells[("concept", "base", few)].values else "train_similarity"
 
 
-def _gap(
-    numbers: Numbers, cells: Cells, model: str, few: int, bootstrap: Bootstrap, omitted: dict[str, str]
-) -> None:
+def _gap(numbers: Numbers, cells: Cells, model: str, few: int, bootstrap: Bootstrap, omitted: dict[str, str]) -> None:
     """Which share of the way from the untuned base to its teacher the tuned model goes."""
     base, teacher = cells.get(("concept", "base", few)), cells.get(("concept", "teacher", few))
     tuned = cells[("concept", model, few)]

@@ -14,6 +14,7 @@ from .metrics import SCORES
 
 COLUMNS = ("style", "train_similarity", "cosine", "concept_top1", "sharpness", "kid")
 """Scores of the concept's prompts that the table shows, where they exist."""
+KEPT_COLUMNS = ("style", "cosine", "concept_top1", "structure", "sharpness", "mse")
 HEADLINE_COLUMNS = ("gap_closed_style", "gap_closed_truth", "kept_lowest")
 LABELS = {
     "gap_closed_style": "gap closed: style",
@@ -58,11 +59,12 @@ class Column:
 
 def columns_of(metrics: Mapping[str, Any], split: str) -> list[Column]:
     """The columns that this evaluation has numbers for."""
-    keys = COLUMNS if split == "concept" else ("style", "cosine", "concept_top1", "structure", "sharpness", "mse")
+    keys = list(COLUMNS if split == "concept" else KEPT_COLUMNS)
     if split == "concept" and metrics["style_score"] == "style":
-        keys = tuple(key for key in keys if key != "train_similarity")
+        keys.remove("train_similarity")
     present = [key for key in keys if any(key in scores for scores in metrics["scores"].get(split, {}).values())]
-    columns = [Column(key, f"{SCORES[key].label} {_ARROWS[SCORES[key].better]}", SCORES[key].meaning) for key in present]
+    shown = [SCORES[key] for key in present]
+    columns = [Column(score.key, f"{score.label} {_ARROWS[score.better]}", score.meaning) for score in shown]
     if split == "concept":
         for key in HEADLINE_COLUMNS:
             if any(key in numbers for numbers in metrics["headline"].values()):
@@ -74,7 +76,7 @@ MEANINGS = {
     "gap_closed_style": "how much of the way from the untuned base to its teacher the tuned model goes in style: 0 is "
     "the base, 1 the teacher",
     "gap_closed_truth": "the same in similarity to the true picture",
-    "kept_lowest": "the tuned model's score on the base's own styles over the base's own, for whichever score lost most",
+    "kept_lowest": "the tuned model's score on the base's own styles over the base's, for whichever score lost most",
 }
 
 

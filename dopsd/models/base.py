@@ -6,11 +6,11 @@ Adding a model is one file beside this one and one line in :mod:`dopsd.models`; 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 Conditioning = Mapping[str, Tensor]
 """What the transformer is told besides latents and noise level: named tensors of one example, without a batch axis.
@@ -23,14 +23,22 @@ class Family(Protocol):
     Latents are ``float32 [B, C, h, w]``; sigma is the noise level in [0, 1]; velocity is ``dx/dsigma = eps - x0``.
     """
 
-    transformer: nn.Module
-    """Carries the adapters (diffusers' ``PeftAdapterMixin``)."""
+    transformer: Any
+    """A module that carries the adapters (diffusers' ``ModelMixin`` and ``PeftAdapterMixin``)."""
     lora_targets: tuple[str, ...]
     """Name patterns (regular expressions for the end of a module's name) of the layers that LoRA adapts by default."""
-    device: torch.device
-    dtype: torch.dtype
     fingerprint: str
     """Hash of the encoders' weights and templates: part of the key of every cached encoding."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the transformer computes in."""
+        ...
 
     def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
         """The pipeline's own grid for images of that many pixels: ``float32 [num_steps + 1]``, from 1 down to 0."""

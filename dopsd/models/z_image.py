@@ -7,17 +7,16 @@ Qwen3-VL whose language half is overwritten by the pipeline's own text encoder, 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models import AutoencoderKL, ZImageTransformer2DModel
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from PIL.Image import Image
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Model, Qwen3VLModel
 
 from .base import Conditioning
@@ -54,11 +53,11 @@ class ZImage:
         text_encoder: Qwen3Model | None,
         tokenizer: PreTrainedTokenizerBase | None,
         vlm: Qwen3VLModel | None,
-        image_processor,
+        image_processor: Any,
         context_pixels: tuple[int, int],
         fingerprint: str,
     ) -> None:
-        self.transformer: nn.Module = transformer
+        self.transformer: Any = transformer
         self.scheduler = scheduler
         self.vae = vae
         self.text_encoder = text_encoder
@@ -170,13 +169,12 @@ class ZImage:
     def predict_velocity(self, latents: Tensor, sigma: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
         """``dx/dsigma`` as float32 ``[B, C, h, w]``: minus the transformer's output at ``t = 1 - sigma``."""
         t = (1 - torch.as_tensor(sigma, dtype=torch.float32, device=latents.device)).expand(len(latents))
-        with _attention(latents.device):
-            output = self.transformer(
-                list(latents.to(self.dtype).unsqueeze(2).unbind(0)),
-                t,
-                [c[CAPTION].to(latents.device, self.dtype) for c in conditioning],
-                return_dict=False,
-            )[0]
+        output = self.transformer(
+            list(latents.to(self.dtype).unsqueeze(2).unbind(0)),
+            t,
+            [c[CAPTION].to(latents.device, self.dtype) for c in conditioning],
+            return_dict=False,
+        )[0]
         return -torch.stack([o.float() for o in output]).squeeze(2)
 
     def decode(self, latents: Tensor) -> list[Image]:
@@ -192,11 +190,6 @@ class ZImage:
         """Free text encoder and VLM; the VAE stays for previews (its encoder is a few per cent of the whole)."""
         self.text_encoder = None
         self.vlm = None
-
-
-def _attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """On a CPU plain attention: the fused kernel's backward is several times slower for sequences of some hundreds."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, caption: str) -> str:
@@ -261,6 +254,9 @@ def load(
             vision = load_vlm(vlm_path, text_encoder, dtype).to(device).eval()
             processor = load_image_processor(vlm_path)
     transformer = ZImageTransformer2DModel.from_pretrained(path / "transformer", torch_dtype=dtype).to(device)
+    if device.type == "cpu":
+        # the fused kernel's backward is several times slower on a CPU for sequences of some hundreds
+        transformer.set_attention_backend("_native_math")
     vae = AutoencoderKL.from_pretrained(path / "vae", torch_dtype=dtype).to(device)
     for module in (text_encoder, vision, transformer, vae):
         if module is not None:
@@ -303,7 +299,7 @@ def share_language_half(vlm: Qwen3VLModel, text_encoder: Qwen3Model) -> None:
         raise ModelError(f"the VLM's language half does not fit the text encoder (keys {names})")
 
 
-def load_image_processor(path: Path):
+def load_image_processor(path: Path) -> Any:
     """The VLM's image processor; without torchvision the one that works on PIL images."""
     from transformers.utils import is_torchvision_available
 

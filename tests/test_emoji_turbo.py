@@ -1,0 +1,149 @@
+"""The embedded base: its world, its parts, and its build at the smallest size that runs through every stage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from dopsd.emoji_turbo import build as building
+from dopsd.emoji_turbo import vae as vaes
+from dopsd.emoji_turbo.loop import train
+from dopsd.emoji_turbo.pictures import BASE_STYLES, NEW_STYLES, STYLES, World
+from dopsd.emoji_turbo.pretrain import draw_batch
+from dopsd.emoji_turbo.transforms import sample_transform
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World.load(ROOT / "data" / "world")
+
+
+def test_the_world_keeps_its_promises(world):
+    assert set(world.known).isdisjoint(world.held_out)
+    assert world.subject in world.held_out
+    assert len(set(world.labels)) == len(world.labels)
+    for style in STYLES:
+        assert world.pictures[style].shape == (len(world.labels), 3, 64, 64)
+
+
+def test_a_world_survives_its_sheets(world, tmp_path):
+    world.save(tmp_path)
+    again = World.load(tmp_path)
+    assert (again.labels, again.known, again.held_out) == (world.labels, world.known, world.held_out)
+    assert all(torch.equal(again.pictures[s], world.pictures[s]) for s in STYLES)
+
+
+@pytest.mark.parametrize("style", NEW_STYLES)
+def test_shipped_style_concepts_are_true_pictures_and_do_not_leak(world, style):
+    folder = ROOT / "data" / "concepts" / f"style-{style}"
+    names = {}
+    for part, count in ((folder, 16), (folder / "holdout", 100)):
+        rows = [json.loads(line) for line in (part / "metadata.jsonl").read_text().splitlines()]
+        assert len(rows) == count
+        names[part.name] = {Path(row["image"]).stem for row in rows}
+        label = Path(rows[0]["image"]).stem
+        pixels = torch.tensor(list(Image.open(part / rows[0]["image"]).tobytes())).view(64, 64, 3).permute(2, 0, 1)
+        assert torch.equal(pixels, world.pictures[style][world.labels.index(label)].long())
+    assert names["holdout"].isdisjoint(names[folder.name])
+    assert set().union(*names.values()) <= {world.labels[i] for i in world.known}
+
+
+def test_the_base_is_never_trained_on_new_styles_or_held_out_things(world):
+    """Every target of many drawn batches that is not transformed is a base style's picture of a thing that was seen."""
+    blind = World(world.labels, world.codes, dict(world.pictures), world.known, world.held_out, world.subject)
+    for style in NEW_STYLES:
+        del blind.pictures[style]  # a draw from it would raise
+    marked = {s: world.pictures[s].clone() for s in BASE_STYLES}
+    for pictures in marked.values():
+        pictures[list(world.held_out)] = 7  # a grey no drawing consists of
+    blind.pictures.update(marked)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        drawn = draw_batch(blind, 32, generator)
+        for picture in (*drawn.targets[:16], *drawn.context):
+            assert picture.std() > 1e-3
+
+
+def test_a_transform_is_the_same_for_every_picture_and_stays_in_range(world):
+    a, b = (world.pictures["noto"][i].float() / 255 for i in (0, 7))
+    for seed in range(40):
+        transform = sample_transform(torch.Generator().manual_seed(seed))
+        first = transform(a)
+        assert first.shape == a.shape
+        assert 0 <= first.min() <= first.max() <= 1
+        transform(b)
+        assert torch.equal(transform(a), first)
+
+
+def test_the_written_encoder_is_the_linear_code(world):
+    torch.manual_seed(0)
+    vae = vaes.make_vae().eval()
+    matrix, offset = vaes.linear_code(world, samples=256)
+    vaes.write_linear_encoder(vae, matrix, offset)
+    x = world.pictures["ink"][:8].float() / 127.5 - 1
+    with torch.no_grad():
+        z = vae.encode(x).latent_dist.mean
+    torch.testing.assert_close(z, F.conv2d(x, matrix, offset, stride=vaes.PATCH), rtol=0, atol=0.05)
+
+
+def test_the_linear_code_is_the_best_of_its_rank(world):
+    """Projecting on it loses what the discarded eigenvalues say, computed from the singular values of the data."""
+    matrix, _ = vaes.linear_code(world, samples=256)
+    x = vaes.draw_pictures(vaes._pictures(world), 256, torch.Generator().manual_seed(1))
+    patches = F.unfold(x, 8, stride=8).transpose(1, 2).reshape(-1, 192).double()
+    centred = patches - patches.mean(0)
+    basis = torch.linalg.qr(matrix.view(vaes.LATENT_CHANNELS, -1).T.double()).Q
+    lost = (centred - centred @ basis @ basis.T).square().sum()
+    best = torch.linalg.svdvals(centred)[vaes.LATENT_CHANNELS :].square().sum()
+    assert lost <= best * 1.001
+
+
+def test_a_broken_build_stage_goes_on_where_it_was(tmp_path):
+    def run(folder: Path, until: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        module = torch.nn.Linear(4, 4)
+
+        def loss_fn(step: int, generator: torch.Generator) -> torch.Tensor:
+            if step == until:
+                raise KeyboardInterrupt
+            return module(torch.randn(8, 4, generator=generator)).square().mean()
+
+        weights = train("stage", folder, {"m": module}, loss_fn, steps=6, lr=1e-2, ema=0.9, save_minutes=0)
+        return weights["m"]["weight"]
+
+    for until in (3, 5):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "broken", until)
+    assert torch.equal(run(tmp_path / "whole", 99), run(tmp_path / "broken", 99))
+
+
+def test_the_build_runs_through_every_stage(tmp_path):
+    """At the smallest size: the folder it writes loads as the family and draws."""
+    preset = building.Preset(
+        max_concepts=None, max_known=None, dim=64, layers=1, heads=2, text_hidden=64, text_layers=2, vision_hidden=32,
+        vision_layers=2, decoder_batch=2, decoder_steps=2, decoder_minutes=1, pretrain_batch=4, pretrain_steps=2,
+        pretrain_minutes=1, trajectories=4, distill_batch=2, distill_steps=2, distill_minutes=1,
+    )  # fmt: skip
+    shutil.copytree(ROOT / "data" / "world", tmp_path / ".cache" / "base" / "tiny" / "world")
+    folder = building.build("tiny", tmp_path, "cpu", {"tiny": preset})
+    from dopsd.distill.rollout import sample
+    from dopsd.models.z_image import load
+
+    family = load(folder, vlm=None, device=torch.device("cpu"), dtype=torch.float32, context_pixels=(4096, 4096))
+    prompts = family.encode_prompt(["a fox, noto style"])
+    images = family.decode(sample(family, prompts, 4, 64, 64, generator=torch.Generator().manual_seed(0)))
+    assert images[0].size == (64, 64)
+
+
+def test_the_shipped_base_is_small_enough():
+    files = [p for p in (ROOT / "data" / "base" / "emoji-turbo").rglob("*") if p.is_file()]
+    assert max(p.stat().st_size for p in files) <= 15e6
+    assert sum(p.stat().st_size for p in files) <= 30e6
