@@ -92,26 +92,22 @@ def write_linear_encoder(vae: AutoencoderKL, matrix: Tensor, offset: Tensor) -> 
     _gather(blocks[0].downsamplers[0].conv, 3)
     _gather(blocks[1].downsamplers[0].conv, 12)
     last = blocks[2].downsamplers[0].conv
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
+    bias = _cleared(last)
     for c in range(48):
         plane, y, x = c // 16, *_cell(c % 16)
         for dy in range(2):
             for dx in range(2):
                 last.weight[:LATENT_CHANNELS, c, dy, dx] = matrix[:, plane, 4 * dy + y, 4 * dx + x]
-    last.bias[:LATENT_CHANNELS] = offset
+    bias[:LATENT_CHANNELS] = offset
     _write_output(encoder, blocks[3].resnets[0].conv_shortcut)
 
 
 def _write_output(encoder: Any, spread: nn.Conv2d) -> None:
     """Spread the code over sign pairs and anchors, and collect it behind the normalisation and the SiLU."""
     width = CHANNELS[-1] // _GROUPS
-    nn.init.zeros_(spread.weight)
-    nn.init.zeros_(spread.bias)
+    bias = _cleared(spread)
     out, norm = encoder.conv_out, encoder.conv_norm_out
-    nn.init.zeros_(out.weight)
-    nn.init.zeros_(out.bias)
-    out.bias[LATENT_CHANNELS:] = -12.0
+    _cleared(out)[LATENT_CHANNELS:] = -12.0
     norm.weight.fill_(_ANCHOR * (2 / width) ** 0.5)
     norm.bias.zero_()
     per_group = -(-LATENT_CHANNELS // _GROUPS)
@@ -121,13 +117,18 @@ def _write_output(encoder: Any, spread: nn.Conv2d) -> None:
         spread.weight[plus, k], spread.weight[plus + 1, k] = 1.0, -1.0
         out.weight[k, plus, 1, 1], out.weight[k, plus + 1, 1, 1] = 1.0, -1.0
     for group in range(_GROUPS):
-        spread.bias[group * width], spread.bias[group * width + 1] = _ANCHOR, -_ANCHOR
+        bias[group * width], bias[group * width + 1] = _ANCHOR, -_ANCHOR
+
+
+def _cleared(conv: nn.Conv2d) -> Tensor:
+    """Set a convolution to zero and return its bias."""
+    assert conv.bias is not None
+    nn.init.zeros_(conv.weight)
+    return nn.init.zeros_(conv.bias)
 
 
 def _identity(conv: nn.Conv2d) -> None:
-    nn.init.zeros_(conv.weight)
-    assert conv.bias is not None
-    nn.init.zeros_(conv.bias)
+    _cleared(conv)
     centre = conv.kernel_size[0] // 2
     for c in range(min(conv.in_channels, conv.out_channels)):
         conv.weight[c, c, centre, centre] = 1.0
@@ -135,9 +136,7 @@ def _identity(conv: nn.Conv2d) -> None:
 
 def _gather(conv: nn.Conv2d, channels: int) -> None:
     """Each of ``channels`` becomes four: the 2 x 2 block that the stride steps over, row by row."""
-    nn.init.zeros_(conv.weight)
-    assert conv.bias is not None
-    nn.init.zeros_(conv.bias)
+    _cleared(conv)
     for c in range(channels):
         for i in range(4):
             conv.weight[4 * c + i, c, i // 2, i % 2] = 1.0
