@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dopsd.config import Settings, load_settings
-from dopsd.stages import STAGES, StageError, run_folder
+from dopsd.stages import STAGES, StageError, load_base, run_folder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -152,13 +152,12 @@ def sample(
 
     from dopsd.distill.adapters import adapter_applied
     from dopsd.distill.rollout import sample as draw
-    from dopsd.models import load_family
     from dopsd.tracking import picture_row
 
     settings = _settings(params, overrides)
     if adapter is not None and not adapter.is_file():
         raise StageError(f"{adapter}: no such adapter; trained ones are in runs/*/adapters")
-    family = load_family(settings.model)
+    family = load_base(settings, Path())
     side = settings.data.resolution
     conditioning = family.encode_prompt(prompt)
     noise = family.initial_latents(len(prompt), side, side, torch.Generator().manual_seed(seed))

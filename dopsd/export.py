@@ -153,7 +153,7 @@ def check_export(
     """
     from diffusers.pipelines.z_image import ZImagePipeline
 
-    pipeline = ZImagePipeline.from_pretrained(base, torch_dtype=dtype).to(device)
+    pipeline = ZImagePipeline.from_pretrained(base, dtype=dtype).to(device)
     pipeline.set_progress_bar_config(disable=True)
     before = _draw(pipeline, drawn)
     pipeline.load_lora_weights(export, weight_name=file)

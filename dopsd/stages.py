@@ -17,6 +17,7 @@ from dopsd.config import Settings
 if TYPE_CHECKING:
     from dopsd.data.manifest import ConceptTable
     from dopsd.emoji_turbo.pictures import World
+    from dopsd.models.base import Family
     from dopsd.tracking import Tracker
 
 EMBEDDED_BASE = Path("data/base/emoji-turbo")
@@ -54,14 +55,13 @@ def validate(concept: str, settings: Settings, root: Path) -> None:
 def encode(concept: str, settings: Settings, root: Path) -> None:
     """The data set and the base's encoders -> ``encoded/``: prompts, teacher contexts, target latents, once."""
     from dopsd.data.encoded import Encoded, write_encoded
-    from dopsd.models import load_family
     from dopsd.train.encode import encode_concept, encode_texts
 
     run = run_folder(concept, root)
     table, holdout = _read_concept(concept, settings, root)
     if _read_json(run / "validated.json", "validate")["content_hash"] != table.content_hash:
         raise StageError(f"data/concepts/{concept} changed since it was validated; run `dopsd validate` again")
-    family = load_family(settings.model, root)
+    family = load_base(settings, root)
     cache = _cache(root)
     examples = encode_concept(family, table, settings, cache)
     unseen = holdout or table
@@ -81,13 +81,12 @@ def encode(concept: str, settings: Settings, root: Path) -> None:
 def train(concept: str, settings: Settings, root: Path) -> None:
     """``encoded/`` and the base's transformer -> ``train/<method>/`` and ``adapters/``, for each method."""
     from dopsd.data.encoded import read_encoded
-    from dopsd.models import load_family
     from dopsd.train.trainer import train as train_method
 
     run = run_folder(concept, root)
     encoded = read_encoded(run / "encoded")
     training = _begin_training(run, settings, encoded.content_hash)
-    family = load_family(settings.model, root, encoders=False)
+    family = load_base(settings, root, encoders=False)
     with _tracker(concept, settings, root) as tracker:
         _describe(tracker, concept, settings, root, encoded.content_hash, images=encoded.images)
     side = settings.data.resolution
@@ -110,14 +109,13 @@ def train(concept: str, settings: Settings, root: Path) -> None:
 def evaluate(concept: str, settings: Settings, root: Path) -> None:
     """Adapters, base and held-out truth -> ``evaluation/``: scores, curves and grids, before and after."""
     from dopsd.evaluation.suite import evaluate as evaluate_subjects
-    from dopsd.models import load_family
     from dopsd.tracking import flatten
 
     run = run_folder(concept, root)
     table, holdout = _read_concept(concept, settings, root)
     subjects = _subjects(run / "adapters")
     metrics = evaluate_subjects(
-        load_family(settings.model, root), table, holdout, _world(settings, root), subjects, settings, _cache(root),
+        load_base(settings, root), table, holdout, _world(settings, root), subjects, settings, _cache(root),
         run / "evaluation", None,
     )  # fmt: skip
     with _tracker(concept, settings, root) as tracker:
@@ -142,14 +140,13 @@ def report(concept: str, settings: Settings, root: Path) -> None:
 def register(concept: str, settings: Settings, root: Path) -> None:
     """The first method's adapter -> ``export/``: files for diffusers and ComfyUI, model card; loaded and compared."""
     from dopsd.export import check_export, draw_student, export_adapter
-    from dopsd.models import load_family
 
     run = run_folder(concept, root)
     method = settings.train.methods[0]
     adapter = run / "adapters" / f"{method}.safetensors"
     table, _ = _read_concept(concept, settings, root)
     export = export_adapter(adapter, run / "export", _card(concept, settings, table, run))
-    family = load_family(settings.model, root)
+    family = load_base(settings, root)
     dtype, device, side = family.dtype, family.device, settings.data.resolution
     prompts = [row.captions[0][1] for row in table.rows[:2]]
     drawn = draw_student(family, adapter, prompts, settings.evaluation.few_steps, side, side, settings.evaluation.seed)
@@ -166,6 +163,16 @@ def register(concept: str, settings: Settings, root: Path) -> None:
 
 Stage = Callable[[str, Settings, Path], None]
 STAGES: dict[str, Stage] = {stage.__name__: stage for stage in (validate, encode, train, evaluate, report, register)}
+
+
+def load_base(settings: Settings, root: Path, encoders: bool = True) -> Family:
+    """The base model, without the libraries' own progress bars."""
+    from diffusers.utils import logging
+
+    from dopsd.models import load_family
+
+    logging.disable_progress_bar()
+    return load_family(settings.model, root, encoders)
 
 
 # --- what goes in -----------------------------------------------------------------------------------------------------
@@ -199,7 +206,7 @@ def _subjects(adapters: Path) -> list[Any]:
     trained = sorted(adapters.glob("*.safetensors"))
     if not trained:
         raise StageError(f"{adapters}: no adapter there; run stage train first")
-    trained.sort(key=lambda path: path.stem != "d-opsd")
+    trained.sort(key=lambda path: (path.stem != "d-opsd", path.stem))
     return [Subject("base", None), Subject("teacher", None), *(Subject(path.stem, path) for path in trained)]
 
 
@@ -262,6 +269,7 @@ def _card(concept: str, settings: Settings, table: ConceptTable, run: Path) -> A
     from dopsd.export import Card
 
     train = settings.train
+    trained = _read_json(run / "adapters" / f"{train.methods[0]}.json", "train")
     columns, rows = table_as_text(_read_json(run / "evaluation" / "metrics.json", "evaluate"))
     return Card(
         concept=concept,
@@ -274,7 +282,7 @@ def _card(concept: str, settings: Settings, table: ConceptTable, run: Path) -> A
         images=len(table.rows),
         data_hash=table.content_hash,
         training={
-            "steps": f"{train.max_steps} of batch {train.batch_size * train.accumulation}",
+            "steps": f"{trained['steps']} of batch {train.batch_size * train.accumulation}",
             "learning rate": f"{train.learning_rate:g} ({train.schedule})",
             "roll-out": f"{train.rollout_steps} steps, {train.loss} loss",
             "teacher": f"{train.teacher.kind}, decay {train.teacher.decay}, guidance {train.teacher.guidance:g}",

@@ -115,8 +115,8 @@ def test_the_probe_knows_the_styles_of_unseen_concepts_also_degraded(backbone, w
     assert torch.allclose(probe.probabilities(ink).sum(1), torch.ones(17), atol=1e-5)
 
 
-def test_the_probe_needs_concepts_on_both_sides(backbone, world):
-    with pytest.raises(ValueError, match="style probe: 0 concepts to train on"):
+def test_the_probe_needs_concepts_to_train_on(backbone, world):
+    with pytest.raises(ValueError, match="style probe: 0 concepts are left to train it on"):
         train_probe(world, range(len(world.labels)), FeatureStore(backbone), None, seed=0)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -126,6 +128,18 @@ def test_dvc_has_the_stages_of_the_code_and_runs_them_through_the_cli() -> None:
     for name, stage in pipeline.items():
         assert stage["cmd"] == f"dopsd {name} --concept ${{item.concept}}"
         assert stage["matrix"] == {"concept": "${concepts}"}
+
+
+def test_dvc_reads_its_pipeline_for_every_concept() -> None:
+    listed = subprocess.run(
+        [sys.executable, "-m", "dvc", "stage", "list", "--name-only"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    concepts = yaml.safe_load((ROOT / "params.yaml").read_text())["concepts"]
+    assert set(listed) == {f"{stage}@{concept}" for stage in STAGES for concept in concepts}
 
 
 def test_dvc_depends_on_code_that_exists() -> None:

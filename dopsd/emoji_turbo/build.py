@@ -60,7 +60,7 @@ PRESETS = {
         **_SIZE, max_concepts=320, max_known=200,
         decoder_batch=16, decoder_steps=8000, decoder_minutes=45,
         pretrain_batch=32, pretrain_steps=12000, pretrain_minutes=60,
-        trajectories=2000, distill_batch=48, distill_steps=2000, distill_minutes=10,
+        trajectories=1500, distill_batch=32, distill_steps=3000, distill_minutes=11,
     ),
     "gpu": Preset(
         **_SIZE, max_concepts=None, max_known=None,

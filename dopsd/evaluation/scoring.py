@@ -20,6 +20,8 @@ from .probe import StyleProbe, world_picture
 from .prompts import Prompt
 
 Values = NDArray[np.float64]
+MIN_KID = 10
+"""With fewer pictures on a side a distance of distributions is mere chance."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Scorer:
 
         ``real``: the samples are the true pictures, which cannot be compared with themselves.
         """
-        if self._others is None or min(len(cell.content), len(self._others)) < 2:
+        if self._others is None or min(len(cell.content), len(self._others)) < MIN_KID:
             return None
         if real and self._others is self._truth:
             return None
@@ -167,6 +169,8 @@ class Scorer:
             reason = "there are no held-out pictures: add holdout/ to the data set"
             for key in ("cosine", "structure", "mse", "kid"):
                 self.omitted[key] = reason
+        elif min(len(self.prompts), len(self._others) if self._others is not None else 0) < MIN_KID:
+            self.omitted["kid"] = f"fewer than {MIN_KID} held-out pictures: a distribution cannot be compared"
         if self.probe is None or self._styles is None:
             why = "no world of labelled styles belongs to this base"
             if world is not None:

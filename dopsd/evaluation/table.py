@@ -68,12 +68,15 @@ def columns_of(metrics: Mapping[str, Any], split: str) -> list[Column]:
     if split == "concept":
         for key in HEADLINE_COLUMNS:
             if any(key in numbers for numbers in metrics["headline"].values()):
-                columns.append(Column(key, f"{LABELS[key]} ↑", MEANINGS[key]))
+                label = LABELS[key]
+                if key == "gap_closed_style" and metrics["style_score"] != "style":
+                    label = "gap closed: training pictures"
+                columns.append(Column(key, f"{label} ↑", MEANINGS[key]))
     return columns
 
 
 MEANINGS = {
-    "gap_closed_style": "how much of the way from the untuned base to its teacher the tuned model goes in style: 0 is "
+    "gap_closed_style": "how much of the way from the untuned base to its teacher the tuned model goes: 0 is "
     "the base, 1 the teacher",
     "gap_closed_truth": "the same in similarity to the true picture",
     "kept_lowest": "the tuned model's score on the base's own styles over the base's, for whichever score lost most",
