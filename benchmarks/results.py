@@ -3,7 +3,7 @@
     python benchmarks/results.py --concepts style-ink style-3d --seeds 0 1 2
     python benchmarks/results.py --concepts style-ink --seeds 0 --variants paper guidance replay both frozen copy
 
-Every run is made by the product's own stages below ``.cache/results``, with ``params.yaml`` and the variant's overrides;
+Every run is made by the product's own stages below ``.cache/results``, from ``params.yaml`` and the variant's changes;
 what is finished is not run again. Writes ``docs/results.json`` and ``docs/results.md``.
 """
 
