@@ -227,11 +227,12 @@ class Preset(StrEnum):
 def base_build(
     preset: Annotated[Preset, typer.Option("--preset", help="How large the runs are.")] = Preset.cpu,
     device: Annotated[str | None, typer.Option("--device", help="cpu or cuda; by itself the one there is.")] = None,
+    warm: Annotated[bool, typer.Option("--warm", help="Start from the shipped weights, not from nothing.")] = False,
 ) -> None:
     """Make the embedded base from the emoji sets: pictures, VAE, pre-training, distillation. Resumable; takes hours."""
     from dopsd.emoji_turbo.build import build
 
-    build(preset.value, Path(), device)
+    build(preset.value, Path(), device, warm=warm)
 
 
 @base_app.command("check")

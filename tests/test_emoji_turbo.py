@@ -132,7 +132,8 @@ def test_the_build_runs_through_every_stage(tmp_path):
         vision_layers=2, decoder_batch=2, decoder_steps=2, decoder_minutes=1, pretrain_batch=4, pretrain_steps=2,
         pretrain_minutes=1, trajectories=4, distill_batch=2, distill_steps=2, distill_minutes=1,
     )  # fmt: skip
-    shutil.copytree(ROOT / "data" / "world", tmp_path / ".cache" / "base" / "tiny" / "world")
+    for place in (tmp_path / ".cache" / "base" / "tiny" / "world", tmp_path / "data" / "world"):
+        shutil.copytree(ROOT / "data" / "world", place)
     folder = building.build("tiny", tmp_path, "cpu", {"tiny": preset})
     from dopsd.distill.rollout import sample
     from dopsd.models.z_image import load
@@ -141,6 +142,11 @@ def test_the_build_runs_through_every_stage(tmp_path):
     prompts = family.encode_prompt(["a fox, noto style"])
     images = family.decode(sample(family, prompts, 4, 64, 64, generator=torch.Generator().manual_seed(0)))
     assert images[0].size == (64, 64)
+    world = World.load(tmp_path / "data" / "world")
+    parts = building.make_parts(preset, world, torch.device("cpu"))
+    building.warm_start(parts, folder)
+    for name, weight in family.transformer.state_dict().items():
+        assert torch.equal(parts.transformer.state_dict()[name], weight)
 
 
 def test_the_shipped_base_is_small_enough():

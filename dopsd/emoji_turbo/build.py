@@ -2,6 +2,7 @@
 
     dopsd base build --preset cpu     # some hours on two cores; what is shipped (docs/emoji-turbo.md)
     dopsd base build --preset gpu     # minutes on a data-centre GPU: more concepts, more steps
+    dopsd base build --warm           # another budget on top of the shipped weights
 
 Work in progress lies in ``.cache/base/PRESET``; a killed build continues where it was. A finished one writes
 ``data/world`` and ``data/base/emoji-turbo``.
@@ -16,6 +17,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
+
+from dopsd.models.z_image import load
 
 from . import architecture as arch
 from .captions import PLACEHOLDER, caption, caption_variants, subject_captions
@@ -72,23 +75,33 @@ PRESETS = {
 
 
 def build(
-    preset: str, root: Path, device: str | None = None, presets: Mapping[str, Preset] = MappingProxyType(PRESETS)
+    preset: str,
+    root: Path,
+    device: str | None = None,
+    presets: Mapping[str, Preset] = MappingProxyType(PRESETS),
+    warm: bool = False,
 ) -> Path:
-    """Run all stages of a preset that are not done yet; returns the folder of the finished base."""
+    """Run all stages of a preset that are not done yet; returns the folder of the finished base.
+
+    ``warm`` starts from the shipped weights and the shipped world instead of from nothing, so that the budgets of
+    several builds add up.
+    """
     budget = presets[preset]
-    work = root / ".cache" / "base" / preset
+    work = root / ".cache" / "base" / (f"{preset}-warm" if warm else preset)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.set_flush_denormal(True)
     torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
-    world = make_world(budget, root, work)
+    folder = root / "data" / "base" / "emoji-turbo"
+    world = World.load(root / "data" / "world") if warm else make_world(budget, root, work)
     parts = make_parts(budget, world, target)
+    if warm:
+        warm_start(parts, folder)
     train_decoder(parts.vae, world, work, batch=budget.decoder_batch, steps=budget.decoder_steps,
                   minutes=budget.decoder_minutes)  # fmt: skip
     pretrain(parts, world, work, batch=budget.pretrain_batch, steps=budget.pretrain_steps,
              minutes=budget.pretrain_minutes, lr=8e-4)  # fmt: skip
     distill(parts, world, work, trajectories=budget.trajectories, batch=budget.distill_batch,
             steps=budget.distill_steps, minutes=budget.distill_minutes)  # fmt: skip
-    folder = root / "data" / "base" / "emoji-turbo"
     arch.save_folder(folder, vae=parts.vae, tokenizer=parts.tokenizer, vlm=parts.vlm, transformer=parts.transformer)
     return folder
 
@@ -121,6 +134,16 @@ def make_parts(budget: Preset, world: World, device: torch.device) -> Parts:
     vae.eval().requires_grad_(False)
     vae.decoder.requires_grad_(True)
     return Parts(vae.to(device), tokenizer, vlm.to(device), transformer.to(device))
+
+
+def warm_start(parts: Parts, folder: Path) -> None:
+    """Put the weights of a finished base of the same sizes into ``parts``; its tokenizer too."""
+    family = load(folder, vlm=None, device=parts.device, dtype=torch.float32, context_pixels=(64 * 64, 128 * 128))
+    assert family.vlm is not None
+    parts.vae.load_state_dict(family.vae.state_dict())
+    parts.vlm.load_state_dict(family.vlm.state_dict())
+    parts.transformer.load_state_dict(family.transformer.state_dict())
+    parts.tokenizer = family.tokenizer
 
 
 def corpus(world: World) -> list[str]:
