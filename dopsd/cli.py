@@ -230,8 +230,11 @@ def base_build(
     warm: Annotated[bool, typer.Option("--warm", help="Start from the shipped weights, not from nothing.")] = False,
 ) -> None:
     """Make the embedded base from the emoji sets: pictures, VAE, pre-training, distillation. Resumable; takes hours."""
+    import torch
+
     from dopsd.emoji_turbo.build import build
 
+    torch.set_flush_denormal(True)  # of the whole process: denormal numbers slow a CPU down several times
     build(preset.value, Path(), device, warm=warm)
 
 

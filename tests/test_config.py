@@ -61,7 +61,7 @@ def test_the_shipped_concepts_are_there() -> None:
         ({"train__methods": ["d-opsd", "magic"]}, "train.methods.1: "),
         ({"train__teacher__decay": 1.0}, "train.teacher.decay: "),
         ({"train__teacher__guidance": 0.5}, "train.teacher.guidance: "),
-        ({"train__replay__weight": 1.0}, "replay.prompts is empty"),
+        ({"train__replay": {"weight": 1.0}}, "replay.prompts is empty"),
         ({"evaluation__few_steps": 3}, "must be one of evaluation.steps"),
         ({"data": ...}, "data: missing"),
     ],

@@ -46,7 +46,7 @@ class Server:
                 env={**environment, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             )  # fmt: skip
         tick = threading.Event()
-        for _ in range(600):
+        for _ in range(1800):  # a crowded machine takes minutes
             if self._process.poll() is not None:
                 break
             try:
@@ -86,7 +86,7 @@ class Told(list[str]):
 
     def wait(self, word: str) -> None:
         with self._news:
-            assert self._news.wait_for(lambda: any(word in line for line in self), 60), list(self)
+            assert self._news.wait_for(lambda: any(word in line for line in self), 180), list(self)
 
 
 def _history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:

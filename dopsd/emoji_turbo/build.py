@@ -10,7 +10,6 @@ Work in progress lies in ``.cache/base/PRESET``; a killed build continues where 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +88,6 @@ def build(
     budget = presets[preset]
     work = root / ".cache" / "base" / (f"{preset}-warm" if warm else preset)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    torch.set_flush_denormal(True)
-    torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
     folder = root / "data" / "base" / "emoji-turbo"
     world = World.load(root / "data" / "world") if warm else make_world(budget, root, work)
     parts = make_parts(budget, world, target)

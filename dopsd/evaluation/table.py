@@ -126,7 +126,7 @@ def headline_table(metrics: Mapping[str, Any]) -> Table:
     columns = columns_of(metrics, "concept")
     table.add_column("model")
     for column in columns:
-        table.add_column(column.title, justify="right")
+        table.add_column(column.title, justify="right", overflow="fold")
     for model, entries in rows_of(metrics, "concept"):
         tuned = model not in REFERENCES
         table.add_row(name_of(model), *(entry.text for entry in entries), style="bold" if tuned else "dim")
