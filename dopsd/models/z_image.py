@@ -66,6 +66,8 @@ class ZImage:
         self.image_processor = image_processor
         self.context_pixels = context_pixels
         self.fingerprint = fingerprint
+        if self.device.type == "cpu":
+            use_plain_attention(transformer)
 
     @property
     def device(self) -> torch.device:
@@ -192,6 +194,17 @@ class ZImage:
         self.vlm = None
 
 
+def use_plain_attention(transformer: ZImageTransformer2DModel) -> None:
+    """Plain attention in this model: on a CPU the fused kernel's backward is several times slower for short sequences.
+
+    Set on each layer, as ``set_attention_backend`` would, which changes the default of all other models as well.
+    """
+    for module in transformer.modules():
+        processor: Any = getattr(module, "processor", None)
+        if hasattr(processor, "_attention_backend"):
+            processor._attention_backend = "_native_math"
+
+
 def prompt_text(tokenizer: PreTrainedTokenizerBase, caption: str) -> str:
     """A caption in Qwen's chat template as the pipeline uses it (thinking enabled, generation prompt)."""
     return tokenizer.apply_chat_template(
@@ -254,9 +267,6 @@ def load(
             vision = load_vlm(vlm_path, text_encoder, dtype).to(device).eval()
             processor = load_image_processor(vlm_path)
     transformer = ZImageTransformer2DModel.from_pretrained(path / "transformer", torch_dtype=dtype).to(device)
-    if device.type == "cpu":
-        # the fused kernel's backward is several times slower on a CPU for sequences of some hundreds
-        transformer.set_attention_backend("_native_math")
     vae = AutoencoderKL.from_pretrained(path / "vae", torch_dtype=dtype).to(device)
     for module in (text_encoder, vision, transformer, vae):
         if module is not None:
