@@ -6,7 +6,8 @@
 Plainly: the encoders (the pipeline's own ``encode_prompt``, the VLM) run on the batch in every step, the targets are
 encoded by the VAE (for their shape, as the recipe does), and one backward follows the K steps of the roll-out. Ours:
 encodings come from the cache and each step of the roll-out is back-propagated at once. Both draw the same noise and end
-with the same gradients (their norm is in the output). Each measurement is a process of its own, the two alternate, and
+with the same gradients (their norm is in the output). Ours also has what the family chooses for a CPU, unfused
+attention. Each measurement is a process of its own, the two alternate, and
 what is compared are ratios of one run.
 """
 
@@ -131,6 +132,8 @@ def plain(family, adapters, captions, images, sigmas):
     from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 
     pipeline = ZImagePipeline(family.scheduler, family.vae, family.text_encoder, family.tokenizer, family.transformer)
+
+    family.transformer.reset_attention_backend()  # the library's default, as published code has it
 
     @torch.no_grad()
     def encode_prompt():
