@@ -252,8 +252,9 @@ class _Run:
         gain, improved = self.gain["gain"], self.gain["improved"]
         self.observer.metrics(0, {"train/teacher_gain": gain, "train/teacher_improved": improved})
         self.observer.message(
-            f"teacher gain: shown the target, {self.settings.rollout_steps}-step samples are {gain:.0%} nearer to it, "
-            f"on {improved:.0%} of {self.gain['images']:.0f} examples"
+            f"teacher gain: shown the target, {self.settings.rollout_steps}-step samples are {abs(gain):.0%} "
+            f"{'nearer to it' if gain >= 0 else 'further from it'}; nearer on {improved:.0%} of "
+            f"{self.gain['images']:.0f} examples"
         )
         if gain <= 0 or improved <= 0.5:
             text = (f"the teacher is no better than the student (gain {gain:.3f}, nearer on {improved:.0%}): there is "
