@@ -89,16 +89,19 @@ def train(concept: str, settings: Settings, root: Path) -> None:
     family = load_base(settings, root, encoders=False)
     with _tracker(concept, settings, root) as tracker:
         _describe(tracker, concept, settings, root, encoded.content_hash, images=encoded.images)
-    side = settings.data.resolution
+    side, how = settings.data.resolution, settings.train
     for method in settings.train.methods:
         with _tracker(concept, settings, root, method) as tracker:
-            tracker.params({"train": settings.train.model_dump(mode="json", exclude={"methods"})})
+            tracker.params({"train": how.model_dump(mode="json", exclude={"methods"})})
             result = train_method(
-                family, encoded.examples, encoded.previews, [c for _, c in encoded.replay], settings.train, method,
+                family, encoded.examples, encoded.previews, [c for _, c in encoded.replay], how, method,
                 run / "train" / method, run / "adapters", tracker, side, side,
             )  # fmt: skip
             for path in result.adapters.values():
                 tracker.artifact(path, "adapters")
+        if result.stopped == "max_minutes":
+            # the clock ended it: those that are compared with it draw as many images, not as many minutes
+            how = how.model_copy(update={"max_steps": result.steps, "max_minutes": None})
         print(
             f"train: {method}, {result.steps} steps ({result.stopped}), {result.images} images, {result.seconds:.0f} s "
             f"-> {', '.join(str(path) for path in result.adapters.values())}"

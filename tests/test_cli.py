@@ -16,6 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dopsd import cli
+from dopsd.config import load_settings
 from dopsd.emoji_turbo import architecture
 from dopsd.stages import STAGES
 from tests import tiny
@@ -196,3 +197,13 @@ def test_help_is_quick_and_shows_examples() -> None:
     assert done.stdout.splitlines()[-1] == "False", "the help needs no torch"
     for word in ("dvc repro", "concept add", "--set train.max_steps=20", *STAGES):
         assert word in done.stdout
+
+
+def test_a_run_ended_by_the_clock_is_compared_at_as_many_images(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").symlink_to(project / "data")
+    settings = load_settings(project / "params.yaml", ("train.max_minutes=1e-9", "tracking.enabled=false"))
+    for stage in ("validate", "encode", "train"):
+        STAGES[stage]("blots", settings, tmp_path)
+    adapters = tmp_path / "runs/blots/adapters"
+    drawn = {path.stem: json.loads(path.read_text())["images"] for path in adapters.glob("*.json")}
+    assert drawn["d-opsd"] == drawn["sft"] == settings.train.batch_size
