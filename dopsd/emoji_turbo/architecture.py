@@ -187,11 +187,6 @@ def make_scheduler() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=False)
 
 
-def count(*modules: torch.nn.Module) -> float:
-    """Parameters in millions."""
-    return sum(p.numel() for module in modules for p in module.parameters()) / 1e6
-
-
 def save_folder(
     folder: Path,
     *,

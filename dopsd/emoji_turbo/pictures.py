@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import tarfile
 from dataclasses import dataclass
@@ -137,6 +138,10 @@ def _fetch(cache: Path, package: str) -> Path:
     path = cache / name
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
+        if shutil.which("npm") is None:
+            raise FileNotFoundError(
+                "npm: not found; a build from nothing fetches the emoji sets with it, install Node.js"
+            )
         subprocess.run(["npm", "pack", "--silent", package], cwd=cache, check=True, stdout=subprocess.DEVNULL)
     if not path.exists():
         raise FileNotFoundError(f"npm pack {package} left no {name} in {cache}")

@@ -9,7 +9,6 @@ caption names: the in-context ability that large encoders bring along.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -170,18 +169,6 @@ def pretrain(
     )  # fmt: skip
     parts.vlm.load_state_dict(weights["vlm"])
     parts.transformer.load_state_dict(weights["transformer"])
-
-
-@torch.no_grad()
-def guided_sample(
-    parts: Parts, states: list[Tensor], empty: Tensor, noise: Tensor, steps: int, guidance: float
-) -> Tensor:
-    """Euler from ``noise`` with classifier-free guidance against the empty caption; the pipeline's grid."""
-    grid = shifted(torch.linspace(1, 0, steps + 1))
-    x = noise
-    for a, b in pairwise(grid):
-        x = x + (b - a) * guided_velocity(parts, x, a, states, empty, guidance)
-    return x
 
 
 def guided_velocity(

@@ -24,6 +24,8 @@ def load_family(settings: ModelSettings, root: Path = Path(), encoders: bool = T
     device = torch.device(
         settings.device if settings.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     )
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise z_image.ModelError("model.device is cuda but torch finds no CUDA device here; set it to auto or cpu")
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     dtype = dtypes.get(settings.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
     family = _LOADERS[settings.family](
