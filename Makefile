@@ -11,7 +11,7 @@ RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 FIND_LINKS := $(foreach place,$(PIP_FIND_LINKS),--find-links "$(place)")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format ui lock clean
+.PHONY: help setup demo test lint format ui up down lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -48,9 +48,17 @@ ui: $(READY) ## open the tracker (MLflow) on 127.0.0.1:PORT
 	@$(RUN) MLFLOW_DISABLE_TELEMETRY=true mlflow ui --host 127.0.0.1 --port $(PORT) \
 	  --backend-store-uri "sqlite:///$(CURDIR)/mlflow.db" --default-artifact-root "$(CURDIR)/mlartifacts"
 
+up: $(READY) ## start MLflow, Prefect and Ray here (set MLFLOW_PORT, PREFECT_PORT, RAY_PORT for other ports)
+	@$(RUN) python -m infra.local.services up
+
+down: $(READY) ## end all that `make up` started
+	@$(RUN) python -m infra.local.services down
+
 lock: ## pin anew what pyproject.toml asks for; pins that still fit stay
+	@mkdir -p .cache  # the torch that is installed stays: the index's own newest one may be a CUDA build of gigabytes
+	@$(VENV)/bin/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > .cache/torch.txt
 	@$(VENV)/bin/uv pip compile pyproject.toml --group dev --python-version 3.11 $(FIND_LINKS) --quiet \
-	  --no-header --no-annotate --no-emit-find-links --no-emit-index-url -o requirements.lock
+	  --constraint .cache/torch.txt --no-header --no-annotate --no-emit-find-links --no-emit-index-url -o requirements.lock
 	@sed -i -E 's/^(torch==[0-9.]+)\+.*/\1/; 1i # The versions that were tested, made by `make lock`. Torch without a build tag: CPU and CUDA builds both satisfy it.' requirements.lock
 
 clean: ## remove what the tools left; data, runs and the environment stay

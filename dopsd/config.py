@@ -134,6 +134,47 @@ class EvaluationSettings(_Settings):
         return self
 
 
+class ComputeSettings(_Settings):
+    """Where training runs. None of it changes what is learnt (to float32 rounding, over the number of workers)."""
+
+    launcher: Literal["ray", "local"] = "ray"
+    """``ray``: a Ray Train job, on the cluster in ``RAY_ADDRESS`` or on a Ray of its own on this machine. ``local``:
+    in this process, for debugging."""
+    workers: Positive | tuple[Positive, Positive] = 1
+    """Data-parallel workers; least and most of them where the cluster may grow and shrink while it trains."""
+    cpus_per_worker: Positive | None = None
+    """``None``: one per GPU worker, else this machine's CPUs shared among the workers."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
+    """``None``: 1 where ``model.device`` is or finds CUDA, else 0."""
+    memory_gib: Rate | None = None
+    """Memory that Ray sets aside for each worker; ``None`` asks for none."""
+    storage: str | None = None
+    """Where checkpoints of running jobs are: a folder that all nodes see, or ``s3://bucket/folder``; ``None`` means
+    ``.cache/ray`` here."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """How often a job goes on from its last checkpoint after a worker or a node died."""
+
+    @model_validator(mode="after")
+    def _workers_in_order(self) -> ComputeSettings:
+        if isinstance(self.workers, tuple) and self.workers[0] > self.workers[1]:
+            raise ValueError(
+                f"compute.workers: the least ({self.workers[0]}) is more than the most ({self.workers[1]})"
+            )
+        return self
+
+
+class RegistrySettings(_Settings):
+    """When an adapter becomes the champion of its concept."""
+
+    enabled: bool = True
+    min_retention: Share = 0.9
+    """Least share of the many-step scores that the adapter must reach in few steps."""
+    tolerance: Share = 0.02
+    """How far below the champion's a concept score may be and still count as not worse."""
+    max_base_gib: Annotated[float, Field(ge=0)] = 0.5
+    """A base up to this size is stored with every version, so that the registry alone is enough; larger: its path."""
+
+
 class TrackingSettings(_Settings):
     experiment: str = "dopsd"
     enabled: bool = True
@@ -147,6 +188,8 @@ class Settings(_Settings):
     data: DataSettings
     train: TrainSettings
     evaluation: EvaluationSettings = EvaluationSettings()
+    compute: ComputeSettings = ComputeSettings()
+    registry: RegistrySettings = RegistrySettings()
     tracking: TrackingSettings = TrackingSettings()
 
 

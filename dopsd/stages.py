@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dopsd.config import Settings
+from dopsd.config import Method, Settings
 
 if TYPE_CHECKING:
     from dopsd.data.manifest import ConceptTable
@@ -24,7 +25,6 @@ EMBEDDED_BASE = Path("data/base/emoji-turbo")
 WORLD = Path("data/world")
 PREVIEWS = 6
 """How many held-out prompts are previewed during training where the settings name none."""
-_TRAINING_CODE = ("models", "distill", "train", "data/dataset.py", "data/encoded.py")
 
 
 class StageError(ValueError):
@@ -38,7 +38,7 @@ def run_folder(concept: str, root: Path) -> Path:
 
 def validate(concept: str, settings: Settings, root: Path) -> None:
     """``data/concepts/<concept>`` -> ``validated.json``. Raises ``DataError`` with every fault of the data."""
-    table, holdout = _read_concept(concept, settings, root)
+    table, holdout = read_concept(concept, settings, root)
     about: dict[str, Any] = {
         "concept": concept, "content_hash": table.content_hash, "images": len(table.rows),
         "captions": sum(len(row.captions) for row in table.rows),
@@ -58,11 +58,11 @@ def encode(concept: str, settings: Settings, root: Path) -> None:
     from dopsd.train.encode import encode_concept, encode_texts
 
     run = run_folder(concept, root)
-    table, holdout = _read_concept(concept, settings, root)
+    table, holdout = read_concept(concept, settings, root)
     if _read_json(run / "validated.json", "validate")["content_hash"] != table.content_hash:
         raise StageError(f"data/concepts/{concept} changed since it was validated; run `dopsd validate` again")
     family = load_base(settings, root)
-    cache = _cache(root)
+    cache = cache_of(root)
     examples = encode_concept(family, table, settings, cache)
     unseen = holdout or table
     previews = settings.train.preview_prompts or tuple(row.captions[0][1] for row in unseen.rows[:PREVIEWS])
@@ -81,27 +81,27 @@ def encode(concept: str, settings: Settings, root: Path) -> None:
 def train(concept: str, settings: Settings, root: Path) -> None:
     """``encoded/`` and the base's transformer -> ``train/<method>/`` and ``adapters/``, for each method."""
     from dopsd.data.encoded import read_encoded
-    from dopsd.train.trainer import train as train_method
+    from dopsd.train.job import Job
+    from dopsd.train.launch import launch
 
     run = run_folder(concept, root)
     encoded = read_encoded(run / "encoded")
     training = _begin_training(run, settings, encoded.content_hash)
-    family = load_base(settings, root, encoders=False)
     with _tracker(concept, settings, root) as tracker:
         _describe(tracker, concept, settings, root, encoded.content_hash, images=encoded.images)
-    side, how = settings.data.resolution, settings.train
-    for method in settings.train.methods:
+    job = Job(f"{concept}-{training['training']}", encoded, settings.train, settings.model, root,
+              settings.data.resolution)  # fmt: skip
+
+    @contextmanager
+    def observe(method: Method) -> Iterator[Tracker]:
         with _tracker(concept, settings, root, method) as tracker:
-            tracker.params({"train": how.model_dump(mode="json", exclude={"methods"})})
-            result = train_method(
-                family, encoded.examples, encoded.previews, [c for _, c in encoded.replay], how, method,
-                run / "train" / method, run / "adapters", tracker, side, side,
-            )  # fmt: skip
+            tracker.params({"train": settings.train.model_dump(mode="json", exclude={"methods"})})
+            yield tracker
+
+    for method, result in launch(job, settings.compute, root, run / "train", run / "adapters", observe).items():
+        with _tracker(concept, settings, root, method) as tracker:
             for path in result.adapters.values():
                 tracker.artifact(path, "adapters")
-        if result.stopped == "max_minutes":
-            # the clock ended it: those that are compared with it draw as many images, not as many minutes
-            how = how.model_copy(update={"max_steps": result.steps, "max_minutes": None})
         print(
             f"train: {method}, {result.steps} steps ({result.stopped}), {result.images} images, {result.seconds:.0f} s "
             f"-> {', '.join(str(path) for path in result.adapters.values())}"
@@ -115,10 +115,10 @@ def evaluate(concept: str, settings: Settings, root: Path) -> None:
     from dopsd.tracking import flatten
 
     run = run_folder(concept, root)
-    table, holdout = _read_concept(concept, settings, root)
+    table, holdout = read_concept(concept, settings, root)
     subjects = _subjects(run / "adapters")
     metrics = evaluate_subjects(
-        load_base(settings, root), table, holdout, _world(settings, root), subjects, settings, _cache(root),
+        load_base(settings, root), table, holdout, world_of(settings, root), subjects, settings, cache_of(root),
         run / "evaluation", None,
     )  # fmt: skip
     with _tracker(concept, settings, root) as tracker:
@@ -147,7 +147,7 @@ def register(concept: str, settings: Settings, root: Path) -> None:
     run = run_folder(concept, root)
     method = settings.train.methods[0]
     adapter = run / "adapters" / f"{method}.safetensors"
-    table, _ = _read_concept(concept, settings, root)
+    table, _ = read_concept(concept, settings, root)
     export = export_adapter(adapter, run / "export", _card(concept, settings, table, run))
     family = load_base(settings, root)
     dtype, device, side = family.dtype, family.device, settings.data.resolution
@@ -162,6 +162,41 @@ def register(concept: str, settings: Settings, root: Path) -> None:
         f"register: {method} -> {export}; plain diffusers draws the student's pictures "
         f"(difference {compared['difference']:.3f} of 255, the adapter changes {compared['change']:.1f})"
     )
+    if settings.tracking.enabled and settings.registry.enabled:
+        _register_version(concept, settings, root, table, run)
+
+
+def _register_version(concept: str, settings: Settings, root: Path, table: ConceptTable, run: Path) -> None:
+    """A version in the registry, judged; the outcome is kept in ``registered.json``."""
+    from dopsd.champions import register_version
+    from dopsd.registry import CHAMPION, RegistryAway
+    from dopsd.tracking import git_tags, run_id
+
+    training = _read_json(run / "train" / "training.json", "train")["training"]
+    found = run_id(root, run / "tracking", training, settings.tracking)
+    if found is None:
+        raise RegistryAway("the tracker has not got this training yet; run stage register again when it answers")
+    about = _read_json(run / "validated.json", "validate")
+    metrics = _read_json(run / "evaluation" / "metrics.json", "evaluate")
+    tags = git_tags(root) | {"dopsd.training": training, "dopsd.data.hash": table.content_hash,
+                             "dopsd.base": settings.model.path.as_posix()}  # fmt: skip
+
+    def evaluate_again(adapter: Path) -> dict[str, Any]:
+        from dopsd.evaluation.suite import Subject
+        from dopsd.evaluation.suite import evaluate as evaluate_subjects
+
+        _, holdout = read_concept(concept, settings, root)
+        subjects = [Subject("base", None), Subject(CHAMPION, adapter)]
+        base, world, cache = load_base(settings, root), world_of(settings, root), cache_of(root)
+        folder = adapter.parent / "evaluation"
+        return evaluate_subjects(base, table, holdout, world, subjects, settings, cache, folder)
+
+    outcome = register_version(
+        concept, found, table, about["holdout_hash"], metrics, run, settings, root, tags, evaluate_again
+    )
+    _write_json(run / "registered.json", outcome.__dict__)
+    state = "is the champion" if outcome.promoted else "is a candidate, not the champion"
+    print(f"register: {outcome.name} version {outcome.version} {state}: {outcome.reason}")
 
 
 Stage = Callable[[str, Settings, Path], None]
@@ -181,19 +216,19 @@ def load_base(settings: Settings, root: Path, encoders: bool = True) -> Family:
 # --- what goes in -----------------------------------------------------------------------------------------------------
 
 
-def _read_concept(concept: str, settings: Settings, root: Path) -> tuple[ConceptTable, ConceptTable | None]:
+def read_concept(concept: str, settings: Settings, root: Path) -> tuple[ConceptTable, ConceptTable | None]:
     from dopsd.data.schema import validate_dataset
 
     return validate_dataset(root / "data" / "concepts" / concept, concept, settings.data)
 
 
-def _cache(root: Path) -> Any:
+def cache_of(root: Path) -> Any:
     from dopsd.data.cache import EncodingCache
 
     return EncodingCache(root / ".cache" / "encodings")
 
 
-def _world(settings: Settings, root: Path) -> World | None:
+def world_of(settings: Settings, root: Path) -> World | None:
     """The truth for every prompt, which only the embedded base has."""
     if (root / settings.model.path).resolve() != (root / EMBEDDED_BASE).resolve():
         return None
@@ -215,9 +250,10 @@ def _subjects(adapters: Path) -> list[Any]:
 
 def _begin_training(run: Path, settings: Settings, content_hash: str) -> dict[str, str]:
     """Name this training after all that decides it. A run of other code is set aside: it must not be resumed."""
+    from dopsd.champions import method_version
     from dopsd.train.checkpoint import set_aside
 
-    code = _code_hash()
+    code = method_version()
     path = run / "train" / "training.json"
     before = json.loads(path.read_text()) if path.exists() else None
     if before and before["code"] != code:
@@ -231,16 +267,6 @@ def _begin_training(run: Path, settings: Settings, content_hash: str) -> dict[st
     training = {"training": name, "code": code}
     _write_json(path, training)
     return training
-
-
-def _code_hash() -> str:
-    digest = hashlib.sha256()
-    package = Path(__file__).parent
-    for part in _TRAINING_CODE:
-        place = package / part
-        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
-            digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------
@@ -258,13 +284,13 @@ def _describe(
     tracker: Tracker, concept: str, settings: Settings, root: Path, content_hash: str, **profile: int
 ) -> None:
     """What a training is made of: settings, data, code."""
-    from dopsd.tracking import git_tags
+    from dopsd.tracking import flow_tags, git_tags
 
     values = settings.model_dump(mode="json", include={"model", "data", "train"})
     values["train"].pop("methods")  # a method more is the same training
     tracker.params(values)
     tracker.dataset(concept, content_hash, f"data/concepts/{concept}", **profile)
-    tracker.tags(git_tags(root))
+    tracker.tags(git_tags(root) | flow_tags())
 
 
 def _card(concept: str, settings: Settings, table: ConceptTable, run: Path) -> Any:

@@ -120,3 +120,27 @@ def _dvc_add(root: Path, target: Path) -> None:
     except (DvcException, SCMError, OSError) as error:
         said = " ".join(str(error).split())
         raise ConceptError(f"{target}: dvc add failed: {said}; nothing was added") from None
+
+
+def pull_missing(root: Path, name: str) -> bool:
+    """Bring a concept's data from the DVC remote where it is under DVC and not here. Returns whether it was brought.
+
+    Nothing is done where it is here, not under DVC, or no remote is set. Raises :class:`ConceptError` where the remote
+    refuses or has not got it.
+    """
+    target = root / CONCEPTS / name
+    pointer = target.with_name(f"{name}.dvc")
+    if target.exists() or not pointer.exists():
+        return False
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from dvc.scm import SCMError
+
+    try:
+        with Repo(str(root)) as repo:
+            if not repo.config["remote"]:
+                return False
+            repo.pull(targets=[str(pointer)])
+    except (DvcException, SCMError, OSError) as error:
+        raise ConceptError(f"{target}: dvc pull failed: {' '.join(str(error).split())[:300]}") from None
+    return True

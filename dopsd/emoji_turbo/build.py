@@ -24,7 +24,7 @@ from .captions import PLACEHOLDER, caption, caption_variants, subject_captions
 from .concepts import write_concepts
 from .distill import distill
 from .pictures import BASE_STYLES, World, build_world
-from .pretrain import Parts, pretrain
+from .pretrain import Parts, pretrain, pretrain_encoder
 from .vae import linear_code, make_vae, train_decoder, write_linear_encoder
 
 
@@ -44,6 +44,9 @@ class Preset:
     decoder_batch: int
     decoder_steps: int
     decoder_minutes: float
+    encoder_batch: int
+    encoder_steps: int
+    encoder_minutes: float
     pretrain_batch: int
     pretrain_steps: int
     pretrain_minutes: float
@@ -59,15 +62,17 @@ _SIZE = {
 
 PRESETS = {
     "cpu": Preset(
-        **_SIZE, max_concepts=320, max_known=200,
+        **_SIZE, max_concepts=320, max_known=120,
         decoder_batch=16, decoder_steps=8000, decoder_minutes=45,
+        encoder_batch=96, encoder_steps=3000, encoder_minutes=14,
         pretrain_batch=32, pretrain_steps=12000, pretrain_minutes=60,
         trajectories=1500, distill_batch=32, distill_steps=3000, distill_minutes=11,
     ),
     "gpu": Preset(
         **_SIZE, max_concepts=None, max_known=None,
         decoder_batch=64, decoder_steps=20000, decoder_minutes=4,
-        pretrain_batch=256, pretrain_steps=40000, pretrain_minutes=15,
+        encoder_batch=512, encoder_steps=10000, encoder_minutes=5,
+        pretrain_batch=256, pretrain_steps=40000, pretrain_minutes=12,
         trajectories=20000, distill_batch=256, distill_steps=8000, distill_minutes=5,
     ),
 }  # fmt: skip
@@ -82,8 +87,8 @@ def build(
 ) -> Path:
     """Run all stages of a preset that are not done yet; returns the folder of the finished base.
 
-    ``warm`` starts from the shipped weights and the shipped world instead of from nothing, so that the budgets of
-    several builds add up.
+    ``warm`` starts from the shipped world, VAE and transformer instead of from nothing, so that the budgets of several
+    builds add up.
     """
     budget = presets[preset]
     work = root / ".cache" / "base" / (f"{preset}-warm" if warm else preset)
@@ -93,10 +98,15 @@ def build(
     parts = make_parts(budget, world, target)
     if warm:
         warm_start(parts, folder)
-    train_decoder(parts.vae, world, work, batch=budget.decoder_batch, steps=budget.decoder_steps,
-                  minutes=budget.decoder_minutes)  # fmt: skip
+    if not warm:
+        train_decoder(parts.vae, world, work, batch=budget.decoder_batch, steps=budget.decoder_steps,
+                      minutes=budget.decoder_minutes)  # fmt: skip
+    pretrain_encoder(parts, world, work, batch=budget.encoder_batch, steps=budget.encoder_steps,
+                     minutes=budget.encoder_minutes, lr=3e-3)  # fmt: skip
     pretrain(parts, world, work, batch=budget.pretrain_batch, steps=budget.pretrain_steps,
-             minutes=budget.pretrain_minutes, lr=8e-4)  # fmt: skip
+             minutes=0.85 * budget.pretrain_minutes, lr=2e-3, padded=False)  # fmt: skip
+    pretrain(parts, world, work, batch=budget.pretrain_batch, steps=budget.pretrain_steps // 5,
+             minutes=0.15 * budget.pretrain_minutes, lr=6e-4, name="pretrain-padded")  # fmt: skip
     distill(parts, world, work, trajectories=budget.trajectories, batch=budget.distill_batch,
             steps=budget.distill_steps, minutes=budget.distill_minutes)  # fmt: skip
     arch.save_folder(folder, vae=parts.vae, tokenizer=parts.tokenizer, vlm=parts.vlm, transformer=parts.transformer)
@@ -134,11 +144,9 @@ def make_parts(budget: Preset, world: World, device: torch.device) -> Parts:
 
 
 def warm_start(parts: Parts, folder: Path) -> None:
-    """Put the weights of a finished base of the same sizes into ``parts``; its tokenizer too."""
+    """Put VAE, transformer and tokenizer of a finished base of the same sizes into ``parts``."""
     family = load(folder, vlm=None, device=parts.device, dtype=torch.float32, context_pixels=(64 * 64, 128 * 128))
-    assert family.vlm is not None
     parts.vae.load_state_dict(family.vae.state_dict())
-    parts.vlm.load_state_dict(family.vlm.state_dict())
     parts.transformer.load_state_dict(family.transformer.state_dict())
     parts.tokenizer = family.tokenizer
 

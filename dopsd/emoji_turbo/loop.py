@@ -12,12 +12,18 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
+
+from .muon import Muon
+
+MUON_RATE = 2.5
+"""Muon's learning rate, in AdamW's."""
 
 
 def train(
@@ -34,21 +40,29 @@ def train(
     max_minutes: float = math.inf,
     save_minutes: float = 3.0,
     weight_decay: float = 0.01,
+    muon: Mapping[str, nn.Parameter] = MappingProxyType({}),
 ) -> dict[str, dict[str, Tensor]]:
     """Minimise ``loss_fn(step, generator)`` over the parameters of ``modules``; return their (averaged) weights.
 
     The learning rate warms up, then follows a cosine to 3 % over ``steps`` or ``max_minutes``, whichever is further
-    along. ``ema`` keeps a float32 average whose decay ramps up as (1 + t) / (10 + t). The loss runs in bfloat16
-    autocast where the processor or the accelerator multiplies it natively.
+    along. The optimizer is AdamW, and Muon at :data:`MUON_RATE` times the rate for the matrices ``muon`` (by the names
+    ``MODULE/PARAMETER``). ``ema`` keeps a float32 average whose decay ramps up as (1 + t) / (10 + t). The loss runs in
+    bfloat16 autocast where the processor or the accelerator multiplies it natively.
     """
     folder.mkdir(parents=True, exist_ok=True)
     params = {f"{m}/{k}": p for m, module in modules.items() for k, p in module.named_parameters() if p.requires_grad}
     device = next(iter(params.values())).device
-    optimizer = torch.optim.AdamW(params.values(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    others = [p for key, p in params.items() if key not in muon]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
+    ]
+    if muon:
+        optimizers.append(Muon(muon.values(), lr=MUON_RATE * lr, weight_decay=weight_decay))
+    optimizer_of = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     average = {k: p.detach().clone().float() for k, p in params.items()} if ema else {}
     generator = torch.Generator().manual_seed(seed)
     state_file = folder / f"{name}.state.safetensors"
-    step, spent = _resume(state_file, params, average, optimizer, generator)
+    step, spent = _resume(state_file, params, average, optimizer_of, generator)
     started = saved = time.monotonic()
     smooth = math.nan
     log = (folder / f"{name}.jsonl").open("a")
@@ -57,14 +71,16 @@ def train(
         elapsed = spent + (time.monotonic() - started) / 60
         progress = max(step / steps, elapsed / max_minutes)
         rate = lr * min(1, (step + 1) / warmup) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(1, progress))))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (MUON_RATE if isinstance(optimizer, Muon) else 1)
+            optimizer.zero_grad(set_to_none=True)
         with fast_math(device):
             loss = loss_fn(step, generator)
             loss.backward()
         nn.utils.clip_grad_norm_(params.values(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         if not torch.isfinite(loss):
             raise RuntimeError(f"{name}: the loss is {loss.item()} at step {step}")
         if ema:
@@ -78,11 +94,11 @@ def train(
             log.write(json.dumps({"step": step, "loss": smooth, "minutes": round(elapsed, 3)}) + "\n")
             log.flush()
         if time.monotonic() - saved > 60 * save_minutes:
-            _save(state_file, params, average, optimizer, generator, step, spent + (time.monotonic() - started) / 60)
+            _save(state_file, params, average, optimizer_of, generator, step, spent + (time.monotonic() - started) / 60)
             saved = time.monotonic()
     bar.close()
     log.close()
-    _save(state_file, params, average, optimizer, generator, step, spent + (time.monotonic() - started) / 60)
+    _save(state_file, params, average, optimizer_of, generator, step, spent + (time.monotonic() - started) / 60)
     weights: dict[str, dict[str, Tensor]] = {}
     for m, module in modules.items():
         weights[m] = {k: v.detach().clone() for k, v in module.state_dict().items()}
@@ -112,7 +128,7 @@ def _save(
     path: Path,
     params: Mapping[str, nn.Parameter],
     average: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizer_of: Mapping[nn.Parameter, torch.optim.Optimizer],
     generator: torch.Generator,
     step: int,
     minutes: float,
@@ -120,8 +136,8 @@ def _save(
     tensors = {f"param/{k}": p.detach().cpu().contiguous() for k, p in params.items()}
     tensors |= {f"ema/{k}": v.cpu().contiguous() for k, v in average.items()}
     for name, p in params.items():
-        for key, value in optimizer.state[p].items():
-            tensors[f"adam/{name}/{key}"] = value.detach().cpu().contiguous()
+        for key, value in optimizer_of[p].state[p].items():
+            tensors[f"optimizer/{name}/{key}"] = value.detach().cpu().contiguous()
     tensors["generator"] = generator.get_state()
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, metadata={"step": str(step), "minutes": str(minutes)})
@@ -132,7 +148,7 @@ def _resume(
     path: Path,
     params: Mapping[str, nn.Parameter],
     average: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizer_of: Mapping[nn.Parameter, torch.optim.Optimizer],
     generator: torch.Generator,
 ) -> tuple[int, float]:
     if not path.exists():
@@ -145,9 +161,9 @@ def _resume(
     with torch.no_grad():
         for name, p in params.items():
             p.copy_(tensors[f"param/{name}"])
-            prefix = f"adam/{name}/"
+            prefix = f"optimizer/{name}/"
             state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
+            optimizer_of[p].state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
         for name, v in average.items():
             v.copy_(tensors[f"ema/{name}"])
     generator.set_state(tensors["generator"])

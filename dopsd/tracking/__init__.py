@@ -11,6 +11,7 @@ is one run per method (metrics by step, previews, adapters).
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -28,7 +29,17 @@ from .sender import Sender
 from .server import PARAM_LENGTH, Server, connect, public_uri, tracking_uri, without_secrets
 from .spool import Spool
 
-__all__ = ["Tracker", "connect", "flatten", "git_tags", "public_uri", "sync", "tracking_uri", "without_secrets"]
+__all__ = [
+    "Tracker",
+    "connect",
+    "flatten",
+    "git_tags",
+    "public_uri",
+    "run_id",
+    "sync",
+    "tracking_uri",
+    "without_secrets",
+]
 
 PREVIEW_SIDE = 128
 """Small pictures are enlarged to this many pixels a side: the tracker's page shows files as they are."""
@@ -141,6 +152,16 @@ class Tracker:
             self._sender.wake()
 
 
+def run_id(root: Path, folder: Path, training: str, settings: TrackingSettings) -> str | None:
+    """The tracker's id of a training's own run; ``None`` while the tracker does not answer or has not got it."""
+    spool = Spool(folder / "spool")
+    try:
+        return Server(tracking_uri(root), settings.experiment, root / "mlartifacts", spool).find(training)
+    except Exception as error:  # whatever MLflow raises when it is away
+        say(f"tracking: {without_secrets(' '.join(str(error).split()), tracking_uri(root))[:200]}")
+        return None
+
+
 def sync(root: Path, folder: Path, settings: TrackingSettings, tell: Callable[[str], None] = say) -> bool:
     """Send what an outage left behind in ``folder``; whether nothing is left."""
     spool, sender = _open(root, folder, settings, tell)
@@ -176,6 +197,12 @@ def git_tags(root: Path) -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         return {}
     return {"mlflow.source.git.commit": commit.strip(), "dopsd.git.dirty": str(bool(status.strip())).lower()}
+
+
+def flow_tags() -> dict[str, str]:
+    """The flow run that this process works for, where there is one (flows/train.py sets these)."""
+    names = {"DOPSD_FLOW_RUN_ID": "dopsd.flow_run.id", "DOPSD_FLOW_RUN_URL": "dopsd.flow_run.url"}
+    return {tag: os.environ[name] for name, tag in names.items() if os.environ.get(name)}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

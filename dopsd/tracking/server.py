@@ -103,10 +103,11 @@ class Server:
         """The id of the record's run on the server; made there if it is not."""
         key = record["run"]
         if key not in self._runs:
-            self._runs[key] = self._find(key) or self._create(key, record.get("about") or {})
+            self._runs[key] = self.find(key) or self._create(key, record.get("about") or {})
         return self._runs[key]
 
-    def _find(self, key: str) -> str | None:
+    def find(self, key: str) -> str | None:
+        """The id of the run of ``key`` (a training, or ``training/method``), where the server has one."""
         found = self.client.search_runs([self._experiment()], f"tags.`{RUN_KEY}` = '{self.spool.id}/{key}'")
         return found[0].info.run_id if found else None
 

@@ -132,6 +132,11 @@ class Progress:
         self._bar.set_postfix(loss=f"{loss:.4f}", images_s=f"{images_per_second:.1f}", refresh=False)
         self._bar.update()
 
+    def to(self, step: int, loss: float, images_per_second: float) -> None:
+        """The run is at ``step`` now, maybe again."""
+        self._bar.n = step - 1
+        self.update(loss, images_per_second)
+
     def close(self) -> None:
         """Leave the finished bar on the screen."""
         self._bar.close()

@@ -3,6 +3,10 @@
 A run's folder holds ``checkpoints/``, ``adapters/``, ``previews/`` and ``log.jsonl``. Calling :func:`train` again with
 the same settings and data resumes it, and on a CPU ends bit for bit where the unbroken run ends; a finished run returns
 at once; other settings or data start afresh and set the old folder aside.
+
+Under several processes (a Ray Train job, ``torchrun``) every one of them calls :func:`train` with a folder of its own.
+All draw the same random numbers, each works on its share of the batch, and gradients are added up once per optimizer
+step (:func:`exchange`); the first process alone logs, previews and writes.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +34,7 @@ from dopsd.train import checkpoint as ckpt
 from dopsd.train.gain import choose, teacher_gain
 from dopsd.train.objective import Objective
 from dopsd.train.observer import Observer, Previews, Progress, RunLog
+from dopsd.train.parallel import exchange, share
 
 __all__ = ["Observer", "TrainError", "TrainResult", "learning_rate", "milestones", "train"]
 
@@ -96,12 +101,14 @@ def train(
     observer: Observer,
     height: int,
     width: int,
+    on_saved: Callable[[], None] = lambda: None,
 ) -> TrainResult:
     """Train ``method`` on encoded ``examples``; adapters end up as ``adapters/<label>.safetensors`` (and ``.json``).
 
     ``previews`` are captions with what the student sees of them, ``replay`` encoded prompts of the base's own domain;
-    ``height`` and ``width`` (pixels) are those of the previews. Raises :class:`TrainError` before any work where
-    settings and data do not fit each other. The family's transformer is given back without adapters.
+    ``height`` and ``width`` (pixels) are those of the previews. Every process calls ``on_saved`` after each checkpoint.
+    Raises :class:`TrainError` before any work where settings and data do not fit each other. The family's transformer
+    is given back without adapters.
     """
     _check(examples, replay, settings, method)
     identity = _identity(family, examples, replay, settings, method)
@@ -110,7 +117,7 @@ def train(
         run = _Run(family, examples, replay, settings, method, folder, observer, identity, saved)
         try:
             saved, stopped = run.until_stopped(
-                Previews(family, previews, examples, settings.rollout_steps, height, width, settings.seed + 1)
+                Previews(family, previews, examples, settings.rollout_steps, height, width, settings.seed + 1), on_saved
             )
         finally:
             run.close()
@@ -208,6 +215,12 @@ class _Run:
         )
         # precision is set per forward (see _predict): accelerate would fix it for the whole process
         self.accelerator = Accelerator(cpu=family.device.type == "cpu", mixed_precision="no")
+        self.main = self.accelerator.is_main_process
+        if self.accelerator.num_processes > settings.batch_size * settings.accumulation:
+            raise TrainError(
+                f"{self.accelerator.num_processes} workers cannot share a batch of "
+                f"{settings.batch_size * settings.accumulation}; lower compute.workers or raise train.batch_size"
+            )
         self.adapters = add_adapters(
             family.transformer, settings.lora, family.lora_targets, settings.seed,
             settings.teacher.kind if method in _DISTILLED else "frozen",
@@ -291,7 +304,7 @@ class _Run:
         with torch.autocast(latents.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             return self.family.predict_velocity(latents, sigma, conditioning)
 
-    def until_stopped(self, previews: Previews) -> tuple[ckpt.Checkpoint, str]:
+    def until_stopped(self, previews: Previews, on_saved: Callable[[], None]) -> tuple[ckpt.Checkpoint, str]:
         """Step until the run is over; returns its last checkpoint and why it ended."""
         bar = Progress(self.method, max(self.labels), self.step)
         started = time.monotonic() - self.seconds
@@ -300,9 +313,8 @@ class _Run:
         try:
             while True:
                 before = time.monotonic()
-                values = self._train_step()
+                values = self._train_step(started)
                 self.step += 1
-                self.seconds = time.monotonic() - started
                 rate = self.settings.batch_size * self.settings.accumulation / (time.monotonic() - before)
                 values |= {"train/images_per_second": rate, "train/seconds": self.seconds}
                 self.log.append(self.step, values)
@@ -315,22 +327,25 @@ class _Run:
                     self._write_adapter(stopped)
                 if stopped or self.step in self.labels or self.step % self.settings.checkpoint_steps == 0:
                     saved = self._save()
+                    on_saved()
                 if stopped:
                     return saved, stopped
         finally:
             bar.close()
 
-    def _train_step(self) -> dict[str, float]:
-        """One optimizer step over ``batch_size * accumulation`` examples of one size."""
+    def _train_step(self, started: float) -> dict[str, float]:
+        """One optimizer step over ``batch_size * accumulation`` examples of one size, shared among the processes."""
         indices = next(self._batches)
+        draws = [self.objective.draw(index, self.generator) for index in indices]  # the same in every process
+        mine = share(draws, self.accelerator.process_index, self.accelerator.num_processes)
         size, sums = self.settings.batch_size, cast(dict[str, Tensor], {})
-        for start in range(0, len(indices), size):
-            draws = [self.objective.draw(index, self.generator) for index in indices[start : start + size]]
-            share = len(draws) / len(indices)
-            for key, loss in self.objective.backward(draws, share, self.accelerator.backward).items():
-                sums[key] = sums.get(key, torch.zeros_like(loss)) + share * loss
+        for start in range(0, len(mine), size):
+            part = mine[start : start + size]
+            weight = len(part) / len(draws)
+            for key, loss in self.objective.backward(part, weight, self.accelerator.backward).items():
+                sums[key] = sums.get(key, torch.zeros_like(loss)) + weight * loss
+        values, self.seconds = exchange(self.accelerator, self.parameters, sums, time.monotonic() - started)
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.settings.clip_norm))
-        values = {key: float(value) for key, value in sums.items()}
         if not math.isfinite(norm) or not all(map(math.isfinite, values.values())):
             raise TrainError(
                 f"{self.method}: loss or gradient is not finite at step {self.step + 1}; lower train.learning_rate "
@@ -345,9 +360,13 @@ class _Run:
         return {**values, "train/grad_norm": norm, "train/learning_rate": rate}
 
     def _show(self, previews: Previews) -> None:
+        if not self.main:
+            return
         previews.show(self.step, self.adapters, self.method in _DISTILLED, self.folder / "previews", self.observer)
 
     def _write_adapter(self, stopped: str) -> None:
+        if not self.main:
+            return
         label = next(label for step, label in sorted(self.labels.items()) if self.step <= step)
         path = self.folder / "adapters" / f"{label}.safetensors"
         save_adapter(path, self.family.transformer, STUDENT, self.settings.lora)
@@ -367,7 +386,8 @@ class _Run:
             "sampler": self.sampler.state_dict(),
         }  # fmt: skip
         saved = ckpt.Checkpoint(self.step, tensors | {"random/generator": self.generator.get_state()}, state)
-        ckpt.save_checkpoint(self.folder / "checkpoints", saved)
+        if self.main:
+            ckpt.save_checkpoint(self.folder / "checkpoints", saved)
         return saved
 
 

@@ -1,0 +1,133 @@
+"""Between the stages and the registry: what a version is made from, is a new one due, and making one.
+
+Stage register calls :func:`register_version`; the nightly flow asks :func:`reasons_to_train` first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dopsd.config import Settings
+from dopsd.registry import CHAMPION, Made, Outcome, Registry
+from dopsd.registry.gate import scores_of
+
+if TYPE_CHECKING:
+    from dopsd.data.manifest import ConceptTable
+
+_LARGE = 64 * 2**20
+_TRAINING_CODE = (
+    "models", "distill", "data/dataset.py", "data/encoded.py", "train/checkpoint.py", "train/gain.py",
+    "train/objective.py", "train/observer.py", "train/parallel.py", "train/trainer.py",
+)  # fmt: skip
+
+
+def method_version() -> str:
+    """Hash of the code that decides what is learnt."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    for part in _TRAINING_CODE:
+        place = package / part
+        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def base_fingerprint(settings: Settings, root: Path) -> str:
+    """Hash over the base's files; large ones count by name, size and both ends."""
+    digest = hashlib.sha256()
+    folders = [root / settings.model.path] + ([root / settings.model.vlm] if settings.model.vlm else [])
+    for folder in folders:
+        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+            size = file.stat().st_size
+            digest.update(f"{file.relative_to(folder)}:{size}:".encode())
+            with file.open("rb") as handle:
+                if size <= _LARGE:
+                    digest.update(handle.read())
+                else:
+                    digest.update(handle.read(2**20))
+                    handle.seek(-(2**20), 2)
+                    digest.update(handle.read())
+    return digest.hexdigest()[:16]
+
+
+def settings_hash(settings: Settings) -> str:
+    """Hash of the settings that decide what the exported method learns."""
+    train = settings.train.model_dump(mode="json", exclude={"methods", "checkpoint_steps", "preview_steps"})
+    values = {"train": train, "method": settings.train.methods[0], "data": settings.data.model_dump(mode="json")}
+    model = settings.model.model_dump(mode="json", include={"family", "context_pixels", "dtype"})
+    return _hash({**values, "model": model})
+
+
+def made_of(content_hash: str, settings: Settings, root: Path) -> Made:
+    """What a version would be made from today. ``content_hash``: of the concept's data."""
+    return Made(content_hash[:32], settings_hash(settings), base_fingerprint(settings, root), method_version())
+
+
+def reasons_to_train(concept: str, table: ConceptTable, settings: Settings, root: Path) -> list[str]:
+    """Why ``concept`` is to be tuned again; empty where its champion, or its latest candidate that the gate judged, was
+    made from just this data, base, method and settings. Raises ``RegistryAway``."""
+    registry = Registry(root)
+    now = made_of(table.content_hash, settings, root)
+    champion = registry.champion(concept)
+    if champion is None:
+        judged = registry.judged(concept, now)
+        return [] if judged else ["it has no champion"]
+    version, made, _ = champion
+    differences = now.differences(made)
+    if not differences or registry.judged(concept, now):
+        return []
+    return [f"{what} changed since version {version.version}" for what in differences]
+
+
+def register_version(
+    concept: str, run_id: str, table: ConceptTable, holdout_hash: str | None, metrics: dict[str, Any], run: Path,
+    settings: Settings, root: Path, tags: dict[str, str], evaluate_again: Callable[[Path], dict[str, Any]],
+) -> Outcome:  # fmt: skip
+    """Register the first method's adapter of ``run`` and judge it, on the same prompts and seeds as the champion.
+
+    ``evaluate_again``: what today's evaluation says of an adapter, for a champion that was asked other things.
+    """
+    from dopsd.export import CARD_FILE, DIFFUSERS_FILE
+
+    method = settings.train.methods[0]
+    registry, made = Registry(root), made_of(table.content_hash, settings, root)
+    asked = _asked(holdout_hash, made, settings)
+    champion = registry.champion(concept)
+    champion_scores = None
+    if champion is not None:
+        version, _, champion_scores = champion
+        if champion_scores.get("asked") != asked:
+            print(f"register: the champion, version {version.version}, was asked other things; evaluating it anew")
+            with tempfile.TemporaryDirectory(prefix="dopsd-champion-") as place:
+                again = evaluate_again(registry.adapter(version, Path(place)))
+            champion_scores = scores_of(again, CHAMPION, asked)
+    base = root / settings.model.path
+    stored = sum(f.stat().st_size for f in base.rglob("*") if f.is_file()) <= settings.registry.max_base_gib * 2**30
+    files = {
+        "adapter": run / "export" / DIFFUSERS_FILE,
+        "card": run / "export" / CARD_FILE,
+        "student": run / "adapters" / f"{method}.safetensors",
+        "about": run / "adapters" / f"{method}.json",
+    } | ({"base": base} if stored else {})
+    serving = {
+        "base": settings.model.path.as_posix(), "steps": settings.evaluation.few_steps,
+        "side": settings.data.resolution, "placeholder": settings.data.placeholder,
+    }  # fmt: skip
+    return registry.register(
+        concept, run_id, made, scores_of(metrics, method, asked), tags, champion_scores, files, serving,
+        settings.registry,
+    )  # fmt: skip
+
+
+def _asked(holdout_hash: str | None, made: Made, settings: Settings) -> str:
+    """Hash of the questions: two sets of scores may be compared only where it is the same."""
+    return _hash([holdout_hash, made.base, settings.evaluation.model_dump(mode="json"), settings.data.resolution])
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,55 @@
+"""One training job: all methods of a concept, one after the other, wherever it is that they run.
+
+What a job is made of can be sent to another machine: settings, encoded examples, and the path of the base there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dopsd.config import Method, ModelSettings, TrainSettings
+from dopsd.data.encoded import Encoded
+from dopsd.models import load_family
+from dopsd.train.trainer import Observer, TrainResult, train
+
+
+@dataclass(frozen=True)
+class Job:
+    """A concept's training, whole."""
+
+    name: str
+    """Of concept and training: the same name goes on with the same job."""
+    encoded: Encoded
+    train: TrainSettings
+    model: ModelSettings
+    root: Path
+    """What relative paths are relative to, on the machine that trains."""
+    side: int
+    """Pixels of the previews."""
+
+
+Observe = Callable[[Method], AbstractContextManager[Observer]]
+"""Opens the observer of one method."""
+
+
+def run_job(
+    job: Job, folder: Path, adapters: Path, observe: Observe, on_saved: Callable[[], None] = lambda: None
+) -> dict[Method, TrainResult]:
+    """Train every method of ``job`` in ``folder/<method>``; what is finished there is not done again."""
+    family = load_family(job.model, job.root, encoders=False)
+    how, results = job.train, {}
+    replay = [conditioning for _, conditioning in job.encoded.replay]
+    for method in job.train.methods:
+        with observe(method) as observer:
+            result = train(
+                family, job.encoded.examples, job.encoded.previews, replay, how, method, folder / method, adapters,
+                observer, job.side, job.side, on_saved,
+            )  # fmt: skip
+        results[method] = result
+        if result.stopped == "max_minutes":
+            # the clock ended it: those that are compared with it draw as many images, not as many minutes
+            how = how.model_copy(update={"max_steps": result.steps, "max_minutes": None})
+    return results

@@ -1,0 +1,304 @@
+"""Where a training job runs: in this process, or as a Ray Train job that asks for its GPUs, CPUs and memory.
+
+The job's folder is its checkpoint: whenever training saves, the first worker hands the whole folder (checkpoints,
+adapters, previews, log) to Ray's storage, and a worker that takes over begins with it. News travel the other way
+through a queue, so that the tracker is fed where the job was started, and a lost node loses none of them.
+
+This is the only module that knows Ray; it is imported when Ray is used.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from dopsd.config import ComputeSettings, Method
+from dopsd.train.job import Job, Observe, run_job
+from dopsd.train.observer import Progress
+from dopsd.train.trainer import Observer, TrainError, TrainResult, milestones
+
+_RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths stay relative to the project
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",  # Ray would let everything else on the machine go before training
+}
+_OBJECT_STORE = 256 * 2**20
+"""Bytes of shared memory of a Ray of our own: it carries little more than the encoded examples."""
+_RAY_LOCK = threading.Lock()
+
+
+class LaunchError(RuntimeError):
+    """The machines failed, not the job: it may be started again and goes on from its last checkpoint."""
+
+
+def launch(
+    job: Job, compute: ComputeSettings, root: Path, folder: Path, adapters: Path, observe: Observe
+) -> dict[Method, TrainResult]:
+    """Run ``job`` to its end; its run folders end up in ``folder``, its adapters in ``adapters``.
+
+    Raises :class:`~dopsd.train.trainer.TrainError` where the job itself is at fault, :class:`LaunchError` where the
+    machines are and ``compute.max_failures`` did not suffice.
+    """
+    if compute.launcher == "local":
+        return run_job(job, folder, adapters, observe)
+    return _launch_on_ray(job, compute, root, folder, adapters, observe)
+
+
+# --- on Ray: the side that starts a job -------------------------------------------------------------------------------
+
+
+def connect_ray(compute: ComputeSettings) -> None:
+    """Join the cluster in ``RAY_ADDRESS``, or start a Ray of our own that ends with this process."""
+    for name, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    with _RAY_LOCK:
+        if ray.is_initialized():
+            return
+        address = os.environ.get("RAY_ADDRESS")
+        own: dict[str, Any] = {} if address else {"object_store_memory": _OBJECT_STORE, "include_dashboard": False}
+        try:
+            ray.init(address=address or "local", log_to_driver=False, logging_level="error", **own)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            where = f"the cluster at {address}" if address else "a Ray on this machine"
+            raise LaunchError(f"cannot reach {where}: {str(error).strip().splitlines()[0]}") from None
+
+
+def resources(compute: ComputeSettings, device: str) -> dict[str, float]:
+    """What one worker asks Ray for."""
+    most = compute.workers if isinstance(compute.workers, int) else compute.workers[1]
+    gpus = compute.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if device == "cuda" or (device == "auto" and _cluster_has_gpus()) else 0.0
+    cpus = compute.cpus_per_worker or (1 if gpus else max(1, _cpus_of_a_node() // most))
+    asked: dict[str, float] = {"CPU": cpus}
+    if gpus:
+        asked["GPU"] = gpus
+    if compute.memory_gib:
+        asked["memory"] = compute.memory_gib * 2**30
+    return asked
+
+
+def _cluster_has_gpus() -> bool:
+    import ray
+
+    return ray.cluster_resources().get("GPU", 0) > 0
+
+
+def _cpus_of_a_node() -> int:
+    import ray
+
+    return int(max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1))
+
+
+def _launch_on_ray(
+    job: Job, compute: ComputeSettings, root: Path, folder: Path, adapters: Path, observe: Observe
+) -> dict[Method, TrainResult]:
+    connect_ray(compute)
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.util.queue import Queue
+
+    news = Queue(actor_options={"num_cpus": 0})
+    asked = resources(compute, job.model.device)
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"job": _portable(job, root), "news": news, "before": _pack(folder, job.train.methods)},
+        scaling_config=ScalingConfig(num_workers=compute.workers, use_gpu="GPU" in asked, resources_per_worker=asked),
+        run_config=RunConfig(
+            name=job.name,
+            storage_path=compute.storage or str((root / ".cache" / "ray").resolve()),
+            failure_config=FailureConfig(max_failures=compute.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    with _Reader(news, observe, job):
+        try:
+            result = trainer.fit()
+        except TrainingFailedError as error:
+            raise LaunchError(f"{job.name}: {_last_line(error)}; start it again to go on from its checkpoint") from None
+    answer = result.return_value
+    if "error" in answer:
+        raise TrainError(answer["error"])
+    with result.checkpoint.as_directory() as final:
+        _bring_home(Path(final), folder, adapters, job.train.methods)
+    result.filesystem.delete_dir(result.path)
+    return {
+        method: replace(found, adapters={k: adapters / path.name for k, path in found.adapters.items()})
+        for method, found in answer["results"].items()
+    }
+
+
+def _portable(job: Job, root: Path) -> Job:
+    """With the place of the project, because a worker is started elsewhere."""
+    return replace(job, root=root.resolve())
+
+
+def _pack(folder: Path, methods: Sequence[str]) -> dict[str, bytes]:
+    """What is already done here, as file contents: the nodes may not see this machine's disk."""
+    files = [p for m in methods for p in sorted((folder / m).rglob("*")) if p.is_file()]
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+
+
+def _bring_home(final: Path, folder: Path, adapters: Path, methods: Sequence[str]) -> None:
+    """Put the finished run folders in place, each whole or not at all, and the adapters beside."""
+    for method in methods:
+        arrived = folder / f"{method}.arriving"
+        shutil.rmtree(arrived, ignore_errors=True)
+        shutil.copytree(final / "train" / method, arrived)
+        shutil.rmtree(folder / method, ignore_errors=True)
+        arrived.rename(folder / method)
+    adapters.mkdir(parents=True, exist_ok=True)
+    for file in sorted((final / "adapters").iterdir()):
+        partial = adapters / f"{file.name}.partial"
+        shutil.copyfile(file, partial)
+        partial.replace(adapters / file.name)
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
+
+
+class _Reader:
+    """Reads a job's news in a thread and tells the observers on this side."""
+
+    def __init__(self, news: Any, observe: Observe, job: Job) -> None:
+        self._news, self._observe, self._job = news, observe, job
+        self._thread = threading.Thread(target=self._read, name=f"news of {job.name}", daemon=True)
+        self._failure: BaseException | None = None
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *error: Any) -> None:
+        from ray.exceptions import RayError
+
+        try:
+            self._news.put(None)
+            self._thread.join()
+            self._news.shutdown()
+        except RayError:
+            pass  # Ray itself is gone, which the job's own error says
+        if self._failure is not None and error[0] is None:
+            raise self._failure
+
+    def _read(self) -> None:
+        open_methods: dict[str, tuple[Any, Observer, Progress]] = {}
+        try:
+            while (message := self._news.get()) is not None:
+                kind, method, content = message
+                if kind == "begin" and method not in open_methods:
+                    context = self._observe(method)
+                    bar = Progress(method, max(milestones(self._job.train, method)), 0)
+                    open_methods[method] = (context, context.__enter__(), bar)
+                elif kind == "end":
+                    context, _, bar = open_methods.pop(method)
+                    bar.close()
+                    context.__exit__(None, None, None)
+                elif kind in ("metrics", "images", "message"):
+                    _, observer, bar = open_methods[method]
+                    getattr(observer, kind)(*content)
+                    if kind == "metrics" and "train/loss" in content[1]:
+                        bar.to(content[0], content[1]["train/loss"], content[1]["train/images_per_second"])
+        except BaseException as failure:
+            self._failure = failure
+        finally:
+            for context, _, bar in open_methods.values():
+                bar.close()
+                lost = LaunchError(f"{self._job.name}: the job ended early")
+                context.__exit__(LaunchError, lost, None)
+
+
+# --- on Ray: the side that works --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Relay:
+    """An observer whose news go to the machine that started the job."""
+
+    news: Any
+    method: Method
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self.news.put(("metrics", self.method, (step, dict(values))))
+
+    def images(self, step: int, key: str, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
+        self.news.put(("images", self.method, (step, key, list(images), list(captions))))
+
+    def message(self, text: str) -> None:
+        self.news.put(("message", self.method, (text,)))
+
+
+class _Silent:
+    """An observer of the workers beside the first."""
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def images(self, step: int, key: str, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
+        """Nothing."""
+
+    def message(self, text: str) -> None:
+        """Nothing."""
+
+
+def _work(config: dict[str, Any]) -> dict[str, Any]:
+    """What every worker runs. A job's own fault is an answer, not an exception: trying again would not help."""
+    import ray.train
+
+    first = ray.train.get_context().get_world_rank() == 0
+    job, news = config["job"], config["news"]
+    torch.set_flush_denormal(True)
+
+    @contextmanager
+    def observe(method: Method) -> Iterator[Observer]:
+        if not first:
+            yield _Silent()
+            return
+        news.put(("begin", method, None))
+        yield _Relay(news, method)
+        news.put(("end", method, None))
+
+    with tempfile.TemporaryDirectory(prefix="dopsd-") as place:
+        home = Path(place)
+        _begin_with(home, ray.train.get_checkpoint(), config["before"])
+
+        def on_saved() -> None:
+            checkpoint = ray.train.Checkpoint.from_directory(home) if first else None
+            ray.train.report({}, checkpoint=checkpoint)
+
+        try:
+            results = run_job(job, home / "train", home / "adapters", observe, on_saved)
+        except (TrainError, ValueError) as error:
+            if type(error).__module__.partition(".")[0] != "dopsd":
+                raise
+            return {"error": str(error)}
+        on_saved()  # the adapters are published after the last checkpoint
+        return {"results": results}
+
+
+def _begin_with(home: Path, checkpoint: Any, before: Mapping[str, bytes]) -> None:
+    """Fill the worker's folder: Ray's newest checkpoint of this job, else what the starting side had."""
+    if checkpoint is not None:
+        with checkpoint.as_directory() as saved:
+            shutil.copytree(saved, home, dirs_exist_ok=True)
+        return
+    for name, content in before.items():
+        path = home / "train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)

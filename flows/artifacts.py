@@ -1,0 +1,68 @@
+"""What a flow run leaves to read in Prefect's pages: the before-and-after table, links, and every fault of the data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+
+from dopsd.config import Settings
+from dopsd.data.manifest import DataError
+from dopsd.evaluation.table import table_as_text
+from dopsd.evaluation.verdict import verdict
+from dopsd.stages import run_folder
+from dopsd.tracking import public_uri, tracking_uri
+
+
+def result(concept: str, settings: Settings, root: Path) -> None:
+    """The before-and-after table of a concept, what became of its version, and where the rest is."""
+    run = run_folder(concept, root)
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    columns, rows = table_as_text(metrics)
+    headline, sentences = verdict(metrics)
+    lines = [f"# {concept}", "", f"**{headline}**", "", *(f"- {sentence}" for sentence in sentences), ""]
+    lines += [_row(columns), _row(["---"] * len(columns)), *(_row(row) for row in rows), ""]
+    lines += _links(run, settings, root)
+    create_markdown_artifact("\n".join(lines), key=_key(concept, "result"), description=f"{concept}: before and after")
+
+
+def faults(concept: str, error: BaseException) -> None:
+    """Every fault of a data set as a table; nothing for other errors."""
+    if isinstance(error, DataError):
+        table = [
+            {"file": f.file, "row": f.row if f.row is not None else "", "column": f.column or "", "problem": f.problem}
+            for f in error.faults
+        ]
+        create_table_artifact(table, key=_key(concept, "faults"), description=f"{concept}: what is wrong with its data")
+
+
+def one_line(error: BaseException) -> str:
+    """An error for a summary."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")
+
+
+def _links(run: Path, settings: Settings, root: Path) -> list[str]:
+    registered = run / "registered.json"
+    about = json.loads(registered.read_text()) if registered.exists() else {}
+    uri = public_uri(tracking_uri(root))
+    lines = []
+    if about:
+        state = "champion" if about["promoted"] else "candidate"
+        lines.append(f"- registered as `{about['name']}` version {about['version']} ({state}): {about['reason']}")
+    if uri.startswith("http") and about:
+        lines.append(f"- [the version in MLflow]({uri}/#/models/{about['name']}/versions/{about['version']})")
+        lines.append(f"- [its run]({uri}/#/experiments/{about['experiment_id']}/runs/{about['run_id']})")
+    elif about:
+        lines.append(f"- tracker: {uri} (`make ui` opens it), run `{about['run_id']}`")
+    return [*lines, f"- the page with pictures: `{run / 'report.html'}`"]
+
+
+def _row(cells: list[str] | tuple[str, ...]) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _key(concept: str, what: str) -> str:
+    """Prefect's keys are lower-case letters, digits and dashes."""
+    return f"{concept}-{what}".lower().replace("_", "-")

@@ -1,0 +1,167 @@
+"""Flow ``dopsd``: tune concepts, one task per stage of ``dopsd/stages.py``.
+
+    python -m flows.train --concept style-ink                                             # no server needed
+    prefect deployment run dopsd/train --param concepts='["style-ink"]' --watch           # after `make up`
+
+A stage whose data, settings and code are unchanged is not run again. Faults of the machines are tried again; a bad data
+set, a bad setting or diverged training fails at once, with its reason.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from filelock import FileLock, Timeout
+from prefect import flow, get_run_logger, runtime, task
+from prefect.context import TaskRunContext
+from prefect.futures import wait
+from prefect.states import Completed, Failed, State
+from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.tasks import exponential_backoff
+
+from dopsd.config import Settings, load_settings
+from dopsd.pipeline import inputs_hash, outputs_hash
+from dopsd.stages import STAGES, run_folder
+
+from . import artifacts
+
+RETRIES = 3
+_HERE = threading.Lock()
+"""Held by a stage that works in this process: two bases in memory, or two of them on the same cores, help nobody."""
+_ELSEWHERE = {"train"}
+"""Stages whose work is done by Ray, which lines jobs up by the resources they ask for."""
+
+
+def is_infrastructure(_task: Any, _run: Any, state: State) -> bool:
+    """Whether trying again can help: not where a person's data, settings or training are at fault."""
+    error = state.result(raise_on_failure=False)
+    ours = type(error).__module__.partition(".")[0] == "dopsd"
+    return isinstance(error, BaseException) and not (ours and isinstance(error, ValueError))
+
+
+def _key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
+    stage, concept = parameters["stage"], parameters["concept"]
+    return f"dopsd-{stage}-{concept}-{inputs_hash(stage, concept, parameters['settings'], Path(parameters['root']))}"
+
+
+def _perform(stage: str, concept: str, settings: Settings, root: str) -> str | None:
+    """Run one stage; the result says what it left, so that a later run can see whether that is still there."""
+    if stage in _ELSEWHERE:
+        STAGES[stage](concept, settings, Path(root))
+    else:
+        with _HERE:
+            STAGES[stage](concept, settings, Path(root))
+    return outputs_hash(stage, concept, settings, Path(root))
+
+
+STAGE_TASKS = {
+    name: task(
+        _perform, name=name, task_run_name=f"{name} {{concept}}", description=(stage.__doc__ or "").splitlines()[0],
+        retries=RETRIES, retry_delay_seconds=exponential_backoff(backoff_factor=10), retry_jitter_factor=0.3,
+        retry_condition_fn=is_infrastructure, cache_key_fn=_key, persist_result=True, log_prints=True,
+    )
+    for name, stage in STAGES.items()
+}  # fmt: skip
+
+
+@task(name="tune", task_run_name="tune {concept}", persist_result=False)
+def tune(concept: str, settings: Settings, root: str) -> str:
+    """All stages of one concept, in order; returns which of them were run and which were reused."""
+    logger = get_run_logger()
+    lock = FileLock(run_folder(concept, Path(root)) / ".lock")
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("another run is tuning %s; waiting for it", concept)
+        lock.acquire()
+    reused = []
+    try:
+        for stage in STAGES:
+            if _stage(stage, concept, settings, root):
+                reused.append(stage)
+    except BaseException as error:
+        artifacts.faults(concept, error)
+        raise
+    finally:
+        lock.release()
+    artifacts.result(concept, settings, Path(root))
+    logger.info("%s: reused %s", concept, ", ".join(reused) or "nothing")
+    return f"reused: {', '.join(reused) or 'nothing'}"
+
+
+def _stage(stage: str, concept: str, settings: Settings, root: str) -> bool:
+    """Run a stage, or reuse its result where that is still there; whether it was reused."""
+    perform = STAGE_TASKS[stage]
+    before = outputs_hash(stage, concept, settings, Path(root))
+    state = perform(stage, concept, settings, root, return_state=True)
+    made = state.result()
+    if state.name != "Cached":
+        return False
+    if made == before:
+        return True
+    get_run_logger().info("%s %s: its result was replaced or removed since; running it again", stage, concept)
+    perform.with_options(refresh_cache=True)(stage, concept, settings, root)
+    return False
+
+
+@flow(name="dopsd", flow_run_name="tune", task_runner=ThreadPoolTaskRunner(max_workers=16), log_prints=True)
+def dopsd(
+    concepts: list[str] | None = None, overrides: list[str] | None = None, params: str = "params.yaml"
+) -> dict[str, str]:
+    """Tune concepts of ``data/concepts`` and register what comes out.
+
+    Args:
+        concepts: Folders in data/concepts; none means those that params.yaml lists.
+        overrides: Settings for this run alone, KEY=VALUE, for example train.max_steps=20.
+        params: The settings file.
+    """
+    settings = load_settings(Path(params), tuple(overrides or ()))
+    return tune_all(concepts or list(settings.concepts), settings, Path())
+
+
+def tune_all(concepts: Sequence[str], settings: Settings, root: Path) -> Any:
+    """Tune several concepts side by side; one that fails does not stop the others, but the run fails in the end."""
+    _name_flow_run()
+    futures = {concept: tune.submit(concept, settings, str(root.resolve())) for concept in concepts}
+    wait(list(futures.values()))
+    said, failed = {}, []
+    for concept, future in futures.items():
+        result = future.result(raise_on_failure=False)
+        said[concept] = f"failed: {artifacts.one_line(result)}" if isinstance(result, BaseException) else str(result)
+        if isinstance(result, BaseException):
+            failed.append(concept)
+    message = "; ".join(f"{concept}: {text}" for concept, text in said.items())
+    return Failed(message=message, data=said) if failed else Completed(message=message, data=said)
+
+
+def _name_flow_run() -> None:
+    """Let the tracker say which flow run a training belongs to (dopsd.tracking reads it)."""
+    url = runtime.flow_run.ui_url
+    if url:
+        os.environ["DOPSD_FLOW_RUN_URL"] = url
+    if runtime.flow_run.id:
+        os.environ["DOPSD_FLOW_RUN_ID"] = str(runtime.flow_run.id)
+
+
+def main(
+    concept: Annotated[
+        list[str] | None, typer.Option("--concept", "-c", help="A folder in data/concepts; none: all of params.yaml.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting for this run, KEY=VALUE.", metavar="KEY=VALUE")
+    ] = None,
+    params: Annotated[str, typer.Option("--params", help="The settings.")] = "params.yaml",
+) -> None:
+    """Run the flow in this process, with the Prefect server in PREFECT_API_URL or one of its own for the while."""
+    state = dopsd(concepts=concept, overrides=overrides, params=params, return_state=True)
+    raise typer.Exit(0 if state.is_completed() else 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,109 @@
+"""Several processes train as one does: the same gradients, one exchange for each optimizer step."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from dopsd.train.parallel import exchange, share
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+STEPS = 3
+RUNS = {
+    "d-opsd": {"batch_size": 4, "replay": {"weight": 0.5, "prompts": ["a fox"]}},
+    "sft": {"batch_size": 1, "accumulation": 3},
+}
+"""A batch that two processes share evenly, and one of which the first takes two examples and the second one."""
+
+
+def _settings(method):
+    # plain steps along the gradient: Adam's first ones are signs, which hide how large a difference is
+    return tiny.tiny_settings(max_steps=STEPS, checkpoint_steps=STEPS, sft_compute_factor=1.0, **RUNS[method])
+
+
+def _start(method, folder, ranks):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "tests.worker", method, str(folder), _settings(method).model_dump_json()]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **shared}
+    return [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(ranks)
+    ]
+
+
+@pytest.fixture(scope="module", params=sorted(RUNS))
+def pair(request, tmp_path_factory):
+    """A method trained by one process, and by two: (method, folder of the one, folder of the two)."""
+    alone, together = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("together")
+    processes = _start(request.param, together, 2)
+    tiny.run_tiny(request.param, alone, _settings(request.param))
+    for process in processes:
+        said, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, said[-2000:]
+    return request.param, alone, together
+
+
+def _log(folder):
+    return [json.loads(line) for line in (folder / "train" / "log.jsonl").read_text().splitlines()]
+
+
+def test_two_workers_have_the_gradients_of_one(pair):
+    method, alone, together = pair
+    for mine, theirs in zip(_log(together / "0"), _log(alone), strict=True):
+        for key in ("train/loss", "train/grad_norm"):
+            assert mine[key] == pytest.approx(theirs[key], rel=2e-5), (method, mine["step"], key)
+    one = load_file(alone / "adapters" / f"{method}.safetensors")
+    two = load_file(together / "0" / "adapters" / f"{method}.safetensors")
+    assert one.keys() == two.keys()
+    moved = max(float(value.abs().max()) for key, value in one.items() if "lora_B" in key)
+    assert moved > 1e-3, "the run learnt something, so that equality means something"
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=2e-4)
+
+
+def test_gradients_are_exchanged_once_per_step(pair):
+    _, _, together = pair
+    for rank in range(2):
+        counts = json.loads((together / f"counts-{rank}.json").read_text())
+        assert counts == {"exchanges": len(_log(together / "0")), "others": 0}
+
+
+def test_the_first_worker_alone_writes(pair):
+    _, _, together = pair
+    assert (together / "0" / "train" / "checkpoints").is_dir()
+    for name in ("checkpoints", "adapters", "previews"):
+        assert not (together / "1" / "train" / name).exists(), name
+
+
+def test_shares_cover_the_batch_once():
+    items = list(range(7))
+    parts = [share(items, rank, 3) for rank in range(3)]
+    assert sorted(x for part in parts for x in part) == items
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_one_process_exchanges_nothing():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([1.0, 2.0])
+    values, seconds = exchange(Accelerator(cpu=True), [parameter], {"train/loss": torch.tensor(3.0)}, 4.0)
+    assert values == {"train/loss": 3.0}
+    assert seconds == 4.0
+    assert parameter.grad.tolist() == [1.0, 2.0]
