@@ -169,7 +169,7 @@ def _check_that_only_loopback_listens(running: Project) -> None:
         if connection.status == psutil.CONN_LISTEN
     }
     assert {running.mlflow, running.prefect, running.ray} <= {port for _, _, port in listening}
-    assert not [place for place in listening if place[1] not in ("127.0.0.1", "::1")]
+    assert not [place for place in listening if place[1] not in ("127.0.0.1", "::ffff:127.0.0.1", "::1")]
 
 
 def _check_the_deployments(running: Project) -> None:

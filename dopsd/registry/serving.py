@@ -30,7 +30,7 @@ class FewStepModel(mlflow.pyfunc.PythonModel):
         self.pipeline.set_progress_bar_config(disable=True)
         self.steps, self.side = config["steps"], config["side"]
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> list[Image]:
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # MLflow reads the hints
         """One picture per prompt, each from its own seed ``seed + number``."""
         params = params or {}
         prompts = [str(text) for text in (model_input.iloc[:, 0] if hasattr(model_input, "iloc") else model_input)]

@@ -54,6 +54,7 @@ def connect(uri: str) -> MlflowClient:
     """A client for ``uri`` that fails soon: waiting is the sender's business, not MLflow's."""
     for name, value in (
         ("MLFLOW_DISABLE_TELEMETRY", "true"),
+        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
         ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"),
         ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10"),
     ):

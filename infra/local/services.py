@@ -114,7 +114,7 @@ def _stop(stack: Stack) -> None:
 
 
 def _table(stack: Stack, supervisor: Supervisor) -> Table:
-    table = Table("service", "address", "state", "PID", "log", box=None, header_style="bold")
+    table = Table("service", "address", "state", "PID", box=None, header_style="bold")
     states = supervisor.states()
     for name in SERVICES:
         state = states.get(name)
@@ -123,7 +123,6 @@ def _table(stack: Stack, supervisor: Supervisor) -> Table:
             stack.address(name),
             state.name.lower() if state else "stopped",
             str(state.pid) if state and state.pid else "",
-            stack.shown(stack.log(name)),
         )
     return table
 
@@ -134,6 +133,7 @@ def _explain(stack: Stack, supervisor: Supervisor) -> None:
         f"\nIn a shell that is to use it:  source {stack.shown(stack.env_file)}\n"
         "Train on it:                   prefect deployment run dopsd/train\n"
         "After changing prefect.yaml:   prefect --no-prompt deploy --all\n"
+        f"See what they say:             tail -f {stack.shown(stack.log('worker'))}   (or mlflow, prefect, ray)\n"
         f"Stop it:                       make down   (Ray's own logs, in {stack.ray_temp}, go with it)",
         highlight=False,
     )
