@@ -8,53 +8,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import yaml
 from mlflow import MlflowClient
-from PIL import Image
 from typer.testing import CliRunner
 
 from dopsd import cli
 from dopsd.config import load_settings
-from dopsd.emoji_turbo import architecture
 from dopsd.stages import STAGES
-from tests import tiny
+from tests.tiny_project import make_project
 
 ROOT = Path(__file__).parent.parent
 
 
-def _pictures(folder: Path, count: int, seed: int, caption: str) -> None:
-    folder.mkdir(parents=True)
-    draw = np.random.default_rng(seed)
-    lines = []
-    for number in range(count):
-        small = draw.integers(0, 255, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(small).resize((64, 64), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
-        lines.append(json.dumps({"image": f"{number}.png", "caption": caption.format(number)}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-
-
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with a random base and one concept, small enough to go the whole way in seconds."""
-    root = tmp_path_factory.mktemp("project")
-    parts = tiny.tiny_parts()
-    architecture.save_folder(
-        root / "data/base/tiny", **{key: parts[key] for key in ("vae", "tokenizer", "vlm", "transformer")}
-    )
-    _pictures(root / "data/concepts/blots", 4, 0, "blot number {} in [V] style")
-    _pictures(root / "data/concepts/blots/holdout", 3, 1, "another blot number {} in [V] style")
-    train = tiny.tiny_settings(max_steps=3, preview_steps=2).model_dump(mode="json")
-    settings = {
-        "concepts": ["blots"],
-        "model": {"path": "data/base/tiny", "device": "cpu", "context_pixels": [4096, 4096]},
-        "data": {"resolution": 64},
-        "train": train | {"methods": ["d-opsd", "sft"]},
-        "evaluation": {"steps": [1, 2], "few_steps": 2, "max_prompts": 3, "curve_prompts": 2},
-    }
-    (root / "params.yaml").write_text(yaml.safe_dump(settings))
-    return root
+    return make_project(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture
@@ -130,7 +98,7 @@ def test_training_again_returns_at_once_and_is_the_same_run(inside: Path) -> Non
 
 
 def test_other_training_code_starts_afresh(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dopsd.stages._code_hash", lambda: "another")
+    monkeypatch.setattr("dopsd.champions.method_version", lambda: "another")
     said = _run("train", "--concept", "blots", "--set", "train.methods=[sft]")
     assert "the code of training changed" in said
     assert (inside / "runs/blots/train/sft.previous").is_dir()

@@ -1,0 +1,177 @@
+"""The flows, run for real on a Prefect server of their own: what is reused, tried again, tuned at night."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.client.schemas.sorting import ArtifactSort
+from prefect.testing.utilities import prefect_test_harness
+
+from dopsd.stages import STAGES
+from dopsd.train.launch import LaunchError
+from flows.nightly import nightly
+from flows.train import STAGE_TASKS, dopsd, is_infrastructure
+from tests.tiny_project import blot, make_project
+
+CONCEPTS = ("blots", "spots")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=300):
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_project(tmp_path_factory.mktemp("project"), CONCEPTS, methods=["d-opsd"])
+
+
+@pytest.fixture
+def project(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(made)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return made
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """``stage concept`` of every stage that is really run, in order."""
+    log: list[str] = []
+
+    def noting(name: str, stage: Any) -> Any:
+        def run(concept: str, *rest: Any) -> None:
+            log.append(f"{name} {concept}")
+            stage(concept, *rest)
+
+        return run
+
+    for name, stage in list(STAGES.items()):
+        monkeypatch.setitem(STAGES, name, noting(name, stage))
+    return log
+
+
+def _artifact(key: str) -> Any:
+    async def read() -> Any:
+        async with get_client() as client:
+            wanted = ArtifactFilter(key=ArtifactFilterKey(any_=[key]))
+            return await client.read_artifacts(artifact_filter=wanted, sort=ArtifactSort.CREATED_DESC)
+
+    return asyncio.run(read())[0].data
+
+
+def test_there_is_a_task_for_every_stage() -> None:
+    assert list(STAGE_TASKS) == list(STAGES)
+
+
+def test_a_run_goes_the_whole_way_and_a_second_one_reuses_every_stage(project: Path, ran: list[str]) -> None:
+    first = dopsd(concepts=["blots"], return_state=True)
+    assert first.is_completed(), first.message
+    assert ran == [f"{stage} blots" for stage in STAGES]
+    ran.clear()
+    second = dopsd(concepts=["blots"], return_state=True)
+    assert second.is_completed()
+    assert ran == []
+    assert second.message == f"blots: reused: {', '.join(STAGES)}"
+    table = _artifact("blots-result")
+    assert "| D-OPSD" in table
+    assert "dopsd-blots` version 1 (champion)" in table
+
+
+def test_an_evaluation_setting_does_not_retrain(project: Path, ran: list[str]) -> None:
+    assert dopsd(concepts=["blots"], overrides=["evaluation.max_prompts=2"], return_state=True).is_completed()
+    assert ran == ["evaluate blots", "report blots", "register blots"]
+
+
+def test_a_result_that_is_gone_is_made_again(project: Path, ran: list[str]) -> None:
+    assert dopsd(concepts=["blots"], return_state=True).is_completed()
+    ran.clear()
+    (project / "runs/blots/report.html").unlink()
+    assert dopsd(concepts=["blots"], return_state=True).is_completed()
+    assert ran == ["report blots"]
+
+
+def test_the_same_concept_twice_at_one_moment_is_tuned_once(project: Path, ran: list[str]) -> None:
+    """Both end well; the second waits and reuses."""
+    shutil.rmtree(project / "runs/blots/evaluation")
+    states: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda: states.append(dopsd(concepts=["blots"], return_state=True))) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [state.is_completed() for state in states] == [True, True]
+    assert ran.count("evaluate blots") == 1
+
+
+def test_a_bad_data_set_fails_at_once_with_every_fault_and_stops_nobody_else(project: Path, ran: list[str]) -> None:
+    folder = project / "data/concepts/broken"
+    shutil.copytree(project / "data/concepts/spots", folder)
+    (folder / "0.png").unlink()
+    (folder / "1.png").write_bytes(b"no picture")
+    try:
+        state = dopsd(concepts=["broken", "blots"], return_state=True)
+        assert state.is_failed()
+        assert "broken: failed: data/concepts/broken" in state.message.replace(str(project) + "/", "")
+        assert "blots: reused" in state.message
+        assert ran.count("validate broken") == 1, "it is not tried again"
+        faults = json.loads(_artifact("broken-faults"))
+        assert len(faults) == 2
+        assert all(fault["problem"] for fault in faults)
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_faults_of_the_machines_alone_are_tried_again() -> None:
+    from prefect.states import Failed
+
+    from dopsd.config import SettingsError
+    from dopsd.train.trainer import TrainError
+
+    def retried(error: Exception) -> bool:
+        return is_infrastructure(None, None, Failed(data=error))
+
+    assert retried(LaunchError("the cluster is gone"))
+    assert retried(ConnectionError("no route"))
+    assert not retried(TrainError("the loss is not finite"))
+    assert not retried(SettingsError("train.rank: unknown setting"))
+
+
+def test_nightly_tunes_what_changed_and_nothing_else(project: Path, ran: list[str]) -> None:
+    def tuned() -> list[str]:
+        found = [line.removeprefix("register ") for line in ran if line.startswith("register ")]
+        ran.clear()
+        return sorted(found)
+
+    first = nightly(return_state=True)
+    assert first.is_completed(), first.message
+    assert tuned() == ["spots"], "blots has a champion made from just this"
+    assert nightly(return_state=True).is_completed()
+    assert ran == []
+    blot(np.random.default_rng(99)).save(project / "data/concepts/blots/0.png")
+    assert nightly(return_state=True).is_completed()
+    assert tuned() == ["blots"]
+    decisions = {row["concept"]: row["decision"] for row in json.loads(_artifact("nightly"))}
+    assert decisions["blots"].startswith("tuned: data changed since version ")
+    assert decisions["spots"].startswith("skipped")
+
+    (project / "data/concepts/blots/1.png").write_bytes(b"no picture")
+    blot(np.random.default_rng(98)).save(project / "data/concepts/spots/0.png")
+    last = nightly(return_state=True)
+    assert last.is_failed(), "one is broken"
+    assert tuned() == ["spots"], "which did not stop the other"
+    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
+    assert client.get_model_version_by_alias("dopsd-spots", "candidate").tags["dopsd.gate"] in ("passed", "failed")
