@@ -58,7 +58,7 @@ def _run(where: Path, *command: str, fails: bool = False) -> str:
         environment |= {f"GIT_{who}_NAME": "a person", f"GIT_{who}_EMAIL": "person@example.org"}
     done = subprocess.run(
         command, cwd=where, env=inherited | KEYS | environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, timeout=600,
+        stderr=subprocess.STDOUT, timeout=1800,
     )  # fmt: skip
     assert (done.returncode != 0) == fails, done.stdout
     return done.stdout

@@ -85,29 +85,28 @@ class Supervisor:
 
     def shutdown(self) -> None:
         """Stop the services, the worker first, then supervisord; returns when it is gone."""
-        pid = self.pid()
-        if pid is not None:
-            with contextlib.suppress(OSError, Fault):
-                self._call("shutdown")
-            _within(STOP_SECONDS, lambda: not _alive([psutil.Process(pid)]) if psutil.pid_exists(pid) else True)
+        with contextlib.suppress(OSError, Fault, psutil.NoSuchProcess):
+            process = psutil.Process(self._call("getPID"))
+            self._call("shutdown")
+            _within(STOP_SECONDS, lambda: not _alive([process]))
 
 
 def of_stack(stack: Stack) -> list[psutil.Process]:
-    """Every process that carries the stack's mark, also one that left its group or lost its parent."""
-    found = []
+    """Every process that carries the stack's mark, also one that left its group or lost its parent, and all below it:
+    Ray's workers rename themselves, which wipes their mark."""
+    found = set()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.environ().get(MARK) == str(stack.folder):
-                found.append(process)
+                found |= {process, *below(process)}
     return _alive(found)
 
 
-def below(pid: int) -> list[psutil.Process]:
+def below(process: psutil.Process) -> list[psutil.Process]:
     """The descendants of a process."""
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.children(recursive=True)
+    return []
 
 
 def end(processes: Iterable[psutil.Process], patience: float) -> list[psutil.Process]:

@@ -15,6 +15,7 @@ import sys
 from collections import deque
 from pathlib import Path
 
+import psutil
 from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
@@ -103,11 +104,13 @@ def _deploy(stack: Stack) -> None:
 def _stop(stack: Stack) -> None:
     stack = stack.as_started()
     supervisor = Supervisor(stack)
-    if worker := supervisor.states().get("worker"):
-        end(below(worker.pid) if worker.pid else [], FLOW_SECONDS)
+    worker = supervisor.states().get("worker")
     with OUT.status("stopping the services"):
+        if worker and worker.pid and psutil.pid_exists(worker.pid):
+            end(below(psutil.Process(worker.pid)), FLOW_SECONDS)
+        seen = of_stack(stack)  # before their parents are gone
         supervisor.shutdown()
-        left = end(of_stack(stack), patience=10)
+        left = end({*seen, *of_stack(stack)}, patience=10)
     if left:
         raise ServiceError("could not be ended: " + ", ".join(f"{p.name()} (PID {p.pid})" for p in left))
     stack.forget()

@@ -164,6 +164,7 @@ class Stack:
             "PREFECT_WORKER_QUERY_SECONDS": "3",  # a run asked for starts soon; the server is next door
             "PYTHONUNBUFFERED": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_register_timeout_seconds": "600",  # of 60; a busy machine's workers are killed, the run hangs
         }
 
 
