@@ -31,7 +31,7 @@ from tests.tiny_project import ROOT, make_project
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project whose concept is encoded."""
-    root = make_project(tmp_path_factory.mktemp("project"), max_steps=8, checkpoint_steps=2, methods=["d-opsd"])
+    root = make_project(tmp_path_factory.mktemp("project"), max_steps=12, checkpoint_steps=2, methods=["d-opsd"])
     for stage in ("validate", "encode"):
         STAGES[stage]("blots", _settings(root), root)
     return root
@@ -98,15 +98,15 @@ def test_a_killed_worker_resumes_and_ends_as_the_unbroken_run(
             worker.send_signal(signal.SIGKILL)
             killed.set()
 
-    watcher = _Watcher(3, kill)
-    done = _launch(_job(project, "killed", "train.max_steps=8"), tmp_path, watcher, cpus_per_worker=1)
+    watcher = _Watcher(9, kill)
+    done = _launch(_job(project, "killed"), tmp_path, watcher, cpus_per_worker=1)
     assert killed.is_set()
-    assert done["d-opsd"].steps == 8
+    assert done["d-opsd"].steps == 12
     assert any("resuming at step" in message for message in watcher.messages), watcher.messages
     mine = load_file(tmp_path / "adapters/d-opsd.safetensors")
     assert mine.keys() == unbroken.keys()
     assert not [key for key in mine if not torch.equal(mine[key], unbroken[key])], "bit for bit"
-    assert (tmp_path / "train/d-opsd/log.jsonl").read_text().count("\n") == 8
+    assert (tmp_path / "train/d-opsd/log.jsonl").read_text().count("\n") == 12
     assert not list((tmp_path / "storage").glob("killed*")), "what is finished needs no storage"
 
 
