@@ -66,6 +66,7 @@ def run(concept: str, variant: str, seed: int) -> None:
     result = WORK / "done" / f"{concept}-{variant}-{seed}.json"
     overrides = (*VARIANTS[variant], f"train.seed={seed}", f"evaluation.seed={1234 + seed}", "tracking.enabled=false")
     overrides = (*overrides, "evaluation.steps=[4]", "evaluation.few_steps=4")  # curves are in each report
+    overrides = (*overrides, "compute.launcher=local")
     if variant != "paper":
         overrides = (*overrides, "train.methods=[d-opsd]")
     settings = load_settings(ROOT / "params.yaml", overrides)

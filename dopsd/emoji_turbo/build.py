@@ -66,7 +66,7 @@ PRESETS = {
         decoder_batch=16, decoder_steps=8000, decoder_minutes=45,
         encoder_batch=96, encoder_steps=3000, encoder_minutes=14,
         pretrain_batch=32, pretrain_steps=12000, pretrain_minutes=60,
-        trajectories=1500, distill_batch=32, distill_steps=3000, distill_minutes=11,
+        trajectories=1000, distill_batch=32, distill_steps=2500, distill_minutes=9,
     ),
     "gpu": Preset(
         **_SIZE, max_concepts=None, max_known=None,
@@ -106,7 +106,7 @@ def build(
     pretrain(parts, world, work, batch=budget.pretrain_batch, steps=budget.pretrain_steps,
              minutes=0.85 * budget.pretrain_minutes, lr=2e-3, padded=False)  # fmt: skip
     pretrain(parts, world, work, batch=budget.pretrain_batch, steps=budget.pretrain_steps // 5,
-             minutes=0.15 * budget.pretrain_minutes, lr=6e-4, name="pretrain-padded")  # fmt: skip
+             minutes=0.1 * budget.pretrain_minutes, lr=6e-4, name="pretrain-padded")  # fmt: skip
     distill(parts, world, work, trajectories=budget.trajectories, batch=budget.distill_batch,
             steps=budget.distill_steps, minutes=budget.distill_minutes)  # fmt: skip
     arch.save_folder(folder, vae=parts.vae, tokenizer=parts.tokenizer, vlm=parts.vlm, transformer=parts.transformer)

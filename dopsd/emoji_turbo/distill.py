@@ -26,7 +26,7 @@ from .pretrain import Batch, Parts, draw_batch, guided_velocity, shifted
 FEW_STEPS = 4
 SUBSTEPS = 5
 """Guided Euler steps inside one segment: 20 in all."""
-GUIDANCE = 2.5
+GUIDANCE = 1.5
 
 
 @dataclass
