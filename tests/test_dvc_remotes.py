@@ -1,7 +1,7 @@
 """Data by DVC: pushed to a remote by one person, pulled by another in a clone elsewhere, and nothing is run again.
 
-The remotes are a local directory and an S3 server on 127.0.0.1. The project is a copy of this one, small: its code, its
-`dvc.yaml` and `params.yaml`, and a tiny random base.
+The remotes are a local directory and an S3 server on 127.0.0.1. The project is a small copy of this one: its code, its
+`dvc.yaml`, a tiny random base.
 """
 
 from __future__ import annotations
@@ -17,48 +17,47 @@ from pathlib import Path
 import boto3
 import pytest
 import yaml
-from concept_folders import make, picture
 from moto.server import ThreadedMotoServer
 
-from dopsd.emoji_turbo import architecture
-from tests import tiny
+from dopsd.data.concept import ConceptError, pull_missing
+from tests.tiny_project import make_project, write_pictures
 
 ROOT = Path(__file__).parent.parent
 NAME = "mine"
-COPIED = (".dvc/.gitignore", ".dvc/plots", ".dvcignore", ".gitignore", "dopsd", "dvc.yaml", "params.yaml")
+CONCEPT = f"data/concepts/{NAME}"
 STAGES = (f"validate@{NAME}", f"encode@{NAME}")
-"""The stages that are cheap. Their outputs and the concept are all that DVC has here."""
-KEPT = (f"data/concepts/{NAME}", f"runs/{NAME}/validated.json", f"runs/{NAME}/encoded")
+"""The cheap ones. What they made, and the concept, is all that DVC keeps here."""
+KEPT = (CONCEPT, f"runs/{NAME}/validated.json", f"runs/{NAME}/encoded")
 KEYS = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "not-a-secret", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 @dataclass(frozen=True)
 class Remote:
-    """Where the data goes: its address, and what each person sets for themselves alone."""
+    """Where the data goes, and the address of the server where that is a person's own setting."""
 
     url: str
     endpoint: str | None = None
 
 
 def _run(where: Path, *command: str, fails: bool = False) -> str:
-    """Run a command in a clone, with that clone's code and no settings of this machine; returns what it said."""
+    """Run a command in a clone, with that clone's code and none of this machine's settings; returns what it said."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "DVC_", "GIT_"))}
-    environment = {
+    own = {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "PYTHONPATH": str(where),
         "HOME": str(where.parent),
-        "DVC_GLOBAL_CONFIG_DIR": str(where.parent / "dvc-global"),
-        "DVC_SYSTEM_CONFIG_DIR": str(where.parent / "dvc-system"),
+        "DVC_GLOBAL_CONFIG_DIR": str(where.parent / "no-config"),
+        "DVC_SYSTEM_CONFIG_DIR": str(where.parent / "no-config"),
         "DVC_SITE_CACHE_DIR": str(where.parent / f"{where.name}-site"),
         "GIT_CONFIG_GLOBAL": os.devnull,
         "GIT_CONFIG_SYSTEM": os.devnull,
         "OMP_NUM_THREADS": "1",
     }
     for who in ("AUTHOR", "COMMITTER"):
-        environment |= {f"GIT_{who}_NAME": "a person", f"GIT_{who}_EMAIL": "person@example.org"}
+        own |= {f"GIT_{who}_NAME": "a person", f"GIT_{who}_EMAIL": "person@example.org"}
     done = subprocess.run(
-        command, cwd=where, env=inherited | KEYS | environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, timeout=1800,
+        command, cwd=where, env=inherited | KEYS | own, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        timeout=1800,
     )  # fmt: skip
     assert (done.returncode != 0) == fails, done.stdout
     return done.stdout
@@ -78,6 +77,19 @@ def _clone(source: Path, target: Path) -> Path:
     return target
 
 
+def _add_remote(where: Path, remote: Remote) -> None:
+    """What one person does once, and commits."""
+    _dvc(where, "remote", "add", "--default", "store", remote.url)
+    _commit(where)
+    _set_for_oneself(where, remote)
+
+
+def _set_for_oneself(where: Path, remote: Remote) -> None:
+    """What everybody sets in their own clone; git never sees it."""
+    if remote.endpoint:
+        _dvc(where, "remote", "modify", "--local", "store", "endpointurl", remote.endpoint)
+
+
 def _files(where: Path) -> dict[str, bytes]:
     """What DVC keeps, by path in the clone."""
     below = [path for kept in KEPT for path in [where / kept, *(where / kept).rglob("*")]]
@@ -87,38 +99,29 @@ def _files(where: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with a concept added, its cheap stages run, all of it committed; no remote yet."""
-    root = tmp_path_factory.mktemp("author") / "project"
-    for path in COPIED:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        if (ROOT / path).is_dir():
-            shutil.copytree(ROOT / path, root / path, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copyfile(ROOT / path, root / path)
-    parts = tiny.tiny_parts()
-    base = {key: parts[key] for key in ("vae", "tokenizer", "vlm", "transformer")}
-    architecture.save_folder(root / "data/base/tiny", **base)
+    root = make_project(tmp_path_factory.mktemp("made") / "project", concepts=["another"])
+    (root / "dopsd").unlink()  # a clone's code is its own
+    shutil.copytree(ROOT / "dopsd", root / "dopsd", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / ".dvc/plots", root / ".dvc/plots")
+    for path in (".dvc/.gitignore", ".dvcignore", ".gitignore"):
+        shutil.copyfile(ROOT / path, root / path)
     (root / ".dvc/config").touch()
-    settings = yaml.safe_load((root / "params.yaml").read_text())
-    settings["concepts"] = ["never-run", NAME]
-    settings["model"] |= {"path": "data/base/tiny", "vlm": None, "device": "cpu", "context_pixels": [4096, 4096]}
-    settings["data"] |= {"resolution": 64, "min_images": 4}
-    (root / "params.yaml").write_text(yaml.safe_dump(settings))
     _run(root, "git", "init", "--quiet")
     _commit(root)
 
-    pictures = make(root.parent / "pictures", count=4)
-    for number in range(4):
-        picture(number, (64, 64)).save(pictures / f"{number}.png")
-    _run(root, "dopsd", "concept", "add", str(pictures), "--name", NAME)
-    said = _dvc(root, "repro", *STAGES)
-    assert said.count("Running stage") == len(STAGES)
+    write_pictures(root.parent / "pictures", 4, 100, "blot number {} in [V] style")
+    _run(root, "dopsd", "concept", "add", "../pictures", "--name", NAME)
+    settings = yaml.safe_load((root / "params.yaml").read_text())
+    settings["concepts"].append(NAME)
+    (root / "params.yaml").write_text(yaml.safe_dump(settings))
+    assert _dvc(root, "repro", *STAGES).count("Running stage") == len(STAGES)
     _commit(root)
     return root
 
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    """An S3 server with an empty bucket ``data``; its address."""
+    """The address of an S3 server with an empty bucket ``data``."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -140,31 +143,24 @@ def remote(request: pytest.FixtureRequest, tmp_path: Path) -> Remote:
     return Remote("s3://data/dopsd", endpoint=request.getfixturevalue("s3"))
 
 
-def _local(where: Path, remote: Remote) -> None:
-    """What a person sets in their own clone; git never sees it."""
-    if remote.endpoint:
-        _dvc(where, "remote", "modify", "--local", "store", "endpointurl", remote.endpoint)
-
-
 def test_pushed_data_is_pulled_elsewhere_and_nothing_runs_again(project: Path, remote: Remote, tmp_path: Path) -> None:
-    # The author, in a clone of their own, whose cache is the one the stages filled.
+    # the author: a clone with what the stages left in the cache
     author = _clone(project, tmp_path / "author")
     shutil.copytree(project / ".dvc/cache", author / ".dvc/cache")
-    _dvc(author, "remote", "add", "--default", "store", remote.url)
-    _commit(author)
-    _local(author, remote)
+    _add_remote(author, remote)
     assert "pushed" in _dvc(author, "push")
-    assert "up to date" in _dvc(author, "push"), "a second push has nothing to do"
-    assert not _run(author, "git", "status", "--porcelain")
+    assert not _run(author, "git", "status", "--porcelain"), "nothing is left to commit"
 
-    # A colleague, who has git and the remote and nothing else.
+    # a colleague, who has git and the remote and nothing else
     colleague = _clone(author, tmp_path / "colleague")
     shutil.rmtree(author)
     assert not _files(colleague)
     assert not (colleague / ".dvc/cache").exists()
-    _local(colleague, remote)
+    _set_for_oneself(colleague, remote)
     _dvc(colleague, "pull", "--allow-missing")
-    assert _files(colleague) == _files(project)
+    pulled = _files(colleague)
+    assert pulled == _files(project)
+    assert len(pulled) >= 4 + 1 + 1 + 2, "pictures, metadata.jsonl, validated.json, encoded"
 
     said = _dvc(colleague, "repro", *STAGES)
     assert "Running stage" not in said
@@ -173,14 +169,29 @@ def test_pushed_data_is_pulled_elsewhere_and_nothing_runs_again(project: Path, r
     assert "up to date" in said
     assert not _run(colleague, "git", "status", "--porcelain"), "neither the locks nor the settings changed"
     shared = (colleague / ".dvc/config").read_text()
-    assert not any(secret in shared for secret in [*KEYS.values(), remote.endpoint or "endpointurl"])
+    assert not any(own in shared for own in [*KEYS.values(), remote.endpoint or "endpointurl"])
 
 
-def test_without_its_data_a_concept_is_named(project: Path, tmp_path: Path) -> None:
+def test_data_that_nobody_pushed_is_named(project: Path, tmp_path: Path) -> None:
     clone = _clone(project, tmp_path / "clone")
-    assert "no remote specified" in _dvc(clone, "pull", f"data/concepts/{NAME}", fails=True)
-    # A remote that is there and has nothing: somebody forgot to push.
-    _dvc(clone, "remote", "add", "--default", "store", str(tmp_path / "empty"))
-    (tmp_path / "empty").mkdir()
-    assert f"data/concepts/{NAME}" in _dvc(clone, "pull", f"data/concepts/{NAME}", fails=True)
-    assert f"missing data 'source': data/concepts/{NAME}" in _dvc(clone, "repro", STAGES[0], fails=True)
+    assert not pull_missing(clone, NAME), "no remote is set, so it is left to the stages to say what they lack"
+    assert not (clone / CONCEPT).exists()
+    said = _dvc(clone, "pull", CONCEPT, fails=True)
+    assert "no default remote" in said
+    assert CONCEPT in said
+
+    _add_remote(clone, Remote(str(tmp_path / "empty")))
+    assert CONCEPT in _dvc(clone, "pull", CONCEPT, fails=True)
+    assert f"missing data 'source': {CONCEPT}" in _dvc(clone, "repro", STAGES[0], fails=True)
+    with pytest.raises(ConceptError, match=f"{CONCEPT}: dvc pull failed"):
+        pull_missing(clone, NAME)
+
+
+def test_nightly_brings_data_that_is_missing(project: Path, tmp_path: Path) -> None:
+    clone = _clone(project, tmp_path / "clone")
+    # A directory remote is laid out as the cache is: here the project's own cache is one.
+    _add_remote(clone, Remote(str(project / ".dvc/cache")))
+    assert pull_missing(clone, NAME)
+    assert not pull_missing(clone, NAME), "it is here now"
+    brought = _files(clone)
+    assert brought == {path: content for path, content in _files(project).items() if path.startswith(CONCEPT)}

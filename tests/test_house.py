@@ -42,7 +42,7 @@ ONLY_THERE = {
     "ray": ("dopsd/train/launch.py",),
     "pandera": ("dopsd/data/schema.py",),
     "dvc": ("dopsd/data/concept.py",),
-    "typer": ("dopsd/cli.py",),
+    "typer": ("dopsd/cli.py", "flows/train.py", "flows/nightly.py"),
 }
 
 _FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "flows").rglob("*.py")])

@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,7 @@ def test_a_life_of_the_stack(running: Project) -> None:
     _check_that_only_loopback_listens(running)
     _check_the_deployments(running)
     _check_a_run(running)
+    _check_the_nights_are_planned(running)
 
     assert running.run("status").returncode == 0
     before = {process.pid for process in running.processes()}
@@ -184,21 +185,35 @@ def _check_the_deployments(running: Project) -> None:
     assert nightly["concurrency_options"]["collision_strategy"] == "ENQUEUE"
 
 
+def _check_the_nights_are_planned(running: Project) -> None:
+    """The server's scheduler works: it is the part that breaks first where libraries do not fit."""
+
+    def planned() -> list[Any]:
+        wanted = {"deployments": {"name": {"any_": ["nightly"]}}}
+        return httpx.post(f"{running.api}/flow_runs/filter", json=wanted, timeout=30).json()
+
+    assert _within(120, planned)[0]["state"]["type"] == "SCHEDULED"
+
+
+def _within(seconds: float, ask: Callable[[], Any]) -> Any:
+    """The first answer that is something."""
+    retrying = Retrying(
+        stop=stop_after_delay(seconds), wait=wait_fixed(1), retry=retry_if_result(lambda answer: not answer)
+    )
+    return retrying(ask)
+
+
 def _check_a_run(running: Project) -> None:
     """The worker runs a flow in the project's folder, and gives it the addresses."""
     deployment = httpx.get(f"{running.api}/deployments/name/dopsd/train").json()
     run = httpx.post(f"{running.api}/deployments/{deployment['id']}/create_flow_run", json={}).json()
 
-    def state() -> dict[str, Any]:
-        return httpx.get(f"{running.api}/flow_runs/{run['id']}", timeout=30).json()["state"]
+    def ended() -> dict[str, Any] | None:
+        state = httpx.get(f"{running.api}/flow_runs/{run['id']}", timeout=30).json()["state"]
+        return None if state["type"] in ("SCHEDULED", "PENDING", "RUNNING") else state
 
-    retrying = Retrying(
-        stop=stop_after_delay(LIMIT),
-        wait=wait_fixed(1),
-        retry=retry_if_result(lambda state: state["type"] in ("SCHEDULED", "PENDING", "RUNNING")),
-    )
-    last = retrying(state)
-    assert last["type"] == "COMPLETED", last["message"]
+    state = _within(LIMIT, ended)
+    assert state["type"] == "COMPLETED", state["message"]
     seen = (running.root / "seen.json").read_text()
     for part in (str(running.root), f"127.0.0.1:{running.mlflow}", f"127.0.0.1:{running.ray}", running.api):
         assert part in seen

@@ -112,7 +112,9 @@ class AdapterPair:
         self._live = adapter_parameters(transformer, TEACHER)
         # a float32 teacher is its own master copy; any other dtype gets one beside it
         self._master = {key: value.data.float() for key, value in self._live.items()}
+        self._merged = _Merged(transformer) if self._live and _merges(transformer) else None
         self.selected: Selection = STUDENT
+        self._follow()
         self._activate(STUDENT)
 
     @property
@@ -134,9 +136,12 @@ class AdapterPair:
     def _activate(self, name: Selection) -> None:
         if name == TEACHER and not self._live:
             raise AdapterError(f"there is no teacher adapter: the teacher is {self.kind!r}")
+        merged = self._merged is not None and name == TEACHER
+        if self._merged is not None:
+            self._merged.use(merged)
         for layer in self._layers:
-            layer.enable_adapters(name is not None)
-            if name is not None:
+            layer.enable_adapters(name is not None and not merged)
+            if name is not None and not merged:
                 # peft would make whatever it activates trainable: only ever the student is
                 layer.set_adapter([name], inference_mode=name != STUDENT)
         self.selected = name
@@ -153,6 +158,11 @@ class AdapterPair:
             master.lerp_(self._student[key].float(), 1.0 - decay)
             if live.data_ptr() != master.data_ptr():
                 live.copy_(master)
+        self._follow()
+
+    def _follow(self) -> None:
+        if self._merged is not None:
+            self._merged.follow()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of everything that training changes here: ``student/...``, and ``teacher/...`` in float32."""
@@ -167,10 +177,49 @@ class AdapterPair:
         for key, live in self._live.items():
             self._master[key].copy_(state[f"{TEACHER}/{key}"])
             live.copy_(self._master[key])
+        self._follow()
 
     def remove(self) -> None:
         """Give the transformer back as it was, without adapters."""
+        if self._merged is not None:
+            self._merged.use(False)
         remove_adapters(self.transformer, (STUDENT, TEACHER))
+
+
+_MERGED_PARAMETERS = 200_000_000
+"""Up to this size the teacher's adapter is also kept merged: above, a second copy of the weights costs too much."""
+
+
+def _merges(transformer: nn.Module) -> bool:
+    parameters = list(transformer.parameters())
+    # in bfloat16 the teacher's small steps would be lost in the sum
+    exact = all(p.dtype == torch.float32 for p in parameters)
+    return exact and sum(p.numel() for p in parameters) <= _MERGED_PARAMETERS
+
+
+class _Merged:
+    """The teacher as plain weights, ``W + scale B A``: its forwards, without gradient, skip the adapter's products.
+
+    The base's own weights are kept as they are, bit for bit, and are what the layers hold unless :meth:`use` says.
+    """
+
+    def __init__(self, transformer: nn.Module) -> None:
+        self._layers = list(lora_layers(transformer, TEACHER).values())
+        self._weights = [cast(nn.Linear, layer.get_base_layer()).weight for layer in self._layers]
+        self._base = [weight.data for weight in self._weights]
+        self._sums = [weight.data.clone() for weight in self._weights]
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Add up anew, after the teacher changed."""
+        for layer, base, total in zip(self._layers, self._base, self._sums, strict=True):
+            a, b = layer.lora_A[TEACHER].weight, layer.lora_B[TEACHER].weight
+            torch.addmm(base, b, a, alpha=layer.scaling[TEACHER], out=total)
+
+    def use(self, merged: bool) -> None:
+        """Let the layers hold the sums, or the base's own weights."""
+        for weight, data in zip(self._weights, self._sums if merged else self._base, strict=True):
+            weight.data = data
 
 
 def add_adapters(

@@ -66,7 +66,7 @@ PRESETS = {
         decoder_batch=16, decoder_steps=8000, decoder_minutes=45,
         encoder_batch=96, encoder_steps=3000, encoder_minutes=14,
         pretrain_batch=32, pretrain_steps=12000, pretrain_minutes=60,
-        trajectories=1000, distill_batch=32, distill_steps=2500, distill_minutes=9,
+        trajectories=1000, distill_batch=32, distill_steps=2500, distill_minutes=6,
     ),
     "gpu": Preset(
         **_SIZE, max_concepts=None, max_known=None,

@@ -11,7 +11,6 @@ import mlflow
 import torch
 from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 from mlflow.models import set_model
-from PIL.Image import Image
 
 
 class FewStepModel(mlflow.pyfunc.PythonModel):

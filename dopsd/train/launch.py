@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from dopsd.config import ComputeSettings, Method
@@ -263,7 +262,6 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
 
     first = ray.train.get_context().get_world_rank() == 0
     job, news = config["job"], config["news"]
-    torch.set_flush_denormal(True)
 
     @contextmanager
     def observe(method: Method) -> Iterator[Observer]:

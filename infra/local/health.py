@@ -19,6 +19,9 @@ from .stack import HOST, POOL, PORTS, ServiceError, Stack
 PATIENCE = float(os.environ.get("DOPSD_SERVICES_TIMEOUT") or 600)
 """Seconds that a service may take. Long, for first starts on busy machines; a service that dies is noticed at once."""
 
+STARTS = 3
+"""How often supervisord may start a service until it is given up: Ray's own patience is short on a busy machine."""
+
 
 class NotReady(Exception):
     """It does not answer yet; the message says what was seen."""
@@ -57,7 +60,7 @@ def wait_for(stack: Stack, supervisor: Supervisor, name: str) -> None:
         if state is None:
             raise ServiceError("supervisord ended", stack.log("supervisord"))
         pids.add(state.pid)
-        if not state.starts_or_runs or len(pids) > 1:
+        if not state.starts_or_runs or len(pids) > STARTS:
             raise ServiceError(f"{name} ended while it was starting", stack.log(name))
         check(stack, name)
 
@@ -108,7 +111,10 @@ def _prefect(stack: Stack) -> None:
 
 
 def _ray(stack: Stack) -> None:
-    """The port first, which costs nothing; then Ray's own check, a process of seconds that also proves the token."""
+    """First what costs nothing: `ray start` writes this file when its node is up, well after its port answers. Then
+    Ray's own check, a process of seconds that also proves the token."""
+    if stack.ray_temp is None or not (stack.ray_temp / "ray_current_cluster").exists():
+        raise NotReady("its node has not started yet")
     socket.create_connection((HOST, stack.ports["ray"]), timeout=2).close()
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", stack.address("ray")]
     try:
