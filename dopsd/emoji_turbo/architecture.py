@@ -201,6 +201,7 @@ def save_folder(
     """
     from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 
+    tokenizer.backend_tokenizer.no_padding()  # what the last call asked for would be saved with it
     half = {k: m.to(torch.float16) for k, m in (("vae", vae), ("transformer", transformer))}
     pipeline = ZImagePipeline(
         scheduler=make_scheduler(),
