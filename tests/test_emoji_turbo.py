@@ -129,7 +129,8 @@ def test_the_build_runs_through_every_stage(tmp_path):
     """At the smallest size: the folder it writes loads as the family and draws."""
     preset = building.Preset(
         max_concepts=None, max_known=None, dim=64, layers=1, heads=2, text_hidden=64, text_layers=2, vision_hidden=32,
-        vision_layers=2, decoder_batch=2, decoder_steps=2, decoder_minutes=1, pretrain_batch=4, pretrain_steps=2,
+        vision_layers=2, decoder_batch=2, decoder_steps=2, decoder_minutes=1,
+            encoder_batch=4, encoder_steps=2, encoder_minutes=1, pretrain_batch=4, pretrain_steps=2,
         pretrain_minutes=1, trajectories=4, distill_batch=2, distill_steps=2, distill_minutes=1,
     )  # fmt: skip
     for place in (tmp_path / ".cache" / "base" / "tiny" / "world", tmp_path / "data" / "world"):

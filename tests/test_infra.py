@@ -207,8 +207,9 @@ def test_every_ray_node_has_the_same_folders_and_asks_for_the_token() -> None:
     nodes = [service for name, service in SERVICES.items() if name.startswith(("ray-", "prefect-worker"))]
     assert len(nodes) == 5
     for service in nodes:
-        assert {"runs:/app/runs", "data:/app/data"} <= set(service["volumes"])
+        assert {"runs:/app/runs", "data:/app/data", "cache:/app/.cache"} <= set(service["volumes"])
         assert service["environment"]["RAY_AUTH_MODE"] == "token"
+        assert service["environment"]["DOPSD_ROOT"] == "/app", "prefect.yaml asks the worker"
     for name in ("ray-worker", "prefect-worker"):
         assert SERVICES[name]["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
 
