@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,10 +71,19 @@ def connect_ray(compute: ComputeSettings) -> None:
         address = os.environ.get("RAY_ADDRESS")
         own: dict[str, Any] = {} if address else {"object_store_memory": _OBJECT_STORE, "include_dashboard": False}
         try:
+            if address:
+                _knock(address)
             ray.init(address=address or "local", log_to_driver=False, logging_level="error", **own)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             where = f"the cluster at {address}" if address else "a Ray on this machine"
             raise LaunchError(f"cannot reach {where}: {str(error).strip().splitlines()[0]}") from None
+
+
+def _knock(address: str) -> None:
+    """Raise ``OSError`` where nobody listens: Ray itself would try for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def resources(compute: ComputeSettings, device: str) -> dict[str, float]:
