@@ -81,6 +81,7 @@ def encode(concept: str, settings: Settings, root: Path) -> None:
 def train(concept: str, settings: Settings, root: Path) -> None:
     """``encoded/`` and the base's transformer -> ``train/<method>/`` and ``adapters/``, for each method."""
     from dopsd.data.encoded import read_encoded
+    from dopsd.tracking import flow_tags, git_tags
     from dopsd.train.job import Job
     from dopsd.train.launch import launch
 
@@ -96,6 +97,7 @@ def train(concept: str, settings: Settings, root: Path) -> None:
     def observe(method: Method) -> Iterator[Tracker]:
         with _tracker(concept, settings, root, method) as tracker:
             tracker.params({"train": settings.train.model_dump(mode="json", exclude={"methods"})})
+            tracker.tags(git_tags(root) | flow_tags())
             yield tracker
 
     for method, result in launch(job, settings.compute, root, run / "train", run / "adapters", observe).items():

@@ -184,3 +184,13 @@ def test_the_lock_names_no_place() -> None:
         line for line in lines if not re.fullmatch(r"[a-z0-9._-]+(\[[a-z0-9,-]+\])?==[0-9][0-9a-z.]*( ; .*)?", line)
     ]
     assert any(re.fullmatch(r"torch==[0-9.]+", line) for line in lines), "torch without a build tag"
+
+
+def test_showing_results_and_starting_a_flow_imports_nothing_heavy() -> None:
+    """A flow run that reuses every stage, and `dopsd show`, are there in seconds because of it."""
+    script = (
+        "import sys\nimport flows.train, dopsd.cli, dopsd.evaluation.table, dopsd.evaluation.verdict\n"
+        "print([m for m in ('torch', 'sklearn', 'diffusers', 'transformers', 'mlflow', 'ray') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

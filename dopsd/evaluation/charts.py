@@ -12,7 +12,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from .grids import color_of
+from .naming import color_of
 
 _INK = "#123456"
 """Stands for the page's text colour until the SVG is written."""

@@ -15,32 +15,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dopsd.config import Settings
 
+from .naming import color_of, name_of
 from .prompts import Prompt
 
 SHOWN = 10
 """How many prompts the grids show."""
 MAX_TILE = 192
 """Larger pictures are reduced to this side in grids and report."""
-
-COLORS = {
-    "real": "#6b7280", "base": "#8a8a8a", "teacher": "#e69f00", "d-opsd": "#0072b2", "sft": "#d55e00",
-    "sft-compute": "#b5548c", "sft-teacher": "#009e73", "off-policy": "#56b4e9",
-}  # fmt: skip
-"""One colour per model everywhere (Okabe and Ito's set, told apart with every kind of colour vision)."""
-NAMES = {
-    "real": "truth", "base": "base, untuned", "teacher": "teacher", "d-opsd": "D-OPSD", "sft": "SFT",
-    "sft-compute": "SFT, equal compute", "sft-teacher": "SFT on teacher's samples", "off-policy": "off-policy",
-}  # fmt: skip
-
-
-def name_of(model: str) -> str:
-    """How a model is called on pages and pictures."""
-    return NAMES.get(model, model)
-
-
-def color_of(model: str) -> str:
-    """Its colour; unknown models are dark grey."""
-    return COLORS.get(model, "#444444")
 
 
 class Gallery:

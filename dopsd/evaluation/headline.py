@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from .naming import REFERENCES
 from .scoring import Bootstrap, Cell, Scorer, Values, interval
 
-REFERENCES = ("base", "teacher", "real")
-"""Rows of the table that are not tuned models."""
 KEPT_SCORES = ("style", "cosine", "concept_top1", "concept_top5", "structure")
 """Of these the lowest ratio is ``kept_lowest``; all of them are better when higher."""
 RETAINED_SCORES = ("style", "train_similarity", "cosine", "sharpness")

@@ -1,4 +1,4 @@
-"""Pure scores over features and pictures. What each one means, its direction and its name stand in :data:`SCORES`.
+"""Pure scores over features and pictures. What each one means, its direction and its name stand in ``naming.SCORES``.
 
 Pictures are ``float32 [N, 3, H, W]`` in [0, 1]; features ``float32 [N, D]``. Not here: the LPIPS network of
 ``docs/emoji-turbo.md`` (``stlpips``), whose package is no dependency; :func:`structure` is the shift-tolerant score.
@@ -7,8 +7,6 @@ Pictures are ``float32 [N, 3, H, W]`` in [0, 1]; features ``float32 [N, D]``. No
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -19,43 +17,6 @@ from torch import Tensor
 STRUCTURE_SIZE = 64
 """Side in pixels at which :func:`structure` compares; larger pictures are reduced to it."""
 STRUCTURE_SHIFT = 2
-
-
-@dataclass(frozen=True)
-class Score:
-    """How a score is shown. ``better``: which way is good; ``one`` means that 1 is like the real pictures."""
-
-    key: str
-    label: str
-    better: Literal["higher", "lower", "one"]
-    meaning: str
-    digits: int = 3
-
-
-SCORES: dict[str, Score] = {
-    score.key: score
-    for score in (
-        Score("style", "style", "higher", "probability that a probe trained on real pictures of all styles gives the "
-              "wanted style"),
-        Score("style_hit", "style, first guess", "higher", "share of prompts whose most probable style is the "
-              "wanted one"),
-        Score("cosine", "similarity to the truth", "higher", "cosine of the features to those of the true picture, the "
-              "style's mean feature subtracted"),
-        Score("concept_top1", "right thing, first guess", "higher", "share of prompts whose own picture is the nearest "
-              "among all candidates"),
-        Score("concept_top5", "right thing, five guesses", "higher", "share of prompts whose own picture is among the "
-              "five nearest candidates"),
-        Score("train_similarity", "similarity to the training pictures", "higher", "mean cosine of the features to "
-              "those of the training pictures"),
-        Score("structure", "structure", "higher", "structural similarity to the true picture, at its best over shifts "
-              "of up to 2 of 64 pixels"),
-        Score("mse", "pixel error", "lower", "mean squared pixel difference to the true picture", 4),
-        Score("sharpness", "sharpness", "one", "Laplacian energy relative to the real pictures'; 1 is like them, "
-              "0 is a blur"),
-        Score("kid", "distribution (KID)", "lower", "kernel distance of the samples' features to real pictures of the "
-              "style", 4),
-    )
-}  # fmt: skip
 
 
 def stack(images: Sequence[Image.Image], side: int | None = None) -> Tensor:

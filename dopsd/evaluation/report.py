@@ -20,9 +20,8 @@ from markupsafe import Markup
 from PIL import Image
 
 from .charts import Point, line_chart, steps_chart
-from .grids import color_of, name_of, read_strip
-from .headline import REFERENCES
-from .metrics import SCORES
+from .grids import read_strip
+from .naming import REFERENCES, SCORES, color_of, name_of
 from .table import columns_of, headline_table, rows_of
 from .verdict import findings, main_model, verdict
 

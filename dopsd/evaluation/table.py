@@ -8,9 +8,7 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from .grids import name_of
-from .headline import REFERENCES
-from .metrics import SCORES
+from .naming import REFERENCES, SCORES, name_of
 
 COLUMNS = ("style", "train_similarity", "cosine", "concept_top1", "sharpness", "kid")
 """Scores of the concept's prompts that the table shows, where they exist."""

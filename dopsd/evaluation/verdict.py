@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .grids import name_of
-from .headline import REFERENCES
+from .naming import REFERENCES, name_of
 
 AIMS = {"gap_closed_style": 0.75, "gap_closed_truth": 0.75, "sharpness_vs_base": 0.95, "kept_lowest": 0.95}
 """From here on a headline number counts as reached. "As sharp as the base" allows for 5 %, the width of chance."""

@@ -32,6 +32,9 @@ _RAY_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths stay relative to the project
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+_OWN_RAY_ENVIRONMENT = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # of cloud nodes; here a process for nothing
     "RAY_worker_niceness": "0",  # Ray would let everything else on the machine go before training
 }
 _OBJECT_STORE = 256 * 2**20
@@ -61,14 +64,14 @@ def launch(
 
 def connect_ray(compute: ComputeSettings) -> None:
     """Join the cluster in ``RAY_ADDRESS``, or start a Ray of our own that ends with this process."""
-    for name, value in _RAY_ENVIRONMENT.items():
+    address = os.environ.get("RAY_ADDRESS")
+    for name, value in (_RAY_ENVIRONMENT | ({} if address else _OWN_RAY_ENVIRONMENT)).items():
         os.environ.setdefault(name, value)
     import ray
 
     with _RAY_LOCK:
         if ray.is_initialized():
             return
-        address = os.environ.get("RAY_ADDRESS")
         own: dict[str, Any] = {} if address else {"object_store_memory": _OBJECT_STORE, "include_dashboard": False}
         try:
             if address:

@@ -1,0 +1,68 @@
+"""How models and scores are called and coloured wherever a person reads of them. Imports nothing heavy: pages, tables
+and flows that only show numbers start in a moment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+REFERENCES = ("base", "teacher", "real")
+"""Rows of the table that are not tuned models."""
+
+COLORS = {
+    "real": "#6b7280", "base": "#8a8a8a", "teacher": "#e69f00", "d-opsd": "#0072b2", "sft": "#d55e00",
+    "sft-compute": "#b5548c", "sft-teacher": "#009e73", "off-policy": "#56b4e9",
+}  # fmt: skip
+"""One colour per model everywhere (Okabe and Ito's set, told apart with every kind of colour vision)."""
+NAMES = {
+    "real": "truth", "base": "base, untuned", "teacher": "teacher", "d-opsd": "D-OPSD", "sft": "SFT",
+    "sft-compute": "SFT, equal compute", "sft-teacher": "SFT on teacher's samples", "off-policy": "off-policy",
+}  # fmt: skip
+
+
+def name_of(model: str) -> str:
+    """How a model is called on pages and pictures."""
+    return NAMES.get(model, model)
+
+
+def color_of(model: str) -> str:
+    """Its colour; unknown models are dark grey."""
+    return COLORS.get(model, "#444444")
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a score is shown. ``better``: which way is good; ``one`` means that 1 is like the real pictures."""
+
+    key: str
+    label: str
+    better: Literal["higher", "lower", "one"]
+    meaning: str
+    digits: int = 3
+
+
+SCORES: dict[str, Score] = {
+    score.key: score
+    for score in (
+        Score("style", "style", "higher", "probability that a probe trained on real pictures of all styles gives the "
+              "wanted style"),
+        Score("style_hit", "style, first guess", "higher", "share of prompts whose most probable style is the "
+              "wanted one"),
+        Score("cosine", "similarity to the truth", "higher", "cosine of the features to those of the true picture, the "
+              "style's mean feature subtracted"),
+        Score("concept_top1", "right thing, first guess", "higher", "share of prompts whose own picture is the nearest "
+              "among all candidates"),
+        Score("concept_top5", "right thing, five guesses", "higher", "share of prompts whose own picture is among the "
+              "five nearest candidates"),
+        Score("train_similarity", "similarity to the training pictures", "higher", "mean cosine of the features to "
+              "those of the training pictures"),
+        Score("structure", "structure", "higher", "structural similarity to the true picture, at its best over shifts "
+              "of up to 2 of 64 pixels"),
+        Score("mse", "pixel error", "lower", "mean squared pixel difference to the true picture", 4),
+        Score("sharpness", "sharpness", "one", "Laplacian energy relative to the real pictures'; 1 is like them, "
+              "0 is a blur"),
+        Score("kid", "distribution (KID)", "lower", "kernel distance of the samples' features to real pictures of the "
+              "style", 4),
+    )
+}  # fmt: skip
