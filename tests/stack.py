@@ -86,8 +86,9 @@ class Stack:
         return [p for p in self.processes() if words in " ".join(_command(p))]
 
     def training(self) -> list[psutil.Process]:
-        """Ray's workers that train, of this or any stack: they rename themselves, which wipes their mark."""
-        return [p for p in psutil.process_iter() if "ray::RayTrainWorker" in " ".join(_command(p))]
+        """Ray's workers that train. They rename themselves, which wipes their mark: they are looked for below others."""
+        below = {child for process in self.processes() for child in _below(process)}
+        return [p for p in below if "ray::RayTrainWorker" in " ".join(_command(p))]
 
     # --- Prefect ---
 
@@ -149,6 +150,12 @@ def _command(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.Error:
         return []
+
+
+def _below(process: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.Error):
+        return process.children(recursive=True)
+    return []
 
 
 def until(ask: Callable[[], Any], enough: Callable[[Any], bool] = bool) -> Any:

@@ -39,7 +39,7 @@ room of its own, which measures itself with the evaluation."""
 ONLY_THERE = {
     "prefect": ("flows/",),
     "mlflow": ("dopsd/tracking/", "dopsd/registry/"),
-    "ray": ("dopsd/train/launch.py",),
+    "ray": ("dopsd/train/launch.py", "dopsd/train/worker.py"),
     "pandera": ("dopsd/data/schema.py",),
     "dvc": ("dopsd/data/concept.py",),
     "typer": ("dopsd/cli.py", "flows/train.py", "flows/nightly.py"),

@@ -85,7 +85,8 @@ def unbroken(project: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 def _workers() -> list[psutil.Process]:
-    return [p for p in psutil.process_iter(["cmdline"]) if "ray::RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+    """Of this process's own Ray; other tests may run theirs beside it."""
+    return [p for p in psutil.Process().children(recursive=True) if "ray::RayTrainWorker" in " ".join(p.cmdline())]
 
 
 def test_a_killed_worker_resumes_and_ends_as_the_unbroken_run(

@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mlflow import MlflowClient
 from PIL import Image
@@ -126,6 +127,40 @@ def test_an_outage_in_the_middle_costs_nothing(server: Server, tmp_path: Path, m
     assert _runs(server.uri)["fox"].info.run_id == run.data.tags["mlflow.parentRunId"]
     assert Spool(tmp_path / "t" / "spool").backlog() == 0
     assert not list((tmp_path / "t" / "spool" / "files").iterdir()), "kept files go once they were delivered"
+
+
+@pytest.fixture
+def small_disk(server: Server) -> Iterator[Path]:
+    """A disk of 64 KiB under the server's artifacts."""
+    place = server.folder / "a"
+    place.mkdir(exist_ok=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk takes root")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def test_a_full_artifact_store_loses_nothing(
+    server: Server, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    told = Told()
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)  # compresses to no less: 192 KiB
+    with Tracker(tmp_path, tmp_path / "t", "hare", "abc", "d-opsd", SETTINGS, tell=told) as tracker:
+        tracker.images(1, "preview/student", [Image.fromarray(noise)], ["a"])
+        told.wait("cannot be reached")
+        tracker.metrics(2, {"train/loss": 0.5})
+        subprocess.run(["mount", "-o", "remount,size=16m", small_disk], check=True)
+        told.wait("answers again")
+    client = MlflowClient(tracking_uri=server.uri)
+    run = _runs(server.uri)["hare d-opsd"]
+    assert _history(server.uri, run.info.run_id, "train/loss") == [(2, 0.5)]
+    full, small = sorted(client.list_artifacts(run.info.run_id, "images"), key=lambda item: "compressed" in item.path)
+    with Image.open(client.download_artifacts(run.info.run_id, full.path)) as image:
+        shown = np.asarray(image)
+    assert np.array_equal(shown, noise), "whole, not what had room"
+    assert "compressed" in small.path
 
 
 def test_what_never_arrived_is_sent_by_sync_and_no_password_is_shown(

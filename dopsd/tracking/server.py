@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,14 +156,21 @@ class Server:
         )
 
     def _image(self, record: Record) -> None:
+        """As ``MlflowClient.log_image`` lays images out, but under a name that a second try writes over: an upload that
+        died halfway leaves neither two of them nor half a one."""
+        from mlflow.tracking.multimedia import compress_image_size
+        from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
         from PIL import Image
 
-        run, key, step, time = self._run(record), record["key"], record["step"], record["time"]
-        stamp = f"+step+{step}+timestamp+{time}+"
-        if any(stamp in a.path and "compressed" in a.path for a in self.client.list_artifacts(run, "images")):
-            return  # it arrived, but its acknowledgement did not
-        with Image.open(self.spool.file(record["file"])) as image:
-            self.client.log_image(run, image, key=key, step=step, timestamp=time, synchronous=True)
+        run = self._run(record)
+        unique = uuid.uuid5(uuid.NAMESPACE_OID, f"{self.spool.id}/{record['file']}")
+        key = record["key"].replace("/", "~")
+        name = f"{key}+step+{record['step']}+timestamp+{record['time']}+{unique}"
+        with Image.open(self.spool.file(record["file"])) as image, tempfile.TemporaryDirectory() as folder:
+            image.save(Path(folder) / f"{name}.png")
+            compress_image_size(image).save(Path(folder) / f"{name}+compressed.webp")
+            self.client.log_artifacts(run, folder, "images")
+        self.client.set_tag(run, MLFLOW_LOGGED_IMAGES, True)
 
     def _artifact(self, record: Record) -> None:
         self.client.log_artifact(self._run(record), str(self.spool.file(record["file"])), record["folder"] or None)

@@ -4,7 +4,7 @@ The job's folder is its checkpoint: whenever training saves, the first worker ha
 adapters, previews, log) to Ray's storage, and a worker that takes over begins with it. News travel the other way
 through a queue, so that the tracker is fed where the job was started, and a lost node loses none of them.
 
-This is the only module that knows Ray; it is imported when Ray is used.
+What Ray's workers run is ``worker``; Ray itself is imported when it is used.
 """
 
 from __future__ import annotations
@@ -12,17 +12,14 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from dopsd.config import ComputeSettings, Method
+from dopsd.train import worker
 from dopsd.train.job import Job, Observe, run_job
 from dopsd.train.observer import Progress
 from dopsd.train.trainer import Observer, TrainError, TrainResult, milestones
@@ -57,9 +54,6 @@ def launch(
     if compute.launcher == "local":
         return run_job(job, folder, adapters, observe)
     return _launch_on_ray(job, compute, root, folder, adapters, observe)
-
-
-# --- on Ray: the side that starts a job -------------------------------------------------------------------------------
 
 
 def connect_ray(compute: ComputeSettings) -> None:
@@ -120,6 +114,7 @@ def _launch_on_ray(
     job: Job, compute: ComputeSettings, root: Path, folder: Path, adapters: Path, observe: Observe
 ) -> dict[Method, TrainResult]:
     connect_ray(compute)
+    import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -128,8 +123,12 @@ def _launch_on_ray(
     news = Queue(actor_options={"num_cpus": 0})
     asked = resources(compute, job.model.device)
     trainer = TorchTrainer(
-        _work,
-        train_loop_config={"job": _portable(job, root), "news": news, "before": _pack(folder, job.train.methods)},
+        worker.run,
+        train_loop_config={
+            "job": ray.put(replace(job, root=root.resolve())),  # read by the workers alone: it brings torch
+            "news": news,
+            "before": _pack(folder, job.train.methods),
+        },
         scaling_config=ScalingConfig(num_workers=compute.workers, use_gpu="GPU" in asked, resources_per_worker=asked),
         run_config=RunConfig(
             name=job.name,
@@ -150,14 +149,9 @@ def _launch_on_ray(
         _bring_home(Path(final), folder, adapters, job.train.methods)
     result.filesystem.delete_dir(result.path)
     return {
-        method: replace(found, adapters={k: adapters / path.name for k, path in found.adapters.items()})
+        method: TrainResult(**found | {"adapters": {k: adapters / path.name for k, path in found["adapters"].items()}})
         for method, found in answer["results"].items()
     }
-
-
-def _portable(job: Job, root: Path) -> Job:
-    """With the place of the project, because a worker is started elsewhere."""
-    return replace(job, root=root.resolve())
 
 
 def _pack(folder: Path, methods: Sequence[str]) -> dict[str, bytes]:
@@ -234,82 +228,3 @@ class _Reader:
                 bar.close()
                 lost = LaunchError(f"{self._job.name}: the job ended early")
                 context.__exit__(LaunchError, lost, None)
-
-
-# --- on Ray: the side that works --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Relay:
-    """An observer whose news go to the machine that started the job."""
-
-    news: Any
-    method: Method
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self.news.put(("metrics", self.method, (step, dict(values))))
-
-    def images(self, step: int, key: str, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
-        self.news.put(("images", self.method, (step, key, list(images), list(captions))))
-
-    def message(self, text: str) -> None:
-        self.news.put(("message", self.method, (text,)))
-
-
-class _Silent:
-    """An observer of the workers beside the first."""
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Nothing."""
-
-    def images(self, step: int, key: str, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
-        """Nothing."""
-
-    def message(self, text: str) -> None:
-        """Nothing."""
-
-
-def _work(config: dict[str, Any]) -> dict[str, Any]:
-    """What every worker runs. A job's own fault is an answer, not an exception: trying again would not help."""
-    import ray.train
-
-    first = ray.train.get_context().get_world_rank() == 0
-    job, news = config["job"], config["news"]
-
-    @contextmanager
-    def observe(method: Method) -> Iterator[Observer]:
-        if not first:
-            yield _Silent()
-            return
-        news.put(("begin", method, None))
-        yield _Relay(news, method)
-        news.put(("end", method, None))
-
-    with tempfile.TemporaryDirectory(prefix="dopsd-") as place:
-        home = Path(place)
-        _begin_with(home, ray.train.get_checkpoint(), config["before"])
-
-        def on_saved() -> None:
-            checkpoint = ray.train.Checkpoint.from_directory(home) if first else None
-            ray.train.report({}, checkpoint=checkpoint)
-
-        try:
-            results = run_job(job, home / "train", home / "adapters", observe, on_saved)
-        except (TrainError, ValueError) as error:
-            if type(error).__module__.partition(".")[0] != "dopsd":
-                raise
-            return {"error": str(error)}
-        on_saved()  # the adapters are published after the last checkpoint
-        return {"results": results}
-
-
-def _begin_with(home: Path, checkpoint: Any, before: Mapping[str, bytes]) -> None:
-    """Fill the worker's folder: Ray's newest checkpoint of this job, else what the starting side had."""
-    if checkpoint is not None:
-        with checkpoint.as_directory() as saved:
-            shutil.copytree(saved, home, dirs_exist_ok=True)
-        return
-    for name, content in before.items():
-        path = home / "train" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
