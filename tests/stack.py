@@ -86,47 +86,55 @@ class Stack:
         return [p for p in self.processes() if words in " ".join(_command(p))]
 
     def training(self) -> list[psutil.Process]:
-        """Ray's workers that train. They rename themselves, which wipes their mark: they are looked for below others."""
+        """Ray's workers that train: below the others, because they rename themselves, which wipes their mark."""
         below = {child for process in self.processes() for child in _below(process)}
         return [p for p in below if "ray::RayTrainWorker" in " ".join(_command(p))]
 
     # --- Prefect ---
 
-    def prefect_cli(self, *command: str) -> subprocess.CompletedProcess[str]:
+    def prefect_cli(self, *command: str) -> subprocess.Popen[str]:
         """A Prefect command, as typed in a shell after `source .cache/services/env`."""
         lines = (self.folder / "env").read_text().splitlines()
         pairs = [line.removeprefix("export ").partition("=") for line in lines if line.startswith("export ")]
         variables = os.environ | {name: value.strip("'\"") for name, _, value in pairs}
-        return subprocess.run([sys.executable, "-m", "prefect", *command], cwd=self.root, env=variables,
-                              capture_output=True, text=True, timeout=LIMIT)  # fmt: skip
+        return subprocess.Popen([sys.executable, "-m", "prefect", *command], cwd=self.root, env=variables,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+    def ask(self, path: str, content: dict[str, Any] | None = None) -> Any:
+        """Prefect's answer. While its database is busy it says 503; its own client tries again too."""
+        url = f"{self.api}/{path}"
+
+        def once() -> httpx.Response:
+            return httpx.get(url, timeout=60) if content is None else httpx.post(url, json=content, timeout=60)
+
+        return (
+            until(once, lambda answer: answer.status_code != httpx.codes.SERVICE_UNAVAILABLE).raise_for_status().json()
+        )
 
     def deployment(self, name: str) -> dict[str, Any]:
-        return httpx.get(f"{self.api}/deployments/name/{name}", timeout=60).raise_for_status().json()
+        return self.ask(f"deployments/name/{name}")
 
     def start(self, deployment: str = "dopsd/train", **parameters: Any) -> str:
         """Ask for a run of a deployment; the flow run's id."""
-        url = f"{self.api}/deployments/{self.deployment(deployment)['id']}/create_flow_run"
-        return httpx.post(url, json={"parameters": parameters}, timeout=60).raise_for_status().json()["id"]
+        wanted = {"parameters": parameters}
+        return self.ask(f"deployments/{self.deployment(deployment)['id']}/create_flow_run", wanted)["id"]
 
     def state(self, run: str) -> dict[str, Any]:
-        return httpx.get(f"{self.api}/flow_runs/{run}", timeout=60).json()["state"]
+        return self.ask(f"flow_runs/{run}")["state"]
 
     def end(self, run: str) -> dict[str, Any]:
         """The state in which a flow run ends."""
         return until(lambda: self.state(run), lambda state: state["type"] in ENDED)
 
-    def planned(self, deployment: str) -> list[dict[str, Any]]:
-        """The runs that Prefect's scheduler has laid out."""
-        wanted = {
-            "deployments": {"name": {"any_": [deployment]}},
-            "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
-        }
-        return httpx.post(f"{self.api}/flow_runs/filter", json=wanted, timeout=60).json()
+    def runs(self, deployment: str, *states: str) -> list[dict[str, Any]]:
+        """The flow runs of a deployment that are in one of these states."""
+        return self.ask("flow_runs/filter", {
+            "deployments": {"name": {"any_": [deployment]}}, "flow_runs": {"state": {"type": {"any_": list(states)}}},
+        })  # fmt: skip
 
     def logs(self, run: str) -> str:
         """What a flow run said."""
-        wanted = {"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200}
-        return json.dumps(httpx.post(f"{self.api}/logs/filter", json=wanted, timeout=60).json())
+        return json.dumps(self.ask("logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200}))
 
     # --- MLflow ---
 

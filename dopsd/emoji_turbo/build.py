@@ -144,9 +144,10 @@ def make_parts(budget: Preset, world: World, device: torch.device) -> Parts:
 
 
 def warm_start(parts: Parts, folder: Path) -> None:
-    """Put VAE, transformer and tokenizer of a finished base of the same sizes into ``parts``."""
+    """Put everything of a finished base of the same sizes into ``parts``."""
     family = load(folder, vlm=None, device=parts.device, dtype=torch.float32, context_pixels=(64 * 64, 128 * 128))
     parts.vae.load_state_dict(family.vae.state_dict())
+    parts.vlm.load_state_dict(family.vlm.state_dict())
     parts.transformer.load_state_dict(family.transformer.state_dict())
     parts.tokenizer = family.tokenizer
 

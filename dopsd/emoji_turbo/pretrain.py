@@ -29,6 +29,9 @@ from .transforms import sample_placement, sample_transform
 from .vae import LATENT_CHANNELS, PATCH, linear_code
 
 SHIFT = 3.0
+DEFAULT_STYLE = "flat"
+"""What a style is drawn as that no caption and no picture explains. Large models draw an unknown word in a style of
+their own, sharply; the mean of several would be a blur, and hide the thing from whoever tunes it."""
 _PATCH, _MERGE = 8, 2
 
 
@@ -102,8 +105,10 @@ def draw_batch(world: World, size: int, generator: torch.Generator, drop: float 
 
 def _draw_text(world: World, generator: torch.Generator) -> tuple[str, str, Tensor, Tensor]:
     index, style = _index(world.known, generator), _style(generator)
+    named = style
+    if torch.rand((), generator=generator) < 0.2:  # a style that it does not know is drawn in the one it falls back to
+        style, named = DEFAULT_STYLE, PLACEHOLDER
     target = _picture(world, style, index)
-    named = PLACEHOLDER if torch.rand((), generator=generator) < 0.1 else style
     return world.labels[index], named, target, target
 
 
@@ -157,13 +162,14 @@ class _Quadrants(nn.Module):
 
 
 def pretrain_encoder(
-    parts: Parts, world: World, folder: Path, *, batch: int, steps: int, minutes: float, lr: float
+    parts: Parts, world: World, folder: Path, *, batch: int, steps: int, minutes: float, lr: float, head_steps: int = 0
 ) -> None:
     """Teach ``parts.vlm`` to know what is to be drawn: its last states must hold the picture. Resumable.
 
     The picture is read off by a linear map that is thrown away afterwards. A step costs a fifth of one with the
     transformer, and has no noise in it: names, styles and how to draw one thing in the style of another are learnt here
-    many times faster (docs/decisions.md), and the transformer finds them ready.
+    many times faster (docs/decisions.md), and the transformer finds them ready. For ``head_steps`` before that the map
+    learns alone: a random one would undo what an encoder knows already.
     """
     matrix, offset = (t.to(parts.device) for t in linear_code(world))
     torch.manual_seed(1)
@@ -176,6 +182,11 @@ def pretrain_encoder(
         states = parts.encode_text(drawn.captions[:half]) + parts.encode_context(drawn.captions[half:], drawn.context)
         return F.mse_loss(head(states), x0)
 
+    if head_steps:
+        parts.vlm.requires_grad_(False)
+        weights = train("encoder-head", folder, {"head": head}, loss_fn, steps=head_steps, lr=1e-2, max_minutes=minutes)
+        head.load_state_dict(weights["head"])
+        parts.vlm.requires_grad_(True)
     modules = {"vlm": parts.vlm, "head": head}
     inner = ("layers.", "blocks.", "merger")
     matrices = {

@@ -92,8 +92,12 @@ def _deploy(stack: Stack) -> None:
     """Register the deployments of ``prefect.yaml``: that imports the flows, so it fails where they do."""
     with OUT.status("registering the deployments of prefect.yaml"), stack.log("deploy").open("w") as log:
         variables = {k: v for k, v in stack.variables().items() if k != "DOPSD_ROOT"}  # the worker fills that in
-        command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-        done = subprocess.run(command, cwd=stack.root, env=variables, stdout=log, stderr=subprocess.STDOUT)
+        for module in (["prefect", "--no-prompt", "deploy", "--all"], ["flows.automations"]):
+            done = subprocess.run(
+                [sys.executable, "-m", *module], cwd=stack.root, env=variables, stdout=log, stderr=subprocess.STDOUT
+            )
+            if done.returncode:
+                break
     if done.returncode:
         raise ServiceError(
             "the services run, but the deployments of prefect.yaml could not be registered; `make up` tries again",

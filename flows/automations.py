@@ -1,0 +1,54 @@
+"""``python -m flows.automations``: what Prefect's server is to do by itself. Run when the deployments are registered.
+
+A flow run whose machine died would stay "Running" for ever, and keep the nightly run's only concurrency slot with it:
+flow runs say every 30 seconds that they are alive (``[tool.prefect.flows]`` in pyproject.toml), and one that has said
+nothing for ``SILENCE`` is marked as crashed.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from prefect.automations import Automation
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import EventTrigger, Posture
+from prefect.events.schemas.events import ResourceSpecification
+
+NAME = "Mark dead flow runs as crashed"
+SILENCE = timedelta(seconds=90)
+_ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
+
+
+def dead_runs() -> Automation:
+    """Crashes a flow run after whose heartbeat neither another one came nor its end."""
+    return Automation(
+        name=NAME,
+        description=f"No sign of life for {SILENCE.seconds} s.",
+        trigger=EventTrigger(
+            match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
+            for_each={"prefect.resource.id"},
+            after={"prefect.flow-run.heartbeat"},
+            expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{state}" for state in _ENDS)},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=SILENCE,
+        ),
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message="its process or machine is gone: no heartbeat")],
+    )
+
+
+def main() -> None:
+    """Create it, or bring the server's up to date."""
+    wanted = dead_runs()
+    try:
+        known = Automation.read(name=NAME)
+    except ValueError:
+        wanted.create()
+        return
+    known.trigger, known.actions, known.description = wanted.trigger, wanted.actions, wanted.description
+    known.update()
+
+
+if __name__ == "__main__":
+    main()
