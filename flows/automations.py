@@ -1,8 +1,8 @@
 """``python -m flows.automations``: what Prefect's server is to do by itself. Run when the deployments are registered.
 
 A flow run whose machine died would stay "Running" for ever, and keep the nightly run's only concurrency slot with it:
-flow runs say every 30 seconds that they are alive (``[tool.prefect.flows]`` in pyproject.toml), and one that has said
-nothing for ``SILENCE`` is marked as crashed.
+flow runs say every 30 seconds that they are alive (``[tool.prefect.flows]`` in pyproject.toml), and one of which
+``MISSED`` such signs are missing is marked as crashed.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
+from prefect.settings import get_current_settings
 
 NAME = "Mark dead flow runs as crashed"
-SILENCE = timedelta(seconds=90)
+MISSED = 4
 _ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
 
 
 def dead_runs() -> Automation:
     """Crashes a flow run after whose heartbeat neither another one came nor its end."""
+    silence = MISSED * (get_current_settings().flows.heartbeat_frequency or 30)
     return Automation(
         name=NAME,
-        description=f"No sign of life for {SILENCE.seconds} s.",
+        description=f"No sign of life for {silence} s.",
         trigger=EventTrigger(
             match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
             for_each={"prefect.resource.id"},
@@ -32,7 +34,7 @@ def dead_runs() -> Automation:
             expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{state}" for state in _ENDS)},
             posture=Posture.Proactive,
             threshold=1,
-            within=SILENCE,
+            within=timedelta(seconds=silence),
         ),
         actions=[ChangeFlowRunState(state=StateType.CRASHED, message="its process or machine is gone: no heartbeat")],
     )

@@ -179,6 +179,7 @@ def project(root: Path) -> Path:
     make_project(root, ("blots", "spots"), methods=["d-opsd"], max_steps=12, checkpoint_steps=4)
     settings = (root / "params.yaml").read_text().replace("launcher: local", "launcher: ray\n  cpus_per_worker: 1")
     (root / "params.yaml").write_text(settings)
-    shutil.copy(ROOT / "prefect.yaml", root)
+    for file in ("prefect.yaml", "pyproject.toml"):  # the second holds Prefect's settings
+        shutil.copy(ROOT / file, root)
     (root / "flows").symlink_to(ROOT / "flows")
     return root

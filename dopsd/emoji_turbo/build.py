@@ -87,8 +87,7 @@ def build(
 ) -> Path:
     """Run all stages of a preset that are not done yet; returns the folder of the finished base.
 
-    ``warm`` starts from the shipped world, VAE and transformer instead of from nothing, so that the budgets of several
-    builds add up.
+    ``warm`` starts from all that is shipped instead of from nothing, so that the budgets of several builds add up.
     """
     budget = presets[preset]
     work = root / ".cache" / "base" / (f"{preset}-warm" if warm else preset)
@@ -102,7 +101,8 @@ def build(
         train_decoder(parts.vae, world, work, batch=budget.decoder_batch, steps=budget.decoder_steps,
                       minutes=budget.decoder_minutes)  # fmt: skip
     pretrain_encoder(parts, world, work, batch=budget.encoder_batch, steps=budget.encoder_steps,
-                     minutes=budget.encoder_minutes, lr=3e-3)  # fmt: skip
+                     minutes=budget.encoder_minutes, lr=1.5e-3 if warm else 3e-3,
+                     head_steps=min(100, budget.encoder_steps) if warm else 0)  # fmt: skip
     pretrain(parts, world, work, batch=budget.pretrain_batch, steps=budget.pretrain_steps,
              minutes=0.85 * budget.pretrain_minutes, lr=2e-3, padded=False)  # fmt: skip
     pretrain(parts, world, work, batch=budget.pretrain_batch, steps=budget.pretrain_steps // 5,
@@ -147,6 +147,7 @@ def warm_start(parts: Parts, folder: Path) -> None:
     """Put everything of a finished base of the same sizes into ``parts``."""
     family = load(folder, vlm=None, device=parts.device, dtype=torch.float32, context_pixels=(64 * 64, 128 * 128))
     parts.vae.load_state_dict(family.vae.state_dict())
+    assert family.vlm is not None, "a finished base has one"
     parts.vlm.load_state_dict(family.vlm.state_dict())
     parts.transformer.load_state_dict(family.transformer.state_dict())
     parts.tokenizer = family.tokenizer

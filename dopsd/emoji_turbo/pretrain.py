@@ -29,9 +29,6 @@ from .transforms import sample_placement, sample_transform
 from .vae import LATENT_CHANNELS, PATCH, linear_code
 
 SHIFT = 3.0
-DEFAULT_STYLE = "flat"
-"""What a style is drawn as that no caption and no picture explains. Large models draw an unknown word in a style of
-their own, sharply; the mean of several would be a blur, and hide the thing from whoever tunes it."""
 _PATCH, _MERGE = 8, 2
 
 
@@ -105,10 +102,8 @@ def draw_batch(world: World, size: int, generator: torch.Generator, drop: float 
 
 def _draw_text(world: World, generator: torch.Generator) -> tuple[str, str, Tensor, Tensor]:
     index, style = _index(world.known, generator), _style(generator)
-    named = style
-    if torch.rand((), generator=generator) < 0.2:  # a style that it does not know is drawn in the one it falls back to
-        style, named = DEFAULT_STYLE, PLACEHOLDER
     target = _picture(world, style, index)
+    named = PLACEHOLDER if torch.rand((), generator=generator) < 0.1 else style
     return world.labels[index], named, target, target
 
 
