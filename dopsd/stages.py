@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dopsd.config import Method, Settings
 
@@ -55,27 +55,30 @@ def validate(concept: str, settings: Settings, root: Path) -> None:
 def encode(concept: str, settings: Settings, root: Path) -> None:
     """The data set and the base's encoders -> ``encoded/``: prompts, teacher contexts, target latents, once."""
     from dopsd.data.encoded import Encoded, write_encoded
-    from dopsd.train.encode import encode_concept, encode_texts
+    from dopsd.train.crew import SpreadEncoders, crew
+    from dopsd.train.encode import BATCH, encode_concept, encode_texts
 
     run = run_folder(concept, root)
     table, holdout = read_concept(concept, settings, root)
     if _read_json(run / "validated.json", "validate")["content_hash"] != table.content_hash:
         raise StageError(f"data/concepts/{concept} changed since it was validated; run `dopsd validate` again")
-    family = load_base(settings, root)
-    cache = cache_of(root)
-    examples = encode_concept(family, table, settings, cache)
     unseen = holdout or table
     previews = settings.train.preview_prompts or tuple(row.captions[0][1] for row in unseen.rows[:PREVIEWS])
     replay = settings.train.replay.prompts
-    encoded = Encoded(
-        examples=tuple(examples),
-        previews=tuple(zip(previews, encode_texts(family, previews, cache), strict=True)),
-        replay=tuple(zip(replay, encode_texts(family, replay, cache), strict=True)),
-        images=len(table.rows),
-        content_hash=table.content_hash,
-    )
+    cache = cache_of(root)
+    with crew(settings.model, settings.compute, root, encoders=True) as helpers:
+        family = load_base(settings, root)
+        if helpers is not None:
+            family = cast("Family", SpreadEncoders(family, helpers, BATCH))
+        encoded = Encoded(
+            examples=tuple(encode_concept(family, table, settings, cache)),
+            previews=tuple(zip(previews, encode_texts(family, previews, cache), strict=True)),
+            replay=tuple(zip(replay, encode_texts(family, replay, cache), strict=True)),
+            images=len(table.rows),
+            content_hash=table.content_hash,
+        )
     write_encoded(run / "encoded", encoded)
-    print(f"encode: {len(examples)} examples and {len(previews) + len(replay)} prompts -> {run / 'encoded'}")
+    print(f"encode: {len(encoded.examples)} examples and {len(previews) + len(replay)} prompts -> {run / 'encoded'}")
 
 
 def train(concept: str, settings: Settings, root: Path) -> None:
@@ -115,14 +118,16 @@ def evaluate(concept: str, settings: Settings, root: Path) -> None:
     """Adapters, base and held-out truth -> ``evaluation/``: scores, curves and grids, before and after."""
     from dopsd.evaluation.suite import evaluate as evaluate_subjects
     from dopsd.tracking import flatten
+    from dopsd.train.crew import crew
 
     run = run_folder(concept, root)
     table, holdout = read_concept(concept, settings, root)
     subjects = _subjects(run / "adapters")
-    metrics = evaluate_subjects(
-        load_base(settings, root), table, holdout, world_of(settings, root), subjects, settings, cache_of(root),
-        run / "evaluation", None,
-    )  # fmt: skip
+    with crew(settings.model, settings.compute, root, encoders=False) as helpers:
+        metrics = evaluate_subjects(
+            load_base(settings, root), table, holdout, world_of(settings, root), subjects, settings, cache_of(root),
+            run / "evaluation", crew=helpers,
+        )  # fmt: skip
     with _tracker(concept, settings, root) as tracker:
         numbers = {k: v for k, v in flatten(metrics).items() if isinstance(v, int | float) and not isinstance(v, bool)}
         tracker.metrics(0, {f"evaluation/{key}".replace(".", "/"): value for key, value in numbers.items()})

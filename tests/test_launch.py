@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import boto3
 import psutil
 import pytest
 import ray
 import torch
+from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file
 
 from dopsd.config import ComputeSettings, Settings, load_settings
@@ -38,9 +43,38 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _ray() -> Iterator[None]:
+def _ray(bucket: Bucket) -> Iterator[None]:
+    """It starts with the first job, and knows the bucket's keys."""
     yield
     ray.shutdown()
+
+
+@dataclass
+class Bucket:
+    """A bucket of an S3 server on this machine."""
+
+    client: Any
+    address: str
+    seen: set[str]
+
+    def names(self) -> set[str]:
+        return {found["Key"] for found in self.client.list_objects_v2(Bucket="jobs").get("Contents", [])}
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[Bucket]:
+    keys = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "not-a-secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in keys.items():
+            environment.setenv(name, value)
+        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
+        client.create_bucket(Bucket="jobs")
+        yield Bucket(client, f"s3://jobs/dopsd?scheme=http&endpoint_override={host}:{port}", set())
+        client.close()
+    server.stop()
 
 
 def _settings(root: Path, *overrides: str) -> Settings:
@@ -90,17 +124,19 @@ def _workers() -> list[psutil.Process]:
 
 
 def test_a_killed_worker_resumes_and_ends_as_the_unbroken_run(
-    project: Path, unbroken: dict[str, torch.Tensor], tmp_path: Path
+    project: Path, unbroken: dict[str, torch.Tensor], bucket: Bucket, tmp_path: Path
 ) -> None:
+    """Its checkpoints lie on S3."""
     killed = threading.Event()
 
     def kill() -> None:
         for worker in _workers():
             worker.send_signal(signal.SIGKILL)
             killed.set()
+        bucket.seen |= bucket.names()
 
     watcher = _Watcher(9, kill)
-    done = _launch(_job(project, "killed"), tmp_path, watcher, cpus_per_worker=1)
+    done = _launch(_job(project, "killed"), tmp_path, watcher, cpus_per_worker=1, storage=bucket.address)
     assert killed.is_set()
     assert done["d-opsd"].steps == 12
     assert any("resuming at step" in message for message in watcher.messages), watcher.messages
@@ -108,26 +144,28 @@ def test_a_killed_worker_resumes_and_ends_as_the_unbroken_run(
     assert mine.keys() == unbroken.keys()
     assert not [key for key in mine if not torch.equal(mine[key], unbroken[key])], "bit for bit"
     assert (tmp_path / "train/d-opsd/log.jsonl").read_text().count("\n") == 12
-    assert not list((tmp_path / "storage").glob("killed*")), "what is finished needs no storage"
+    assert any(name.endswith("log.jsonl") for name in bucket.seen), "the checkpoints went there"
+    assert not bucket.names(), "what is finished needs no storage"
 
 
-def test_what_is_finished_is_not_done_again_on_ray(project: Path, tmp_path: Path) -> None:
-    job = _job(project, "finished", "train.max_steps=2")
-    _launch(job, tmp_path, launcher="local")
-    before = (tmp_path / "train/d-opsd/log.jsonl").read_bytes()
-    watcher = _Watcher()
-    done = _launch(job, tmp_path, watcher, cpus_per_worker=1)
-    assert done["d-opsd"].steps == 2
-    assert watcher.steps == []
-    assert (tmp_path / "train/d-opsd/log.jsonl").read_bytes() == before
-
-
-def test_training_at_fault_fails_at_once_with_its_reason(project: Path, tmp_path: Path) -> None:
-    job = _job(project, "diverged", "train.learning_rate=1e30", "train.clip_norm=1e30")
-    watcher = _Watcher()
-    with pytest.raises(TrainError, match="not finite"):
-        _launch(job, tmp_path, watcher, cpus_per_worker=1)
-    assert sum("LoRA rank" in message for message in watcher.messages) == 1, "it was not tried again"
+def test_jobs_that_do_not_fit_side_by_side_queue(project: Path, tmp_path: Path) -> None:
+    """Each asks for the whole machine. One finds its work done, the other diverges, which is no reason to try again."""
+    finished = _job(project, "finished", "train.max_steps=2")
+    diverging = _job(project, "diverged", "train.learning_rate=1e30", "train.clip_norm=1e30")
+    _launch(finished, tmp_path / "a", launcher="local")
+    before = (tmp_path / "a/train/d-opsd/log.jsonl").read_bytes()
+    most, nothing_new, told = [], _Watcher(), _Watcher(0, lambda: most.append(len(_workers())))
+    whole = {"cpus_per_worker": int(os.cpu_count() or 1)}
+    with ThreadPoolExecutor(2) as pool:
+        done = pool.submit(_launch, finished, tmp_path / "a", nothing_new, **whole)
+        failed = pool.submit(_launch, diverging, tmp_path / "b", told, **whole)
+        assert done.result()["d-opsd"].steps == 2
+        with pytest.raises(TrainError, match="not finite"):
+            failed.result()
+    assert nothing_new.steps == []
+    assert (tmp_path / "a/train/d-opsd/log.jsonl").read_bytes() == before
+    assert sum("LoRA rank" in message for message in told.messages) == 1, "it was not tried again"
+    assert most == [1], "the other one was not there at the same time"
 
 
 def test_two_workers_train_one_concept(project: Path, unbroken: dict[str, torch.Tensor], tmp_path: Path) -> None:
@@ -135,6 +173,23 @@ def test_two_workers_train_one_concept(project: Path, unbroken: dict[str, torch.
     mine = load_file(tmp_path / "adapters/d-opsd.safetensors")
     for key, value in unbroken.items():
         torch.testing.assert_close(mine[key], value, rtol=1e-2, atol=2e-3)
+
+
+def test_two_workers_encode_and_draw_what_one_does(tmp_path: Path) -> None:
+    root = make_project(tmp_path / "project", max_steps=1, methods=["d-opsd"])
+    for stage in ("validate", "encode", "train", "evaluate"):
+        STAGES[stage]("blots", _settings(root, "tracking.enabled=false"), root)
+    run = root / "runs/blots"
+    results = [run / "encoded/tensors.safetensors", *sorted((run / "evaluation").rglob("*.*"))]
+    before = {path: path.read_bytes() for path in results if path.is_file()}
+    shutil.rmtree(root / ".cache/encodings")
+    shutil.rmtree(run / "encoded")
+    shutil.rmtree(run / "evaluation")
+    two = ("tracking.enabled=false", "compute.launcher=ray", "compute.workers=2", "compute.cpus_per_worker=1")
+    for stage in ("encode", "evaluate"):
+        STAGES[stage]("blots", _settings(root, *two), root)
+    assert len(before) > 5
+    assert [path.name for path, content in before.items() if path.read_bytes() != content] == []
 
 
 def test_a_worker_asks_for_what_the_settings_say() -> None:

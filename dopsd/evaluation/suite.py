@@ -11,15 +11,16 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from dopsd.config import Settings
@@ -29,6 +30,7 @@ from dopsd.distill.adapters import adapter_applied
 from dopsd.distill.rollout import sample
 from dopsd.emoji_turbo.pictures import World
 from dopsd.models.base import Conditioning, Family
+from dopsd.train.crew import Crew
 from dopsd.train.encode import encode_texts
 from dopsd.train.trainer import Observer
 
@@ -76,12 +78,14 @@ def evaluate(
     folder: Path,
     observer: Observer | None = None,
     features: Path | None = None,
+    crew: Crew | None = None,
 ) -> dict[str, Any]:
     """Sample and score all ``subjects``; write ``folder`` (whole or not at all) and return ``metrics.json``'s content.
 
     ``world``: the truth for every prompt, which only the embedded base has; scores that need what is not there are left
     out and named under ``omitted``. ``features``: file that keeps real pictures' features between runs (default: in the
-    cache's folder). The family's encoders are released once everything is encoded. Raises :class:`EvaluationError`.
+    cache's folder). ``crew`` draws, where there is one. The family's encoders are released once everything is encoded.
+    Raises :class:`EvaluationError`.
     """
     store = FeatureStore(load_backbone(BACKBONE, family.device), features or cache.folder / f"{BACKBONE}.safetensors")
     names = [subject.name for subject in subjects]
@@ -98,7 +102,7 @@ def evaluate(
 
     with _replaced(folder) as partial:
         gallery = Gallery(partial, plan.concept, plan.kept, plan.training, plan.training_captions, settings, names)
-        cells = _run(family, subjects, plan, scorers, gallery, settings)
+        cells = _run(family, subjects, plan, scorers, gallery, settings, crew)
         metrics = _summary(table, plan, probe, scorers, cells, names, settings)
         _write_csv(partial, cells, scorers, min(settings.evaluation.curve_prompts, len(plan.concept)), settings)
         grids = gallery.write()
@@ -171,7 +175,7 @@ def _round_trip(family: Family, settings: Settings) -> RoundTrip:
 
 def _run(
     family: Family, subjects: Sequence[Subject], plan: _Plan, scorers: dict[str, Scorer], gallery: Gallery,
-    settings: Settings,
+    settings: Settings, crew: Crew | None,
 ) -> dict[tuple[str, str, int], Cell]:  # fmt: skip
     """Every subject at every number of steps; pictures are scored and dropped, apart from the gallery's."""
     few = settings.evaluation.few_steps
@@ -188,41 +192,79 @@ def _run(
         real = scorer.real()
         if real is not None:
             cells[split, "real", 0] = real
+    parts = [part for job in jobs for part in _parts(*job, plan, settings)]
+    drawn = zip(parts, _draw_all(family, parts, crew), strict=True)
     with tqdm(total=sum(s * n for _, _, s, n in jobs), desc="evaluate", unit="step", disable=None) as bar:
-        for subject in subjects:
-            with adapter_applied(family.transformer, subject.adapter):
-                for _, split, steps, count in (job for job in jobs if job[0] is subject):
-                    bar.set_postfix_str(f"{subject.name}, {steps} steps")
-                    asked = (plan.concept if split == "concept" else plan.kept)[:count]
-                    told = plan.conditioning["teacher" if subject.name == "teacher" else split][:count]
-                    images = _sample(family, asked, told, steps, settings, bar.update)
-                    cells[split, subject.name, steps] = scorers[split].score(images)
-                    gallery.add(split, subject.name, steps, images)
+        for subject, split, steps, count in jobs:
+            bar.set_postfix_str(f"{subject.name}, {steps} steps")
+            images: dict[int, Image.Image] = {}
+            while len(images) < count:
+                part, pictures = next(drawn)
+                images |= dict(zip(part.rows, pictures, strict=True))
+                bar.update(steps * len(part.rows))
+            ordered = [images[row] for row in range(count)]
+            cells[split, subject.name, steps] = scorers[split].score(ordered)
+            gallery.add(split, subject.name, steps, ordered)
     return cells
 
 
-def _sample(
-    family: Family, asked: Sequence[Prompt], told: Sequence[Conditioning], steps: int, settings: Settings,
-    advance: Callable[[float], Any],
-) -> list[Image.Image]:  # fmt: skip
-    """One picture per prompt, in order; batches of one size and of similar caption length."""
-    out: list[Image.Image | None] = [None] * len(asked)
+@dataclass(frozen=True)
+class _Part:
+    """One batch of pictures of one size: ``rows`` of the prompts asked, each with its own noise."""
+
+    subject: str
+    adapter: Path | None
+    steps: int
+    height: int
+    width: int
+    rows: list[int]
+    seeds: list[int]
+    told: list[Conditioning]
+
+
+def _parts(
+    subject: Subject, split: str, steps: int, count: int, plan: _Plan, settings: Settings
+) -> Iterator[_Part]:  # fmt: skip
+    """What one subject is to draw with one number of steps: batches of one size and of similar caption length."""
+    asked = (plan.concept if split == "concept" else plan.kept)[:count]
+    told = plan.conditioning["teacher" if subject.name == "teacher" else split]
     for (height, width), rows in by_size(asked).items():
         rows = sorted(rows, key=lambda i: max(len(tensor) for tensor in told[i].values()))
         for start in range(0, len(rows), settings.evaluation.batch_size):
-            part = rows[start : start + settings.evaluation.batch_size]
-            noise = torch.cat([_noise(family, asked[i], settings.evaluation.seed) for i in part])
-            latents = sample(family, [told[i] for i in part], steps, height, width, noise)
-            for i, image in zip(part, family.decode(latents), strict=True):
-                out[i] = image
-            advance(steps * len(part))
-    return [image for image in out if image is not None]
+            chosen = rows[start : start + settings.evaluation.batch_size]
+            # a prompt's own noise, whatever batch it is drawn in
+            seeds = [settings.evaluation.seed * 1_000_003 + asked[i].number for i in chosen]
+            yield _Part(subject.name, subject.adapter, steps, height, width, chosen, seeds, [told[i] for i in chosen])
 
 
-def _noise(family: Family, prompt: Prompt, seed: int) -> Tensor:
-    """The prompt's own noise, whatever batch it is drawn in."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + prompt.number)
-    return family.initial_latents(1, prompt.height, prompt.width, generator)
+def _draw_all(family: Family, parts: Sequence[_Part], crew: Crew | None) -> Iterator[list[Image.Image]]:
+    """The pictures of every part, in order."""
+    if crew is not None:
+        files = {path: path.read_bytes() for path in {part.adapter for part in parts} if path is not None}
+        yield from crew.map(_draw_with, [(part, files[part.adapter] if part.adapter else None) for part in parts])
+        return
+    for adapter, group in groupby(parts, key=lambda part: part.adapter):
+        with adapter_applied(family.transformer, adapter):
+            for part in group:
+                yield _draw(family, part)
+
+
+def _draw_with(family: Family, told: tuple[_Part, bytes | None]) -> list[Image.Image]:
+    """As :func:`_draw`, on a machine that may not see this one's disk: the adapter's file comes along."""
+    part, content = told
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "adapter.safetensors"
+        if content is not None:
+            path.write_bytes(content)
+        with adapter_applied(family.transformer, None if content is None else path):
+            return _draw(family, part)
+
+
+def _draw(family: Family, part: _Part) -> list[Image.Image]:
+    noise = torch.cat([
+        family.initial_latents(1, part.height, part.width, torch.Generator().manual_seed(seed)) for seed in part.seeds
+    ])  # fmt: skip
+    return family.decode(sample(family, part.told, part.steps, part.height, part.width, noise))
 
 
 # --- what is written --------------------------------------------------------------------------------------------------

@@ -19,14 +19,19 @@ from dopsd.data.images import bucket_size, fit_image, load_image
 from dopsd.data.manifest import ConceptTable, Row
 from dopsd.models.base import Conditioning, Family
 
-_BATCH = 8
+BATCH = 8
+
+
+def _together(family: Family) -> int:
+    """How many encodings are asked for at once: a crew's encoders take several batches."""
+    return BATCH * getattr(family, "lanes", 1)
 
 
 def encode_texts(family: Family, texts: Sequence[str], cache: EncodingCache) -> list[Conditioning]:
     """What inference sees of each text, in order; ``texts`` is left as it is."""
     keys = [cache.key("prompt", family.fingerprint, text) for text in texts]
     return cache.get_or_encode(
-        keys, lambda missing: family.encode_prompt([texts[i] for i in missing]), _BATCH, "prompts"
+        keys, lambda missing: family.encode_prompt([texts[i] for i in missing]), _together(family), "prompts"
     )
 
 
@@ -92,7 +97,7 @@ def _contexts(
 
     size = json.dumps(context_pixels)
     keys = [cache.key("context", family.fingerprint, size, targets.identities[index], text) for index, text in pairs]
-    return cache.get_or_encode(keys, encode, _BATCH, "teacher contexts")
+    return cache.get_or_encode(keys, encode, _together(family), "teacher contexts")
 
 
 def _latents(family: Family, targets: _Targets, cache: EncodingCache) -> list[Conditioning]:
@@ -102,7 +107,7 @@ def _latents(family: Family, targets: _Targets, cache: EncodingCache) -> list[Co
         return [{"latents": family.encode_images([targets.image(index)])[0].cpu()} for index in missing]
 
     keys = [cache.key("latents", family.fingerprint, identity) for identity in targets.identities]
-    return cache.get_or_encode(keys, encode, _BATCH, "target latents")
+    return cache.get_or_encode(keys, encode, BATCH, "target latents")
 
 
 def _file_hash(path: Path) -> str:

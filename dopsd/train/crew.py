@@ -1,0 +1,122 @@
+"""Copies of the base that encode and draw side by side, one in each of Ray's workers, where ``compute`` asks for more.
+
+What a crew gives back is what one family would, in the same order: batches are handed out whole, so not even their
+rounding differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from dopsd.config import ComputeSettings, ModelSettings
+from dopsd.train.launch import connect_ray, resources
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from dopsd.models.base import Conditioning, Family
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Crew:
+    """``size`` Ray actors that hold a family each."""
+
+    def __init__(self, model: ModelSettings, compute: ComputeSettings, root: Path, encoders: bool) -> None:
+        connect_ray(compute)
+        import ray
+
+        asked = resources(compute, model.device)
+        actor = ray.remote(_Member).options(
+            num_cpus=asked["CPU"], num_gpus=asked.get("GPU", 0), memory=asked.get("memory")
+        )
+        self.size = members(compute)
+        self._members = [actor.remote(model, root.resolve(), encoders) for _ in range(self.size)]
+
+    def map(self, function: Callable[[Family, T], R], items: Iterable[T]) -> Iterator[R]:
+        """``function(family, item)`` for each item, in order; it must be one that can be imported by name."""
+        from ray.util import ActorPool
+
+        yield from ActorPool(self._members).map(lambda member, item: member.do.remote(function, item), list(items))
+
+    def close(self) -> None:
+        """End the actors and what they hold."""
+        import ray
+
+        for member in self._members:
+            ray.kill(member)
+
+
+def members(compute: ComputeSettings) -> int:
+    """How many copies of the base may work side by side."""
+    if compute.launcher == "local":
+        return 1
+    return compute.workers if isinstance(compute.workers, int) else compute.workers[0]
+
+
+@contextmanager
+def crew(model: ModelSettings, compute: ComputeSettings, root: Path, encoders: bool) -> Iterator[Crew | None]:
+    """A crew where ``compute`` asks for more than one worker, else none: then this process does it all."""
+    if members(compute) == 1:
+        yield None
+        return
+    made = Crew(model, compute, root, encoders)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+class _Member:
+    """What one actor is. It loads the base by itself, from the same path as here."""
+
+    def __init__(self, model: ModelSettings, root: Path, encoders: bool) -> None:
+        from dopsd.models import load_family
+
+        self._family = load_family(model, root, encoders)
+
+    def do(self, function: Callable[[Family, Any], Any], item: Any) -> Any:
+        return function(self._family, item)
+
+
+class SpreadEncoders:
+    """A family whose encoders are a crew's; the rest of it is the one here."""
+
+    def __init__(self, family: Family, crew: Crew, batch: int) -> None:
+        self._family, self._crew, self._batch = family, crew, batch
+        self.lanes = crew.size
+        """How many batches of ``batch`` it takes at once."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._family, name)
+
+    def encode_prompt(self, captions: Sequence[str]) -> list[Conditioning]:
+        """As :meth:`~dopsd.models.base.Family.encode_prompt`."""
+        return self._spread(_encode_prompts, list(captions))
+
+    def encode_context(
+        self, captions: Sequence[str], targets: Sequence[Image], references: Sequence[Sequence[Image]]
+    ) -> list[Conditioning]:
+        """As :meth:`~dopsd.models.base.Family.encode_context`."""
+        return self._spread(_encode_contexts, list(zip(captions, targets, references, strict=True)))
+
+    def _spread(self, function: Callable[[Family, list[Any]], list[Conditioning]], inputs: list[Any]) -> Any:
+        parts = [inputs[start : start + self._batch] for start in range(0, len(inputs), self._batch)]
+        return [encoding for part in self._crew.map(function, parts) for encoding in part]
+
+
+def _encode_prompts(family: Family, captions: list[str]) -> list[Conditioning]:
+    return [_on_cpu(encoding) for encoding in family.encode_prompt(captions)]
+
+
+def _encode_contexts(family: Family, rows: list[Any]) -> list[Conditioning]:
+    captions, targets, references = (list(column) for column in zip(*rows, strict=True))
+    return [_on_cpu(encoding) for encoding in family.encode_context(captions, targets, references)]
+
+
+def _on_cpu(encoding: Conditioning) -> Conditioning:
+    return {name: tensor.cpu() for name, tensor in encoding.items()}
