@@ -13,7 +13,8 @@ import os
 import shutil
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,28 @@ def connect_ray(compute: ComputeSettings) -> None:
         try:
             if address:
                 _knock(address)
-            ray.init(address=address or "local", log_to_driver=False, logging_level="error", **own)
+            _lasting(lambda: ray.init(address=address or "local", log_to_driver=False, logging_level="error", **own))
         except (OSError, RuntimeError, ValueError) as error:
             where = f"the cluster at {address}" if address else "a Ray on this machine"
             raise LaunchError(f"cannot reach {where}: {str(error).strip().splitlines()[0]}") from None
+
+
+def _lasting(start: Callable[[], Any]) -> None:
+    """Call ``start`` in a thread that lives as long as this process: the kernel kills the processes of a Ray of our own
+    when the *thread* that started them ends (Linux's PDEATHSIG), and a flow's task is a thread of a pool."""
+    started: Future[None] = Future()
+
+    def live() -> None:
+        try:
+            start()
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        started.set_result(None)
+        threading.Event().wait()
+
+    threading.Thread(target=live, name="ray", daemon=True).start()
+    started.result()
 
 
 def _knock(address: str) -> None:
