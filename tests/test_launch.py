@@ -27,7 +27,7 @@ from dopsd.config import ComputeSettings, Settings, load_settings
 from dopsd.data.encoded import read_encoded
 from dopsd.stages import STAGES
 from dopsd.train.job import Job
-from dopsd.train.launch import LaunchError, launch, resources
+from dopsd.train.launch import LaunchError, connect_ray, launch, resources
 from dopsd.train.trainer import TrainError
 from tests import tiny
 from tests.tiny_project import ROOT, make_project
@@ -44,7 +44,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray(bucket: Bucket) -> Iterator[None]:
-    """It starts with the first job, and knows the bucket's keys."""
+    """One Ray for all tests, which knows the bucket's keys; started by a thread that ends, as a flow's tasks are."""
+    thread = threading.Thread(target=connect_ray, args=(ComputeSettings(),))
+    thread.start()
+    thread.join()
     yield
     ray.shutdown()
 
