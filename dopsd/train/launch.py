@@ -79,7 +79,12 @@ def connect_ray(compute: ComputeSettings) -> None:
 
 def _lasting(start: Callable[[], Any]) -> None:
     """Call ``start`` in a thread that lives as long as this process: the kernel kills the processes of a Ray of our own
-    when the *thread* that started them ends (Linux's PDEATHSIG), and a flow's task is a thread of a pool."""
+    when the *thread* that started them ends (Linux's PDEATHSIG), and a flow's task is a thread of a pool.
+
+    That is the main thread where we are in it: there Ray can also see to its processes on SIGTERM."""
+    if threading.current_thread() is threading.main_thread():
+        start()
+        return
     started: Future[None] = Future()
 
     def live() -> None:
