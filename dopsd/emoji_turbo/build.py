@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
+from accelerate import PartialState
 
 from dopsd.models.z_image import load
 
@@ -64,9 +65,9 @@ PRESETS = {
     "cpu": Preset(
         **_SIZE, max_concepts=320, max_known=120,
         decoder_batch=16, decoder_steps=8000, decoder_minutes=45,
-        encoder_batch=96, encoder_steps=3000, encoder_minutes=14,
-        pretrain_batch=32, pretrain_steps=12000, pretrain_minutes=60,
-        trajectories=1000, distill_batch=32, distill_steps=2500, distill_minutes=6,
+        encoder_batch=96, encoder_steps=4000, encoder_minutes=20,
+        pretrain_batch=64, pretrain_steps=12000, pretrain_minutes=62,
+        trajectories=1600, distill_batch=64, distill_steps=2500, distill_minutes=8,
     ),
     "gpu": Preset(
         **_SIZE, max_concepts=None, max_known=None,
@@ -90,26 +91,29 @@ def build(
     ``warm`` starts from all that is shipped instead of from nothing, so that the budgets of several builds add up.
     """
     budget = presets[preset]
-    work = root / ".cache" / "base" / (f"{preset}-warm" if warm else preset)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    state = PartialState(cpu=target.type == "cpu")
+    work = root / ".cache" / "base" / (f"{preset}-warm" if warm else preset)
     folder = root / "data" / "base" / "emoji-turbo"
-    world = World.load(root / "data" / "world") if warm else make_world(budget, root, work)
+    with state.main_process_first():
+        world = World.load(root / "data" / "world") if warm else make_world(budget, root, work)
     parts = make_parts(budget, world, target)
     if warm:
         warm_start(parts, folder)
     if not warm:
         train_decoder(parts.vae, world, work, batch=budget.decoder_batch, steps=budget.decoder_steps,
                       minutes=budget.decoder_minutes)  # fmt: skip
-    pretrain_encoder(parts, world, work, batch=budget.encoder_batch, steps=budget.encoder_steps,
+    readouts = pretrain_encoder(parts, world, work, batch=budget.encoder_batch, steps=budget.encoder_steps,
                      minutes=budget.encoder_minutes, lr=1.5e-3 if warm else 3e-3,
                      head_steps=min(100, budget.encoder_steps) if warm else 0)  # fmt: skip
-    pretrain(parts, world, work, batch=budget.pretrain_batch, steps=budget.pretrain_steps,
+    pretrain(parts, readouts, world, work, batch=budget.pretrain_batch, steps=budget.pretrain_steps,
              minutes=0.85 * budget.pretrain_minutes, lr=2e-3, padded=False)  # fmt: skip
-    pretrain(parts, world, work, batch=budget.pretrain_batch, steps=budget.pretrain_steps // 5,
+    pretrain(parts, readouts, world, work, batch=budget.pretrain_batch, steps=budget.pretrain_steps // 5,
              minutes=0.1 * budget.pretrain_minutes, lr=6e-4, name="pretrain-padded")  # fmt: skip
     distill(parts, world, work, trajectories=budget.trajectories, batch=budget.distill_batch,
             steps=budget.distill_steps, minutes=budget.distill_minutes)  # fmt: skip
-    arch.save_folder(folder, vae=parts.vae, tokenizer=parts.tokenizer, vlm=parts.vlm, transformer=parts.transformer)
+    if state.is_main_process:
+        arch.save_folder(folder, vae=parts.vae, tokenizer=parts.tokenizer, vlm=parts.vlm, transformer=parts.transformer)
     return folder
 
 

@@ -15,13 +15,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .loop import fast_math, train
+from dopsd.train.parallel import share
+
+from .batches import draw_batch
+from .loop import fast_math, place, train
 from .pictures import World
-from .pretrain import Batch, Parts, draw_batch, guided_velocity, shifted
+from .pretrain import Parts, guided_velocity, shifted
 
 FEW_STEPS = 4
 SUBSTEPS = 5
@@ -56,25 +60,16 @@ def segment_end(parts: Parts, x: Tensor, start: Tensor, end: Tensor, conditions:
 
 
 @torch.no_grad()
-def encode_batch(parts: Parts, drawn: Batch) -> list[Tensor]:
-    """Conditions of a drawn batch: the first half text only, the rest with their context pictures."""
-    half = len(drawn.captions) - len(drawn.context)
-    states = parts.encode_text(drawn.captions[:half]) + parts.encode_context(drawn.captions[half:], drawn.context)
-    return [s.float() for s in states]
-
-
-@torch.no_grad()
 def collect(parts: Parts, world: World, folder: Path, count: int, chunk: int = 100) -> Trajectories:
     """Sample ``count`` guided trajectories, in chunks that are files of their own (so a killed build goes on)."""
     empty = parts.encode_text([""])[0].float()
     levels = grid()
-    chunks = []
-    for start in tqdm(range(0, count, chunk), desc="trajectories"):
-        file = folder / f"trajectories-{start}.safetensors"
+    files = [(start, folder / f"trajectories-{start}.safetensors") for start in range(0, count, chunk)]
+    for start, file in tqdm(share(files, *place()), desc="trajectories"):
         if not file.exists():
             generator = torch.Generator().manual_seed(10_000 + start)
             with fast_math(parts.device):
-                conditions = encode_batch(parts, draw_batch(world, chunk, generator, drop=0.02))
+                conditions = [s.float() for s in parts.encode(draw_batch(world, chunk, generator, drop=0.02))]
                 x = torch.randn(chunk, *latent_shape(parts), generator=generator).to(parts.device)
                 states = [x]
                 for k in range(FEW_STEPS):
@@ -85,7 +80,8 @@ def collect(parts: Parts, world: World, folder: Path, count: int, chunk: int = 1
             partial = file.with_suffix(".partial")
             save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial)
             partial.replace(file)
-        chunks.append(load_file(file))
+    PartialState().wait_for_everyone()
+    chunks = [load_file(file) for _, file in files]
     all_conditions = [c for part in chunks for c in part["conditions"].split(part["lengths"].tolist())]
     return Trajectories(torch.cat([part["states"] for part in chunks]), all_conditions)
 
@@ -121,11 +117,13 @@ def distill(
     guided = Parts(parts.vae, parts.tokenizer, parts.vlm, copy.deepcopy(parts.transformer).requires_grad_(False).eval())
     data = collect(guided, world, folder, trajectories)
     empty = guided.encode_text([""])[0].float()
+    rank, ranks = place()
 
     def on_trajectories(step: int, generator: torch.Generator) -> Tensor:
         index = torch.randint(len(data.states), (batch,), generator=generator)
         k = torch.randint(FEW_STEPS, (batch,), generator=generator)
         along = torch.rand(batch, generator=generator) * (torch.rand(batch, generator=generator) < 0.25)
+        index, k, along = (t[rank::ranks] for t in (index, k, along))
         x, ends = data.states[index, k].to(device), data.states[index, k + 1].to(device)
         conditions = [data.conditions[i].to(device) for i in index.tolist()]
         return regression(parts, x, ends, k.to(device), along.to(device), conditions)
@@ -136,17 +134,17 @@ def distill(
     levels = grid()
 
     def on_own_states(step: int, generator: torch.Generator) -> Tensor:
-        index = torch.randint(len(data.states), (batch,), generator=generator)
+        index = torch.randint(len(data.states), (batch,), generator=generator)[rank::ranks]
         conditions = [data.conditions[i].to(device) for i in index.tolist()]
         last = int(torch.randint(FEW_STEPS, (), generator=generator))
-        x = torch.randn(batch, *latent_shape(parts), generator=generator).to(device)
+        x = torch.randn(batch, *latent_shape(parts), generator=generator)[rank::ranks].to(device)
         with torch.no_grad():
             for k in range(last):
-                u = parts.velocity(x, levels[k].expand(batch).to(device), conditions)
+                u = parts.velocity(x, levels[k].expand(len(x)).to(device), conditions)
                 x = x + (levels[k + 1] - levels[k]) * u
             ends = segment_end(guided, x, levels[last], levels[last + 1], conditions, empty)
-        along = torch.zeros(batch, device=device)
-        return regression(parts, x, ends, torch.full((batch,), last, device=device), along, conditions)
+        along = torch.zeros(len(x), device=device)
+        return regression(parts, x, ends, torch.full((len(x),), last, device=device), along, conditions)
 
     weights = train("distill-own", folder, {"transformer": parts.transformer}, on_own_states, steps=steps // 2, lr=1e-4,
                     ema=0.99, max_minutes=own_share * minutes)  # fmt: skip

@@ -2,6 +2,7 @@
 
 The build has its own loop because its stages train whole modules from scratch on data made on the fly; the product's
 trainer tunes adapters on a data set. State is safetensors and JSON, written atomically; a killed build continues.
+Several processes (``torchrun``) draw the same batches, each works on its share, and gradients are added up.
 """
 
 from __future__ import annotations
@@ -15,15 +16,24 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
+from accelerate import Accelerator, PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from dopsd.train.parallel import exchange
+
 from .muon import Muon
 
 MUON_RATE = 2.5
 """Muon's learning rate, in AdamW's."""
+
+
+def place() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    state = PartialState()
+    return state.process_index, state.num_processes
 
 
 def train(
@@ -41,23 +51,29 @@ def train(
     save_minutes: float = 3.0,
     weight_decay: float = 0.01,
     muon: Mapping[str, nn.Parameter] = MappingProxyType({}),
+    rates: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, dict[str, Tensor]]:
     """Minimise ``loss_fn(step, generator)`` over the parameters of ``modules``; return their (averaged) weights.
 
     The learning rate warms up, then follows a cosine to 3 % over ``steps`` or ``max_minutes``, whichever is further
-    along. The optimizer is AdamW, and Muon at :data:`MUON_RATE` times the rate for the matrices ``muon`` (by the names
-    ``MODULE/PARAMETER``). ``ema`` keeps a float32 average whose decay ramps up as (1 + t) / (10 + t). The loss runs in
-    bfloat16 autocast where the processor or the accelerator multiplies it natively.
+    along; ``rates`` are factors of it by module. The optimizer is AdamW, and Muon at :data:`MUON_RATE` times the rate
+    for the matrices ``muon`` (by the names ``MODULE/PARAMETER``). ``loss_fn`` is the mean over this process's share.
+    ``ema`` keeps a float32 average whose decay ramps up as (1 + t) / (10 + t). The loss runs in bfloat16 autocast where
+    the processor or the accelerator multiplies it natively.
     """
     folder.mkdir(parents=True, exist_ok=True)
     params = {f"{m}/{k}": p for m, module in modules.items() for k, p in module.named_parameters() if p.requires_grad}
     device = next(iter(params.values())).device
-    others = [p for key, p in params.items() if key not in muon]
+    groups = [
+        {"params": [p for k, p in params.items() if k.startswith(f"{m}/") and k not in muon], "rate": rates.get(m, 1)}
+        for m in modules
+    ]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
+        torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
     ]
     if muon:
-        optimizers.append(Muon(muon.values(), lr=MUON_RATE * lr, weight_decay=weight_decay))
+        optimizers.append(Muon([{"params": list(muon.values()), "rate": MUON_RATE}], lr=lr, weight_decay=weight_decay))
+    accelerator = Accelerator(cpu=device.type == "cpu")
     optimizer_of = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     average = {k: p.detach().clone().float() for k, p in params.items()} if ema else {}
     generator = torch.Generator().manual_seed(seed)
@@ -66,39 +82,44 @@ def train(
     started = saved = time.monotonic()
     smooth = math.nan
     log = (folder / f"{name}.jsonl").open("a")
-    bar = tqdm(total=steps, initial=step, desc=name, mininterval=10)
-    while step < steps and spent + (time.monotonic() - started) / 60 < max_minutes:
-        elapsed = spent + (time.monotonic() - started) / 60
+    main = accelerator.is_main_process
+    bar = tqdm(total=steps, initial=step, desc=name, mininterval=10, disable=not main)
+    elapsed = spent
+    while step < steps and elapsed < max_minutes:
         progress = max(step / steps, elapsed / max_minutes)
         rate = lr * min(1, (step + 1) / warmup) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(1, progress))))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate * (MUON_RATE if isinstance(optimizer, Muon) else 1)
+                group["lr"] = rate * group["rate"]
             optimizer.zero_grad(set_to_none=True)
         with fast_math(device):
-            loss = loss_fn(step, generator)
-            loss.backward()
+            part = loss_fn(step, generator) / accelerator.num_processes
+            part.backward()
+        minutes = spent + (time.monotonic() - started) / 60
+        sums, elapsed = exchange(accelerator, list(params.values()), {"loss": part.detach()}, minutes)
+        loss = sums["loss"]
         nn.utils.clip_grad_norm_(params.values(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        if not torch.isfinite(loss):
-            raise RuntimeError(f"{name}: the loss is {loss.item()} at step {step}")
+        if not math.isfinite(loss):
+            raise RuntimeError(f"{name}: the loss is {loss} at step {step}")
         if ema:
             decay = min(ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(average.values()), [p.detach() for p in params.values()], 1 - decay)
         step += 1
-        smooth = loss.item() if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss.item()
+        smooth = loss if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss
         bar.update()
-        if step % 50 == 0:
+        if main and step % 50 == 0:
             bar.set_postfix(loss=f"{smooth:.4f}")
             log.write(json.dumps({"step": step, "loss": smooth, "minutes": round(elapsed, 3)}) + "\n")
             log.flush()
-        if time.monotonic() - saved > 60 * save_minutes:
-            _save(state_file, params, average, optimizer_of, generator, step, spent + (time.monotonic() - started) / 60)
+        if main and time.monotonic() - saved > 60 * save_minutes:
+            _save(state_file, params, average, optimizer_of, generator, step, elapsed)
             saved = time.monotonic()
     bar.close()
     log.close()
-    _save(state_file, params, average, optimizer_of, generator, step, spent + (time.monotonic() - started) / 60)
+    if main:
+        _save(state_file, params, average, optimizer_of, generator, step, elapsed)
     weights: dict[str, dict[str, Tensor]] = {}
     for m, module in modules.items():
         weights[m] = {k: v.detach().clone() for k, v in module.state_dict().items()}

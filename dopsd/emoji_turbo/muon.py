@@ -22,7 +22,11 @@ class Muon(torch.optim.Optimizer):
     """For matrices ``[m, n]`` alone. Updates are scaled to AdamW's root mean square, 0.2 sqrt(max(m, n))."""
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 

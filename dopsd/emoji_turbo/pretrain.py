@@ -1,9 +1,6 @@
-"""Stage 2: encoder and transformer together, flow matching, half of it with a picture in the encoder's context.
+"""Stage 2: the encoder learns what is to be drawn, then the transformer to draw it, by flow matching.
 
-Text only: "a fox, noto style". In context: the target itself, another thing in the same style while the text says what
-to draw ("a fox in [V] style"), or the same thing drawn otherwise ("a [V], noto style"). The first two go through one
-random transform of a wide family, the same for reference and target, so that the context comes to carry styles that no
-caption names: the in-context ability that large encoders bring along.
+What they are trained on is in ``batches.py``.
 """
 
 from __future__ import annotations
@@ -22,13 +19,14 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLModel
 
 from dopsd.models.z_image import context_inputs, context_states, prompt_text
 
-from .captions import PLACEHOLDER, random_caption
-from .loop import train
+from .batches import UNNAMED, WORDS, Batch, draw_batch
+from .loop import place, train
 from .pictures import BASE_STYLES, World
-from .transforms import sample_placement, sample_transform
-from .vae import LATENT_CHANNELS, PATCH, linear_code
+from .vae import LATENT_CHANNELS, PATCH, encoder_map
 
 SHIFT = 3.0
+TOLD = 0.2
+"""Weight of the readouts beside the flow matching loss of 1."""
 _PATCH, _MERGE = 8, 2
 
 
@@ -45,6 +43,13 @@ class Parts:
     def device(self) -> torch.device:
         return next(self.transformer.parameters()).device
 
+    @property
+    def image_start(self) -> int:
+        """Where the tokens of a context picture begin, which is the same for every caption."""
+        _, grid = patchify(torch.zeros(1, 3, 64, 64))
+        inputs = context_inputs(self.tokenizer, [""], [1], grid, _MERGE)
+        return int(inputs["mm_token_type_ids"][0].argmax())
+
     def encode_text(self, captions: list[str]) -> list[Tensor]:
         """States ``[tokens, dim]`` of captions alone, with gradient."""
         texts = [prompt_text(self.tokenizer, c) for c in captions]
@@ -59,6 +64,11 @@ class Parts:
         inputs = context_inputs(self.tokenizer, captions, [1] * len(captions), grid, _MERGE)
         inputs = {k: v.to(self.device) for k, v in inputs.items()}
         return context_states(self.vlm, inputs, pixels.to(self.device), grid.to(self.device))
+
+    def encode(self, drawn: Batch) -> list[Tensor]:
+        """States of a drawn batch: the first half text only, the rest with their context pictures."""
+        texts, told = drawn.captions[: drawn.half], drawn.captions[drawn.half :]
+        return self.encode_text(texts) + self.encode_context(told, drawn.context)
 
     def velocity(self, x: Tensor, sigma: Tensor, states: list[Tensor]) -> Tensor:
         """``dx/dsigma`` of latents ``[B, C, h, w]`` at noise levels ``[B]``."""
@@ -76,113 +86,103 @@ def patchify(pictures: Tensor) -> tuple[Tensor, Tensor]:
     return x, torch.tensor([[1, rows, columns]] * b)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Captions, context pictures of the last ``len(context)`` of them, targets ``[B, 3, 64, 64]`` in [-1, 1]."""
-
-    captions: list[str]
-    context: Tensor
-    targets: Tensor
-
-
-def draw_batch(world: World, size: int, generator: torch.Generator, drop: float = 0.15) -> Batch:
-    """Half text only (``drop`` of it without a caption, for guidance), half with a picture in the context."""
-    captions, targets, context = [], [], []
-    for i in range(size):
-        in_context = i >= size // 2
-        label, style, target, reference = (_draw_in_context if in_context else _draw_text)(world, generator)
-        captions.append(random_caption(label, style, generator))
-        targets.append(target)
-        if in_context:
-            context.append(reference)
-    dropped = torch.rand(size // 2, generator=generator) < drop
-    captions[: size // 2] = ["" if d else c for d, c in zip(dropped, captions, strict=False)]
-    return Batch(captions, torch.stack(context) * 2 - 1, torch.stack(targets) * 2 - 1)
-
-
-def _draw_text(world: World, generator: torch.Generator) -> tuple[str, str, Tensor, Tensor]:
-    index, style = _index(world.known, generator), _style(generator)
-    target = _picture(world, style, index)
-    named = PLACEHOLDER if torch.rand((), generator=generator) < 0.1 else style
-    return world.labels[index], named, target, target
-
-
-def _draw_in_context(world: World, generator: torch.Generator) -> tuple[str, str, Tensor, Tensor]:
-    index, style = _index(world.known, generator), _style(generator)
-    kind = torch.rand((), generator=generator).item()
-    if kind < 0.25:  # the same thing in the same style: the target itself
-        both = sample_transform(generator)
-        target = both(_picture(world, style, index))
-        return world.labels[index], PLACEHOLDER, target, target
-    if kind < 0.8:  # another thing in the same style
-        both = sample_transform(generator)
-        other = _index(world.seen, generator)
-        target, reference = _picture(world, style, index), _picture(world, style, other)
-        return world.labels[index], PLACEHOLDER, both(target), both(reference)
-    index = _index(world.seen, generator)  # the same thing, drawn or placed otherwise; the style is named
-    shown = _style(generator)
-    target, reference = _picture(world, style, index), _picture(world, shown, index)
-    return PLACEHOLDER, style, target, sample_placement(generator)(reference)
-
-
-def _index(of: tuple[int, ...] | list[int], generator: torch.Generator) -> int:
-    return of[int(torch.randint(len(of), (), generator=generator))]
-
-
-def _style(generator: torch.Generator) -> str:
-    return BASE_STYLES[int(torch.randint(len(BASE_STYLES), (), generator=generator))]
-
-
-def _picture(world: World, style: str, index: int) -> Tensor:
-    return world.pictures[style][index].float() / 255
-
-
 def shifted(u: Tensor) -> Tensor:
     """Noise levels from uniform ``u``: the static shift of Z-Image's schedule."""
     return SHIFT * u / (1 + (SHIFT - 1) * u)
 
 
-class _Quadrants(nn.Module):
-    """Latents ``[B, C, 8, 8]`` from the last four tokens' states: one linear map for each quadrant of the picture."""
+class Readouts(nn.Module):
+    """What an encoder's states must tell, read off by linear maps that are thrown away when the base is finished.
+
+    From the last four tokens, one for each quadrant: the picture to draw, and the named thing in each of the base's
+    styles, whichever is asked for; which style word the caption has. From a shown picture's own tokens: that picture.
+    Latents are ``[B, C, 8, 8]``.
+    """
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(hidden)
-        self.maps = nn.ModuleList(nn.Linear(hidden, LATENT_CHANNELS * 16) for _ in range(4))
+        quadrant = LATENT_CHANNELS * 16
+        self.target = nn.ModuleList(nn.Linear(hidden, quadrant) for _ in range(4))
+        self.drawings = nn.ModuleList(nn.Linear(hidden, len(BASE_STYLES) * quadrant) for _ in range(4))
+        self.shown = nn.Linear(hidden, LATENT_CHANNELS * 4)
+        self.word = nn.Linear(4 * hidden, len(WORDS))
 
-    def forward(self, states: list[Tensor]) -> Tensor:
+    def loss(
+        self, states: list[Tensor], drawn: Batch, x0: Tensor, shown: Tensor, drawings: Tensor, first: int
+    ) -> Tensor:
+        """``x0``, ``shown``: latents of targets and of context pictures; ``drawings [things, styles, C, 8, 8]``: of all
+        things; ``first``: where the picture's tokens begin."""
         last = self.norm(torch.stack([s[-4:] for s in states]))
-        a, b, c, d = (m(last[:, i]).view(-1, LATENT_CHANNELS, 4, 4) for i, m in enumerate(self.maps))
-        return torch.cat([torch.cat([a, b], -1), torch.cat([c, d], -1)], -2)
+        loss = F.mse_loss(_quadrants(self.target, last)[:, 0], x0)
+        named = (drawn.things != UNNAMED).nonzero().flatten().to(x0.device)
+        loss = loss + 0.5 * F.mse_loss(
+            _quadrants(self.drawings, last[named]), drawings[drawn.things.to(x0.device)[named]]
+        )
+        loss = loss + 0.02 * F.cross_entropy(
+            self.word(last.flatten(1)), drawn.words.to(x0.device), ignore_index=UNNAMED
+        )
+        seen = self.norm(torch.stack([s[first : first + 16] for s in states[drawn.half :]]))
+        cells = self.shown(seen).view(-1, 4, 4, LATENT_CHANNELS, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        return loss + 0.5 * F.mse_loss(cells.reshape(shown.shape), shown)
+
+
+def _quadrants(maps: nn.ModuleList, last: Tensor) -> Tensor:
+    """``[B, pictures, C, 8, 8]`` from the last four states ``[B, 4, dim]``: one linear map for each quadrant."""
+    a, b, c, d = (m(last[:, i]).view(len(last), -1, LATENT_CHANNELS, 4, 4) for i, m in enumerate(maps))
+    return torch.cat([torch.cat([a, b], -1), torch.cat([c, d], -1)], -2)
+
+
+class Lessons:
+    """Batches of the pre-training with their latents, the same for all processes, of which each takes its share."""
+
+    def __init__(self, parts: Parts, world: World) -> None:
+        self.parts, self.world = parts, world
+        self.matrix, self.offset = encoder_map(parts.vae)
+        every = torch.stack([world.pictures[s] for s in BASE_STYLES], 1).flatten(0, 1).float() / 127.5 - 1
+        self.drawings = self.latents(every).unflatten(0, (len(world.labels), len(BASE_STYLES)))
+        self.first = parts.image_start
+
+    def latents(self, pictures: Tensor) -> Tensor:
+        """What the VAE's encoder makes of pictures in [-1, 1]: ``[B, C, 8, 8]``."""
+        return F.conv2d(pictures.to(self.matrix.device), self.matrix, self.offset, stride=PATCH)
+
+    def draw(self, size: int, generator: torch.Generator, drop: float) -> tuple[Batch, list[int]]:
+        """This process's share of a batch of ``size``, and its rows in it."""
+        drawn, (rank, ranks) = draw_batch(self.world, size, generator, drop), place()
+        return drawn.share(rank, ranks), drawn.rows(rank, ranks)
+
+    def told(self, readouts: Readouts, drawn: Batch, states: list[Tensor], x0: Tensor) -> Tensor:
+        """How badly the states tell what they must."""
+        with torch.no_grad():
+            shown = self.latents(drawn.context)
+        return readouts.loss(states, drawn, x0, shown, self.drawings, self.first)
 
 
 def pretrain_encoder(
     parts: Parts, world: World, folder: Path, *, batch: int, steps: int, minutes: float, lr: float, head_steps: int = 0
-) -> None:
+) -> Readouts:
     """Teach ``parts.vlm`` to know what is to be drawn: its last states must hold the picture. Resumable.
 
-    The picture is read off by a linear map that is thrown away afterwards. A step costs a fifth of one with the
-    transformer, and has no noise in it: names, styles and how to draw one thing in the style of another are learnt here
-    many times faster (docs/decisions.md), and the transformer finds them ready. For ``head_steps`` before that the map
-    learns alone: a random one would undo what an encoder knows already.
+    A step costs a fifth of one with the transformer, and has no noise in it: names, styles and how to draw one thing in
+    the style of another are learnt here many times faster (docs/decisions.md), and the transformer finds them ready.
+    For ``head_steps`` before that the maps learn alone: random ones would undo what an encoder knows already.
     """
-    matrix, offset = (t.to(parts.device) for t in linear_code(world))
+    lessons = Lessons(parts, world)
     torch.manual_seed(1)
-    head = _Quadrants(parts.vlm.config.text_config.hidden_size).to(parts.device)
+    readouts = Readouts(parts.vlm.config.text_config.hidden_size).to(parts.device)
 
     def loss_fn(step: int, generator: torch.Generator) -> Tensor:
-        drawn = draw_batch(world, batch, generator, drop=0.0)
-        half = batch - len(drawn.context)
-        x0 = F.conv2d(drawn.targets.to(parts.device), matrix, offset, stride=PATCH)
-        states = parts.encode_text(drawn.captions[:half]) + parts.encode_context(drawn.captions[half:], drawn.context)
-        return F.mse_loss(head(states), x0)
+        drawn, _ = lessons.draw(batch, generator, drop=0.0)
+        return lessons.told(readouts, drawn, parts.encode(drawn), lessons.latents(drawn.targets))
 
     if head_steps:
         parts.vlm.requires_grad_(False)
-        weights = train("encoder-head", folder, {"head": head}, loss_fn, steps=head_steps, lr=1e-2, max_minutes=minutes)
-        head.load_state_dict(weights["head"])
+        weights = train("encoder-head", folder, {"readouts": readouts}, loss_fn, steps=head_steps, lr=1e-2,
+                        max_minutes=minutes)  # fmt: skip
+        readouts.load_state_dict(weights["readouts"])
         parts.vlm.requires_grad_(True)
-    modules = {"vlm": parts.vlm, "head": head}
+    modules = {"vlm": parts.vlm, "readouts": readouts}
     inner = ("layers.", "blocks.", "merger")
     matrices = {
         f"vlm/{name}": p
@@ -191,45 +191,45 @@ def pretrain_encoder(
     }
     weights = train("encoder", folder, modules, loss_fn, steps=steps, lr=lr, max_minutes=minutes, ema=0.99,
                     muon=matrices)  # fmt: skip
-    parts.vlm.load_state_dict(weights["vlm"])
+    for name, module in modules.items():
+        module.load_state_dict(weights[name])
+    return readouts
 
 
 def pretrain(
-    parts: Parts, world: World, folder: Path, *, batch: int, steps: int, minutes: float, lr: float,
-    padded: bool = True, compiled: bool = False, name: str = "pretrain",
+    parts: Parts, readouts: Readouts, world: World, folder: Path, *, batch: int, steps: int, minutes: float, lr: float,
+    padded: bool = True, name: str = "pretrain",
 ) -> None:  # fmt: skip
-    """Train ``parts.transformer`` on what the finished encoder says; leaves its averaged weights in place. Resumable.
+    """Train ``parts.transformer`` on what the encoder says, and the encoder to say it better; leaves their averaged
+    weights in place. Resumable.
 
     Z-Image fills pictures and captions up to a multiple of 32 tokens: at this size half of a sequence. Not ``padded``,
-    a step costs two thirds; the end of training must be. ``compiled`` fuses the transformer's blocks (a sixth faster on
-    a CPU, after two minutes of compiling).
+    a step costs two thirds; the end of training must be.
     """
     device = parts.device
-    parts.vlm.requires_grad_(False).eval()
-    if compiled:
-        parts.transformer.compile_repeated_blocks()
-    matrix, offset = (t.to(device) for t in linear_code(world))
+    lessons = Lessons(parts, world)
 
     def loss_fn(step: int, generator: torch.Generator) -> Tensor:
-        drawn = draw_batch(world, batch, generator)
-        half = batch - len(drawn.context)
-        with torch.no_grad():
-            x0 = F.conv2d(drawn.targets.to(device), matrix, offset, stride=PATCH)  # what the VAE's encoder computes
-            captions = drawn.captions
-            states = parts.encode_text(captions[:half]) + parts.encode_context(captions[half:], drawn.context)
-        sigma = shifted(torch.rand(batch, generator=generator)).to(device)
-        noise = torch.randn(x0.shape, generator=generator).to(device)
+        drawn, rows = lessons.draw(batch, generator, drop=0.15)
+        sigma = shifted(torch.rand(batch, generator=generator))[rows].to(device)
+        noise = torch.randn(batch, *lessons.drawings.shape[2:], generator=generator)[rows].to(device)
+        x0 = lessons.latents(drawn.targets)
+        states = parts.encode(drawn)
         s = sigma.view(-1, 1, 1, 1)
         x, u = (1 - s) * x0 + s * noise, noise - x0
+        told = lessons.told(readouts, drawn, states, x0)
         if padded:
-            return F.mse_loss(parts.velocity(x, sigma, states), u)
+            return F.mse_loss(parts.velocity(x, sigma, states), u) + TOLD * told
         with granule(16):  # captions are half as long as those with a picture: not padded to them either
-            out = [parts.velocity(x[part], sigma[part], states[part]) for part in (slice(half), slice(half, batch))]
-        return F.mse_loss(torch.cat(out), u)
+            groups = (slice(drawn.half), slice(drawn.half, None))
+            out = [parts.velocity(x[part], sigma[part], states[part]) for part in groups]
+        return F.mse_loss(torch.cat(out), u) + TOLD * told
 
-    weights = train(name, folder, {"transformer": parts.transformer}, loss_fn, steps=steps, lr=lr, ema=0.998,
-                    max_minutes=minutes, warmup=200)  # fmt: skip
-    parts.transformer.load_state_dict(weights["transformer"])
+    modules = {"transformer": parts.transformer, "vlm": parts.vlm, "readouts": readouts}
+    weights = train(name, folder, modules, loss_fn, steps=steps, lr=lr, ema=0.998, max_minutes=minutes, warmup=200,
+                    rates={"vlm": 0.25})  # fmt: skip
+    for key, module in modules.items():
+        module.load_state_dict(weights[key])
 
 
 @contextlib.contextmanager

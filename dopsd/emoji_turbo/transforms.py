@@ -7,6 +7,7 @@ Everything maps ``float [3, H, W]`` in [0, 1] on white to the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,16 +25,16 @@ def sample_transform(generator: torch.Generator, identity: float = 0.1) -> Trans
         return lambda x: x
     draw = _uniform(generator)
     steps: list[Transform] = []
-    if draw < 0.35:
+    if draw < 0.3:
         steps.append(_pick(generator, [_permute, _hue, _invert, _greyscale, _duotone])(generator))
-    elif draw < 0.7:
-        steps.append(_pick(generator, [_outline, _ink, _ink, _posterise])(generator))
+    elif draw < 0.65:
+        steps.append(_pick(generator, [_outline, _ink, _ink, _ink, _posterise])(generator))
     else:
-        steps.append(_pick(generator, [_shading, _shading, _blur, _pixelate])(generator))
-    if _uniform(generator) < 0.45:
-        steps.append(
-            _pick(generator, [_permute, _hue, _invert, _greyscale, _duotone, _shading, _background])(generator)
-        )
+        steps.append(_pick(generator, [_shading, _shading, _shading, _blur])(generator))
+        if _uniform(generator) < 0.6:
+            steps.append(_gradient(generator))
+    if _uniform(generator) < 0.2:
+        steps.append(_pick(generator, [_permute, _hue, _invert, _greyscale, _background])(generator))
 
     def transform(x: Tensor) -> Tensor:
         for step in steps:
@@ -137,14 +138,20 @@ def _outline(generator: torch.Generator) -> Transform:
 
 
 def _ink(generator: torch.Generator) -> Transform:
-    """Black and white only: a silhouette line, and dark parts filled."""
+    """Black and white only: a silhouette line, dark parts filled, lines kept white inside what is filled."""
     threshold, gain = _uniform(generator, 0.25, 0.75), _uniform(generator, 4, 12)
     thick = int(torch.randint(0, 3, (), generator=generator))
-    negative = _uniform(generator) < 0.15
+    own = _uniform(generator) < 0.5  # what counts as dark depends on the drawing's own mean
+    carved = _uniform(generator) < 0.6
+    negative = _uniform(generator) < 0.1
 
     def apply(x: Tensor) -> Tensor:
-        rim = (_edges(_smooth(_mask(x), thick)) * gain / 2).clamp(0, 1)
-        fill = ((threshold - _luma(x)) * gain + 0.5).clamp(0, 1)
+        mask, luma = _mask(x), _luma(x)
+        level = threshold + 0.1 if not own else (luma * mask).sum() / mask.sum().clamp(min=1) + 0.4 * (threshold - 0.5)
+        rim = (_edges(_smooth(mask, thick)) * gain / 2).clamp(0, 1)
+        fill = ((level - luma) * gain + 0.5).clamp(0, 1)
+        if carved:
+            fill = fill * (1 - (_edges(_smooth(x, 1)) * gain / 2 - rim).clamp(0, 1))
         ink = torch.maximum(rim, fill).expand(3, -1, -1)
         return ink if negative else 1 - ink
 
@@ -173,9 +180,17 @@ def _blur(generator: torch.Generator) -> Transform:
     return lambda x: _smooth(x, times)
 
 
-def _pixelate(generator: torch.Generator) -> Transform:
-    size = (2, 4)[int(torch.randint(2, (), generator=generator))]
-    return lambda x: F.avg_pool2d(x, size).repeat_interleave(size, -1).repeat_interleave(size, -2)
+def _gradient(generator: torch.Generator) -> Transform:
+    """Coloured light: the foreground goes over into another colour along one direction."""
+    angle, strength, colour = _uniform(generator, 0, 6.2832), _uniform(generator, 0.1, 0.5), _colour(generator)
+    along = torch.linspace(-0.7, 0.7, 64)
+    ramp = math.cos(angle) * along[None, :] + math.sin(angle) * along[:, None] + 0.5
+
+    def apply(x: Tensor) -> Tensor:
+        weight = strength * F.interpolate(ramp[None, None], x.shape[-2:], mode="bilinear")[0].clamp(0, 1) * _mask(x)
+        return (1 - weight) * x + weight * colour
+
+    return apply
 
 
 def _background(generator: torch.Generator) -> Transform:

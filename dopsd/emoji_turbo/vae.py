@@ -102,6 +102,18 @@ def write_linear_encoder(vae: AutoencoderKL, matrix: Tensor, offset: Tensor) -> 
     _write_output(encoder, blocks[3].resnets[0].conv_shortcut)
 
 
+@torch.no_grad()
+def encoder_map(vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
+    """``matrix``, ``offset`` of an encoder that :func:`write_linear_encoder` wrote, asked of it patch by patch.
+
+    A build that goes on from shipped weights must use their code; the transforms may have changed since.
+    """
+    patches = torch.eye(3 * PATCH * PATCH, device=vae.device).view(-1, 3, PATCH, PATCH)
+    offset = vae.encode(torch.zeros_like(patches[:1])).latent_dist.mean.float().flatten()
+    columns = vae.encode(patches).latent_dist.mean.float().flatten(1) - offset
+    return columns.T.reshape(LATENT_CHANNELS, 3, PATCH, PATCH).contiguous(), offset
+
+
 def _write_output(encoder: Any, spread: nn.Conv2d) -> None:
     """Spread the code over sign pairs and anchors, and collect it behind the normalisation and the SiLU."""
     width = CHANNELS[-1] // _GROUPS

@@ -1,0 +1,115 @@
+"""What the base is trained on: captions, pictures in the encoder's context, and the pictures that should be drawn.
+
+Half of a batch is text only: "a fox, noto style". A caption that names no style the base knows ("a fox in [V] style")
+is drawn in :data:`DEFAULT_STYLE`, as large models draw in their own way where nothing is said. The other half has a
+picture in the context: the target itself, another thing in the same style while the text says what to draw ("a fox in
+[V] style"), or the same thing drawn otherwise ("a [V], noto style"). The first two go through one random transform of a
+wide family, the same for reference and target, so that the context comes to carry styles that no caption names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .captions import PLACEHOLDER, random_caption
+from .pictures import BASE_STYLES, World
+from .transforms import sample_placement, sample_transform
+
+DEFAULT_STYLE = "flat"
+WORDS = (*BASE_STYLES, PLACEHOLDER)
+"""What may stand before "style" in a caption."""
+UNNAMED = -1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``captions``; ``context [B - B // 2, 3, 64, 64]`` belongs to the last of them; ``targets [B, 3, 64, 64]``; both
+    in [-1, 1]. ``things [B]``: index in the world of the thing that the caption names; ``words [B]``: index in
+    :data:`WORDS`; :data:`UNNAMED` where there is none.
+    """
+
+    captions: list[str]
+    context: Tensor
+    targets: Tensor
+    things: Tensor
+    words: Tensor
+
+    @property
+    def half(self) -> int:
+        """How many are text only; they come first."""
+        return len(self.captions) - len(self.context)
+
+    def rows(self, rank: int, ranks: int) -> list[int]:
+        """The rows that process ``rank`` of ``ranks`` works on, text only first."""
+        every = range(len(self.captions))
+        return [*every[: self.half][rank::ranks], *every[self.half :][rank::ranks]]
+
+    def share(self, rank: int, ranks: int) -> Batch:
+        """The batch of :meth:`rows`."""
+        rows = self.rows(rank, ranks)
+        context = self.context[rank::ranks]
+        return Batch([self.captions[i] for i in rows], context, self.targets[rows], self.things[rows], self.words[rows])
+
+
+class _Example(NamedTuple):
+    label: str
+    word: str
+    target: Tensor
+    shown: Tensor
+    thing: int
+
+
+def draw_batch(world: World, size: int, generator: torch.Generator, drop: float = 0.15) -> Batch:
+    """Half text only (``drop`` of it without a caption, for guidance), half with a picture in the context."""
+    half = size // 2
+    drawn = [_draw_text(world, generator) for _ in range(half)]
+    drawn += [_draw_in_context(world, generator) for _ in range(size - half)]
+    captions = [random_caption(e.label, e.word, generator) for e in drawn]
+    things = torch.tensor([e.thing for e in drawn])
+    words = torch.tensor([WORDS.index(e.word) for e in drawn])
+    for i in (torch.rand(half, generator=generator) < drop).nonzero().flatten().tolist():
+        captions[i] = ""
+        things[i] = words[i] = UNNAMED
+    context = torch.stack([e.shown for e in drawn[half:]]) * 2 - 1
+    return Batch(captions, context, torch.stack([e.target for e in drawn]) * 2 - 1, things, words)
+
+
+def _draw_text(world: World, generator: torch.Generator) -> _Example:
+    thing, style = _index(world.known, generator), _style(generator)
+    word = style
+    if torch.rand((), generator=generator) < 0.15:
+        word, style = PLACEHOLDER, DEFAULT_STYLE
+    target = _picture(world, style, thing)
+    return _Example(world.labels[thing], word, target, target, thing)
+
+
+def _draw_in_context(world: World, generator: torch.Generator) -> _Example:
+    style = _style(generator)
+    kind = torch.rand((), generator=generator).item()
+    if kind < 0.3:  # the same thing in the same style: the target itself
+        thing, both = _index(world.known, generator), sample_transform(generator)
+        target = both(_picture(world, style, thing))
+        return _Example(world.labels[thing], PLACEHOLDER, target, target, thing)
+    if kind < 0.85:  # another thing in the same style
+        thing, other, both = _index(world.known, generator), _index(world.seen, generator), sample_transform(generator)
+        target, shown = both(_picture(world, style, thing)), both(_picture(world, style, other))
+        return _Example(world.labels[thing], PLACEHOLDER, target, shown, thing)
+    thing = _index(world.seen, generator)  # the same thing, drawn or placed otherwise; the style is named
+    shown = sample_placement(generator)(_picture(world, _style(generator), thing))
+    return _Example(PLACEHOLDER, style, _picture(world, style, thing), shown, UNNAMED)
+
+
+def _index(of: tuple[int, ...] | list[int], generator: torch.Generator) -> int:
+    return of[int(torch.randint(len(of), (), generator=generator))]
+
+
+def _style(generator: torch.Generator) -> str:
+    return BASE_STYLES[int(torch.randint(len(BASE_STYLES), (), generator=generator))]
+
+
+def _picture(world: World, style: str, index: int) -> Tensor:
+    return world.pictures[style][index].float() / 255
