@@ -13,9 +13,10 @@ from PIL import Image
 
 from dopsd.emoji_turbo import build as building
 from dopsd.emoji_turbo import vae as vaes
+from dopsd.emoji_turbo.batches import DEFAULT_STYLE, UNNAMED, WORDS, draw_batch
+from dopsd.emoji_turbo.captions import PLACEHOLDER
 from dopsd.emoji_turbo.loop import train
 from dopsd.emoji_turbo.pictures import BASE_STYLES, NEW_STYLES, STYLES, World
-from dopsd.emoji_turbo.pretrain import draw_batch
 from dopsd.emoji_turbo.transforms import sample_transform
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,6 +73,35 @@ def test_the_base_is_never_trained_on_new_styles_or_held_out_things(world):
             assert picture.std() > 1e-3
 
 
+def test_what_a_batch_says_of_itself_is_true(world):
+    """A style that no caption names is drawn in the base's own manner; a picture of the named thing is the target."""
+    drawn = draw_batch(world, 128, torch.Generator().manual_seed(0))
+    for row, (caption, thing, word) in enumerate(zip(drawn.captions, drawn.things, drawn.words, strict=True)):
+        if caption == "":
+            assert thing == word == UNNAMED
+        if row >= drawn.half or caption == "":
+            continue
+        assert WORDS[word] in caption
+        assert world.labels[thing] in caption
+        style = DEFAULT_STYLE if WORDS[word] == PLACEHOLDER else WORDS[word]
+        assert torch.equal(drawn.targets[row], world.pictures[style][thing].float() / 127.5 - 1)
+    shown = drawn.same[drawn.half :] == 1
+    assert 0 < shown.sum() < len(shown)
+    assert torch.equal(drawn.targets[drawn.half :][shown], drawn.context[shown])
+    assert (drawn.same[: drawn.half] == UNNAMED).all()
+
+
+def test_two_processes_work_on_one_batch(world):
+    drawn = draw_batch(world, 13, torch.Generator().manual_seed(0))
+    shares = [drawn.share(rank, 2) for rank in range(2)]
+    assert sorted(drawn.rows(0, 2) + drawn.rows(1, 2)) == list(range(13))
+    assert sum(share.half for share in shares) == drawn.half
+    for rank, share in enumerate(shares):
+        assert torch.equal(share.targets, drawn.targets[drawn.rows(rank, 2)])
+        own = (share.same == 1).nonzero().flatten()
+        assert torch.equal(share.targets[own], share.context[own - share.half])
+
+
 def test_a_transform_is_the_same_for_every_picture_and_stays_in_range(world):
     a, b = (world.pictures["noto"][i].float() / 255 for i in (0, 7))
     for seed in range(40):
@@ -92,6 +122,9 @@ def test_the_written_encoder_is_the_linear_code(world):
     with torch.no_grad():
         z = vae.encode(x).latent_dist.mean
     torch.testing.assert_close(z, F.conv2d(x, matrix, offset, stride=vaes.PATCH), rtol=0, atol=0.05)
+    asked, its_offset = vaes.encoder_map(vae)
+    torch.testing.assert_close(asked, matrix, rtol=0, atol=2e-3)
+    torch.testing.assert_close(its_offset, offset, rtol=0, atol=2e-3)
 
 
 def test_the_linear_code_is_the_best_of_its_rank(world):
