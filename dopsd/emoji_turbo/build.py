@@ -65,16 +65,16 @@ PRESETS = {
     "cpu": Preset(
         **_SIZE, max_concepts=320, max_known=120,
         decoder_batch=16, decoder_steps=8000, decoder_minutes=45,
-        encoder_batch=96, encoder_steps=4000, encoder_minutes=2.5,
-        pretrain_batch=64, pretrain_steps=12000, pretrain_minutes=15,
-        trajectories=1200, distill_batch=64, distill_steps=2500, distill_minutes=5,
+        encoder_batch=96, encoder_steps=4000, encoder_minutes=13,
+        pretrain_batch=64, pretrain_steps=12000, pretrain_minutes=46,
+        trajectories=1600, distill_batch=64, distill_steps=2500, distill_minutes=8,
     ),
     "gpu": Preset(
         **_SIZE, max_concepts=None, max_known=None,
         decoder_batch=64, decoder_steps=20000, decoder_minutes=4,
         encoder_batch=512, encoder_steps=10000, encoder_minutes=5,
         pretrain_batch=256, pretrain_steps=40000, pretrain_minutes=12,
-        trajectories=20000, distill_batch=256, distill_steps=8000, distill_minutes=5,
+        trajectories=20000, distill_batch=256, distill_steps=8000, distill_minutes=8,
     ),
 }  # fmt: skip
 

@@ -95,8 +95,8 @@ class Readouts(nn.Module):
     """What an encoder's states must tell, read off by linear maps that are thrown away when the base is finished.
 
     From the last four tokens, one for each quadrant: the picture to draw, and the named thing in each of the base's
-    styles, whichever is asked for; which style word the caption has; whether the picture shows the named thing. From
-    a shown picture's own tokens: that picture. Latents are ``[B, C, 8, 8]``.
+    styles, whichever is asked for; which style word the caption has. From a shown picture's own tokens: that picture.
+    Latents are ``[B, C, 8, 8]``.
     """
 
     def __init__(self, hidden: int) -> None:
@@ -107,20 +107,21 @@ class Readouts(nn.Module):
         self.drawings = nn.ModuleList(nn.Linear(hidden, len(BASE_STYLES) * quadrant) for _ in range(4))
         self.shown = nn.Linear(hidden, LATENT_CHANNELS * 4)
         self.word = nn.Linear(4 * hidden, len(WORDS))
-        self.same = nn.Linear(4 * hidden, 2)
 
     def loss(
         self, states: list[Tensor], drawn: Batch, x0: Tensor, shown: Tensor, drawings: Tensor, first: int
     ) -> Tensor:
         """``x0``, ``shown``: latents of targets and of context pictures; ``drawings [things, styles, C, 8, 8]``: of all
         things; ``first``: where the picture's tokens begin."""
-        things, words, same = (t.to(x0.device) for t in (drawn.things, drawn.words, drawn.same))
         last = self.norm(torch.stack([s[-4:] for s in states]))
         loss = F.mse_loss(_quadrants(self.target, last)[:, 0], x0)
-        named = things != UNNAMED
-        loss = loss + 0.5 * F.mse_loss(_quadrants(self.drawings, last[named]), drawings[things[named]])
-        loss = loss + 0.02 * F.cross_entropy(self.word(last.flatten(1)), words, ignore_index=UNNAMED)
-        loss = loss + 0.05 * F.cross_entropy(self.same(last.flatten(1)), same, ignore_index=UNNAMED)
+        named = (drawn.things != UNNAMED).nonzero().flatten().to(x0.device)
+        loss = loss + 0.5 * F.mse_loss(
+            _quadrants(self.drawings, last[named]), drawings[drawn.things.to(x0.device)[named]]
+        )
+        loss = loss + 0.02 * F.cross_entropy(
+            self.word(last.flatten(1)), drawn.words.to(x0.device), ignore_index=UNNAMED
+        )
         seen = self.norm(torch.stack([s[first : first + 16] for s in states[drawn.half :]]))
         cells = self.shown(seen).view(-1, 4, 4, LATENT_CHANNELS, 2, 2).permute(0, 3, 1, 4, 2, 5)
         return loss + 0.5 * F.mse_loss(cells.reshape(shown.shape), shown)
