@@ -74,7 +74,7 @@ def test_the_base_is_never_trained_on_new_styles_or_held_out_things(world):
 
 
 def test_what_a_batch_says_of_itself_is_true(world):
-    """A style that no caption names is drawn in the base's own manner."""
+    """A style that no caption names is drawn in the base's own manner; a picture of the named thing is the target."""
     drawn = draw_batch(world, 128, torch.Generator().manual_seed(0))
     for row, (caption, thing, word) in enumerate(zip(drawn.captions, drawn.things, drawn.words, strict=True)):
         if caption == "":
@@ -85,9 +85,10 @@ def test_what_a_batch_says_of_itself_is_true(world):
         assert world.labels[thing] in caption
         style = DEFAULT_STYLE if WORDS[word] == PLACEHOLDER else WORDS[word]
         assert torch.equal(drawn.targets[row], world.pictures[style][thing].float() / 127.5 - 1)
-    told = drawn.things[drawn.half :]
-    assert (told == UNNAMED).any(), "a subject has no name"
-    assert (told != UNNAMED).any()
+    shown = drawn.same[drawn.half :] == 1
+    assert 0 < shown.sum() < len(shown)
+    assert torch.equal(drawn.targets[drawn.half :][shown], drawn.context[shown])
+    assert (drawn.same[: drawn.half] == UNNAMED).all()
 
 
 def test_two_processes_work_on_one_batch(world):
@@ -97,7 +98,8 @@ def test_two_processes_work_on_one_batch(world):
     assert sum(share.half for share in shares) == drawn.half
     for rank, share in enumerate(shares):
         assert torch.equal(share.targets, drawn.targets[drawn.rows(rank, 2)])
-        assert torch.equal(share.context, drawn.context[rank::2])
+        own = (share.same == 1).nonzero().flatten()
+        assert torch.equal(share.targets[own], share.context[own - share.half])
 
 
 def test_a_transform_is_the_same_for_every_picture_and_stays_in_range(world):
@@ -160,8 +162,8 @@ def test_the_build_runs_through_every_stage(tmp_path):
     """At the smallest size: the folder it writes loads as the family and draws."""
     preset = building.Preset(
         max_concepts=None, max_known=None, dim=64, layers=1, heads=2, text_hidden=64, text_layers=2, vision_hidden=32,
-        vision_layers=2, decoder_batch=2, decoder_steps=2, decoder_minutes=1,
-            encoder_batch=4, encoder_steps=2, encoder_minutes=1, pretrain_batch=4, pretrain_steps=2,
+        vision_layers=2, decoder_batch=2, decoder_steps=2, decoder_minutes=1, encoder_batch=4, encoder_steps=2,
+        encoder_minutes=1, copying_steps=2, copying_minutes=1, pretrain_batch=4, pretrain_steps=2,
         pretrain_minutes=1, trajectories=4, distill_batch=2, distill_steps=2, distill_minutes=1,
     )  # fmt: skip
     for place in (tmp_path / ".cache" / "base" / "tiny" / "world", tmp_path / "data" / "world"):

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tests import stack
+from tests.browser import CHROMIUM, DRIVER, browser
 from tests.stack import Stack, until
 
 
@@ -119,6 +120,23 @@ def test_a_second_run_reuses_every_stage(service: Stack) -> None:
     state = service.end(service.start(concepts=["blots"], overrides=["train.max_steps=150"]))
     assert state["type"] == "COMPLETED"
     assert state["message"] == "blots: reused: validate, encode, train, evaluate, report, register"
+
+
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium here: apt-get install chromium-driver")
+def test_both_web_pages_show_the_run(service: Stack) -> None:
+    """In a real browser: the flow run with its tasks and its artifact; the run with its metrics and pictures."""
+    run = service.runs("train", "COMPLETED")[0]
+    champion = service.tracker.get_model_version_by_alias("dopsd-blots", "champion")
+    about = service.tracker.get_run(champion.run_id).info
+    (method,) = service.tracker.search_runs([about.experiment_id], f"tags.mlflow.parentRunId = '{about.run_id}'")
+    prefect, mlflow = (f"http://127.0.0.1:{port}" for port in (service.prefect, service.mlflow))
+    experiment = f"{mlflow}/#/experiments/{about.experiment_id}"
+    with browser() as page:
+        page.open(f"{prefect}/runs/flow-run/{run['id']}", "Completed", "tune blots")
+        page.open(f"{prefect}/artifacts/key/blots-result", "blots", "D-OPSD", "its run")
+        page.open(f"{experiment}/runs/{about.run_id}", "dopsd.flow_run.id", "dopsd-blots")
+        page.open(f"{experiment}/runs/{method.info.run_id}/model-metrics", "train/loss")
+        page.open(f"{experiment}/runs/{method.info.run_id}/artifacts", "images")
 
 
 def test_killed_and_cancelled_runs_leave_no_process_and_the_next_one_goes_on(service: Stack) -> None:

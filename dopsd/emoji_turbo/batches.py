@@ -28,8 +28,9 @@ UNNAMED = -1
 @dataclass(frozen=True)
 class Batch:
     """``captions``; ``context [B - B // 2, 3, 64, 64]`` belongs to the last of them; ``targets [B, 3, 64, 64]``; both
-    in [-1, 1]. ``things [B]``: index in the world of the thing that the caption names; ``words [B]``: index in
-    :data:`WORDS`; :data:`UNNAMED` where there is none.
+    in [-1, 1]. ``things [B]``: index in the world of the known thing that the caption names; ``words [B]``: index in
+    :data:`WORDS`; ``same [B]``: 1 where the picture shows what the caption names, 0 where it shows something else;
+    :data:`UNNAMED` where there is none.
     """
 
     captions: list[str]
@@ -37,6 +38,7 @@ class Batch:
     targets: Tensor
     things: Tensor
     words: Tensor
+    same: Tensor
 
     @property
     def half(self) -> int:
@@ -51,8 +53,8 @@ class Batch:
     def share(self, rank: int, ranks: int) -> Batch:
         """The batch of :meth:`rows`."""
         rows = self.rows(rank, ranks)
-        context = self.context[rank::ranks]
-        return Batch([self.captions[i] for i in rows], context, self.targets[rows], self.things[rows], self.words[rows])
+        marks = (self.things[rows], self.words[rows], self.same[rows])
+        return Batch([self.captions[i] for i in rows], self.context[rank::ranks], self.targets[rows], *marks)
 
 
 class _Example(NamedTuple):
@@ -61,6 +63,7 @@ class _Example(NamedTuple):
     target: Tensor
     shown: Tensor
     thing: int
+    same: int = UNNAMED
 
 
 def draw_batch(world: World, size: int, generator: torch.Generator, drop: float = 0.15) -> Batch:
@@ -75,7 +78,17 @@ def draw_batch(world: World, size: int, generator: torch.Generator, drop: float 
         captions[i] = ""
         things[i] = words[i] = UNNAMED
     context = torch.stack([e.shown for e in drawn[half:]]) * 2 - 1
-    return Batch(captions, context, torch.stack([e.target for e in drawn]) * 2 - 1, things, words)
+    same = torch.tensor([e.same for e in drawn])
+    return Batch(captions, context, torch.stack([e.target for e in drawn]) * 2 - 1, things, words, same)
+
+
+def draw_shown(world: World, size: int, generator: torch.Generator) -> Tensor:
+    """Transformed pictures of all that is seen, ``[size, 3, 64, 64]`` in [-1, 1], to be copied."""
+    pictures = []
+    for _ in range(size):
+        picture = _picture(world, _style(generator), _index(world.seen, generator))
+        pictures.append(sample_transform(generator)(picture))
+    return torch.stack(pictures) * 2 - 1
 
 
 def _draw_text(world: World, generator: torch.Generator) -> _Example:
@@ -90,14 +103,15 @@ def _draw_text(world: World, generator: torch.Generator) -> _Example:
 def _draw_in_context(world: World, generator: torch.Generator) -> _Example:
     style = _style(generator)
     kind = torch.rand((), generator=generator).item()
-    if kind < 0.3:  # the same thing in the same style: the target itself
-        thing, both = _index(world.known, generator), sample_transform(generator)
+    if kind < 0.45:  # the same thing in the same style: the target itself; also things that text alone cannot draw
+        thing, both = _index(world.seen, generator), sample_transform(generator)
         target = both(_picture(world, style, thing))
-        return _Example(world.labels[thing], PLACEHOLDER, target, target, thing)
-    if kind < 0.85:  # another thing in the same style
+        named = thing if thing in world.known else UNNAMED
+        return _Example(world.labels[thing], PLACEHOLDER, target, target, named, 1)
+    if kind < 0.87:  # another thing in the same style
         thing, other, both = _index(world.known, generator), _index(world.seen, generator), sample_transform(generator)
         target, shown = both(_picture(world, style, thing)), both(_picture(world, style, other))
-        return _Example(world.labels[thing], PLACEHOLDER, target, shown, thing)
+        return _Example(world.labels[thing], PLACEHOLDER, target, shown, thing, int(thing == other))
     thing = _index(world.seen, generator)  # the same thing, drawn or placed otherwise; the style is named
     shown = sample_placement(generator)(_picture(world, _style(generator), thing))
     return _Example(PLACEHOLDER, style, _picture(world, style, thing), shown, UNNAMED)

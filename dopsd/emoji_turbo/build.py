@@ -25,7 +25,7 @@ from .captions import PLACEHOLDER, caption, caption_variants, subject_captions
 from .concepts import write_concepts
 from .distill import distill
 from .pictures import BASE_STYLES, World, build_world
-from .pretrain import Parts, pretrain, pretrain_encoder
+from .pretrain import Parts, learn_to_copy, pretrain, pretrain_encoder
 from .vae import linear_code, make_vae, train_decoder, write_linear_encoder
 
 
@@ -48,6 +48,8 @@ class Preset:
     encoder_batch: int
     encoder_steps: int
     encoder_minutes: float
+    copying_steps: int
+    copying_minutes: float
     pretrain_batch: int
     pretrain_steps: int
     pretrain_minutes: float
@@ -66,6 +68,7 @@ PRESETS = {
         **_SIZE, max_concepts=320, max_known=120,
         decoder_batch=16, decoder_steps=8000, decoder_minutes=45,
         encoder_batch=96, encoder_steps=4000, encoder_minutes=13,
+        copying_steps=1000, copying_minutes=5,
         pretrain_batch=64, pretrain_steps=12000, pretrain_minutes=46,
         trajectories=1600, distill_batch=64, distill_steps=2500, distill_minutes=8,
     ),
@@ -73,6 +76,7 @@ PRESETS = {
         **_SIZE, max_concepts=None, max_known=None,
         decoder_batch=64, decoder_steps=20000, decoder_minutes=4,
         encoder_batch=512, encoder_steps=10000, encoder_minutes=5,
+        copying_steps=1000, copying_minutes=1,
         pretrain_batch=256, pretrain_steps=40000, pretrain_minutes=12,
         trajectories=20000, distill_batch=256, distill_steps=8000, distill_minutes=8,
     ),
@@ -106,6 +110,8 @@ def build(
     readouts = pretrain_encoder(parts, world, work, batch=budget.encoder_batch, steps=budget.encoder_steps,
                      minutes=budget.encoder_minutes, lr=1.5e-3 if warm else 3e-3,
                      head_steps=min(100, budget.encoder_steps) if warm else 0)  # fmt: skip
+    learn_to_copy(parts, world, work, batch=budget.pretrain_batch, steps=budget.copying_steps,
+                  minutes=budget.copying_minutes, lr=1e-3)  # fmt: skip
     pretrain(parts, readouts, world, work, batch=budget.pretrain_batch, steps=budget.pretrain_steps,
              minutes=0.85 * budget.pretrain_minutes, lr=2e-3, padded=False)  # fmt: skip
     pretrain(parts, readouts, world, work, batch=budget.pretrain_batch, steps=budget.pretrain_steps // 5,

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLModel
 
 from dopsd.models.z_image import context_inputs, context_states, prompt_text
 
-from .batches import UNNAMED, WORDS, Batch, draw_batch
+from .batches import UNNAMED, WORDS, Batch, draw_batch, draw_shown
 from .loop import place, train
 from .pictures import BASE_STYLES, World
 from .vae import LATENT_CHANNELS, PATCH, encoder_map
@@ -95,8 +95,8 @@ class Readouts(nn.Module):
     """What an encoder's states must tell, read off by linear maps that are thrown away when the base is finished.
 
     From the last four tokens, one for each quadrant: the picture to draw, and the named thing in each of the base's
-    styles, whichever is asked for; which style word the caption has. From a shown picture's own tokens: that picture.
-    Latents are ``[B, C, 8, 8]``.
+    styles, whichever is asked for; which style word the caption has; whether the picture shows the named thing. From
+    a shown picture's own tokens: that picture. Latents are ``[B, C, 8, 8]``.
     """
 
     def __init__(self, hidden: int) -> None:
@@ -107,21 +107,20 @@ class Readouts(nn.Module):
         self.drawings = nn.ModuleList(nn.Linear(hidden, len(BASE_STYLES) * quadrant) for _ in range(4))
         self.shown = nn.Linear(hidden, LATENT_CHANNELS * 4)
         self.word = nn.Linear(4 * hidden, len(WORDS))
+        self.same = nn.Linear(4 * hidden, 2)
 
     def loss(
         self, states: list[Tensor], drawn: Batch, x0: Tensor, shown: Tensor, drawings: Tensor, first: int
     ) -> Tensor:
         """``x0``, ``shown``: latents of targets and of context pictures; ``drawings [things, styles, C, 8, 8]``: of all
         things; ``first``: where the picture's tokens begin."""
+        things, words, same = (t.to(x0.device) for t in (drawn.things, drawn.words, drawn.same))
         last = self.norm(torch.stack([s[-4:] for s in states]))
         loss = F.mse_loss(_quadrants(self.target, last)[:, 0], x0)
-        named = (drawn.things != UNNAMED).nonzero().flatten().to(x0.device)
-        loss = loss + 0.5 * F.mse_loss(
-            _quadrants(self.drawings, last[named]), drawings[drawn.things.to(x0.device)[named]]
-        )
-        loss = loss + 0.02 * F.cross_entropy(
-            self.word(last.flatten(1)), drawn.words.to(x0.device), ignore_index=UNNAMED
-        )
+        named = things != UNNAMED
+        loss = loss + 0.5 * F.mse_loss(_quadrants(self.drawings, last[named]), drawings[things[named]])
+        loss = loss + 0.02 * F.cross_entropy(self.word(last.flatten(1)), words, ignore_index=UNNAMED)
+        loss = loss + 0.05 * F.cross_entropy(self.same(last.flatten(1)), same, ignore_index=UNNAMED)
         seen = self.norm(torch.stack([s[first : first + 16] for s in states[drawn.half :]]))
         cells = self.shown(seen).view(-1, 4, 4, LATENT_CHANNELS, 2, 2).permute(0, 3, 1, 4, 2, 5)
         return loss + 0.5 * F.mse_loss(cells.reshape(shown.shape), shown)
@@ -194,6 +193,35 @@ def pretrain_encoder(
     for name, module in modules.items():
         module.load_state_dict(weights[name])
     return readouts
+
+
+def learn_to_copy(
+    parts: Parts, world: World, folder: Path, *, batch: int, steps: int, minutes: float, lr: float
+) -> None:
+    """Show ``parts.transformer`` the tokens of the target itself and nothing else, until it finds its way from each of
+    them to its place in the picture. Resumable.
+
+    Among other lessons it does not find it: there, most of a picture can be told from the last tokens alone.
+    """
+    lessons, (rank, ranks) = Lessons(parts, world), place()
+    first = lessons.first
+    parts.vlm.requires_grad_(False)
+
+    def loss_fn(step: int, generator: torch.Generator) -> Tensor:
+        pictures = draw_shown(world, batch, generator)[rank::ranks]
+        sigma = shifted(torch.rand(batch, generator=generator))[rank::ranks].to(parts.device)
+        with torch.no_grad():
+            states = [s[first : first + 16] for s in parts.encode_context([""] * len(pictures), pictures)]
+            x0 = lessons.latents(pictures)
+        noise = torch.randn(batch, *x0.shape[1:], generator=generator)[rank::ranks].to(parts.device)
+        s = sigma.view(-1, 1, 1, 1)
+        with granule(16):
+            return F.mse_loss(parts.velocity((1 - s) * x0 + s * noise, sigma, states), noise - x0)
+
+    weights = train("copying", folder, {"transformer": parts.transformer}, loss_fn, steps=steps, lr=lr,
+                    max_minutes=minutes, warmup=100, ema=0.99)  # fmt: skip
+    parts.transformer.load_state_dict(weights["transformer"])
+    parts.vlm.requires_grad_(True)
 
 
 def pretrain(

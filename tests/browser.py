@@ -1,0 +1,72 @@
+"""A headless Chromium that looks at the web pages as a person would; Debian: ``apt-get install chromium-driver``."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+SECONDS = 120
+SIZE = (1500, 1100)
+
+
+class Browser:
+    """One tab."""
+
+    def __init__(self, driver: webdriver.Chrome) -> None:
+        self._driver = driver
+
+    def open(self, url: str, *texts: str) -> None:
+        """Go to a page and wait until it shows all of ``texts``. Raises TimeoutException with what it lacks."""
+        self._driver.get("about:blank")  # so that only the part after # may differ
+        self._driver.get(url)
+        self.wait(*texts)
+
+    def wait(self, *texts: str) -> None:
+        """Wait until the page shows all of ``texts``."""
+        for text in texts:
+            WebDriverWait(self._driver, SECONDS).until(lambda _, text=text: text in self.text, f"no {text!r} to see")
+
+    def wait_for_pictures(self, least: int) -> None:
+        """Wait until that many pictures are on the page, loaded."""
+        script = "return [...document.images].filter(i => i.complete && i.naturalWidth > 32).length"
+        WebDriverWait(self._driver, SECONDS).until(
+            lambda driver: driver.execute_script(script) >= least, f"fewer than {least} pictures"
+        )
+
+    def click(self, text: str) -> None:
+        """Click on the first thing that says just ``text``."""
+        found = WebDriverWait(self._driver, SECONDS).until(
+            lambda driver: driver.find_elements(By.XPATH, f"//*[normalize-space(text())='{text}']"), f"no {text!r}"
+        )
+        self._driver.execute_script("arguments[0].click()", found[0])
+
+    @property
+    def text(self) -> str:
+        """What the page says."""
+        return self._driver.find_element(By.TAG_NAME, "body").text
+
+    def shoot(self, path: Path) -> None:
+        """Take a picture of what is in the window."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(self._driver.get_screenshot_as_png())
+
+
+@contextmanager
+def browser() -> Iterator[Browser]:
+    """A browser that ends with the block."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM or ""
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size={},{}".format(*SIZE)):
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    try:
+        yield Browser(driver)
+    finally:
+        driver.quit()
