@@ -78,7 +78,7 @@ PRESETS = {
         encoder_batch=512, encoder_steps=10000, encoder_minutes=5,
         copying_steps=1000, copying_minutes=1,
         pretrain_batch=256, pretrain_steps=40000, pretrain_minutes=12,
-        trajectories=20000, distill_batch=256, distill_steps=8000, distill_minutes=8,
+        trajectories=20000, distill_batch=256, distill_steps=8000, distill_minutes=5,
     ),
 }  # fmt: skip
 
