@@ -56,7 +56,7 @@ def _links(run: Path, settings: Settings, root: Path) -> list[str]:
         lines.append(f"- [its run]({uri}/#/experiments/{about['experiment_id']}/runs/{about['run_id']})")
     elif about:
         lines.append(f"- tracker: {uri} (`make ui` opens it), run `{about['run_id']}`")
-    return [*lines, f"- the page with pictures: `{run / 'report.html'}`"]
+    return [*lines, f"- the page with pictures: `{(run / 'report.html').relative_to(root)}`"]
 
 
 def _row(cells: list[str] | tuple[str, ...]) -> str:

@@ -40,13 +40,6 @@ class Browser:
             lambda driver: driver.execute_script(script) >= least, f"fewer than {least} pictures"
         )
 
-    def click(self, text: str) -> None:
-        """Click on the first thing that says just ``text``."""
-        found = WebDriverWait(self._driver, SECONDS).until(
-            lambda driver: driver.find_elements(By.XPATH, f"//*[normalize-space(text())='{text}']"), f"no {text!r}"
-        )
-        self._driver.execute_script("arguments[0].click()", found[0])
-
     @property
     def text(self) -> str:
         """What the page says."""

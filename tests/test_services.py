@@ -129,13 +129,15 @@ def test_both_web_pages_show_the_run(service: Stack) -> None:
     champion = service.tracker.get_model_version_by_alias("dopsd-blots", "champion")
     about = service.tracker.get_run(champion.run_id).info
     (method,) = service.tracker.search_runs([about.experiment_id], f"tags.mlflow.parentRunId = '{about.run_id}'")
+    (artifact,) = service.ask("artifacts/latest/filter", {"artifacts": {"key": {"any_": ["blots-result"]}}})
     prefect, mlflow = (f"http://127.0.0.1:{port}" for port in (service.prefect, service.mlflow))
     experiment = f"{mlflow}/#/experiments/{about.experiment_id}"
     with browser() as page:
         page.open(f"{prefect}/runs/flow-run/{run['id']}", "Completed", "tune blots")
-        page.open(f"{prefect}/artifacts/key/blots-result", "blots", "D-OPSD", "its run")
+        page.open(f"{prefect}/artifacts/artifact/{artifact['latest_id']}", "D-OPSD", "the version in MLflow", "its run")
         page.open(f"{experiment}/runs/{about.run_id}", "dopsd.flow_run.id", "dopsd-blots")
-        page.open(f"{experiment}/runs/{method.info.run_id}/model-metrics", "train/loss")
+        page.open(f"{experiment}/runs/{method.info.run_id}/model-metrics", "preview/student", "images_per_second")
+        page.wait_for_pictures(2)
         page.open(f"{experiment}/runs/{method.info.run_id}/artifacts", "images")
 
 

@@ -1,0 +1,63 @@
+"""Pictures of both web pages after a run, for docs/: a real headless Chromium at the services that `make up` started.
+
+    make up && source .cache/services/env
+    prefect deployment run dopsd/train --param concepts='["style-3d"]' --watch
+    python benchmarks/screenshots.py            # writes docs/images/prefect-*.png and docs/images/mlflow-*.png
+
+Debian: ``apt-get install chromium-driver``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+OUT = ROOT / "docs" / "images"
+
+
+def main() -> None:
+    """Open the pages of a concept's champion one by one and take their pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--concept", default="style-3d")
+    parser.add_argument("--mlflow", default=os.environ.get("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000"))
+    parser.add_argument("--prefect", default=os.environ.get("PREFECT_API_URL", "http://127.0.0.1:4200/api"))
+    given = parser.parse_args()
+    from mlflow import MlflowClient
+
+    from tests.browser import browser
+
+    client = MlflowClient(given.mlflow)
+    champion = client.get_model_version_by_alias(f"dopsd-{given.concept}", "champion")
+    run = client.get_run(champion.run_id)
+    experiment = f"{given.mlflow}/#/experiments/{run.info.experiment_id}"
+    below = client.search_runs([run.info.experiment_id], f"tags.mlflow.parentRunId = '{run.info.run_id}'")
+    method = next(r.info.run_id for r in below if r.data.tags["dopsd.method"] == "d-opsd")
+    wanted = {"artifacts": {"key": {"any_": [f"{given.concept}-result"]}}}
+    (found,) = httpx.post(f"{given.prefect}/artifacts/latest/filter", json=wanted).raise_for_status().json()
+    artifact = found["latest_id"]
+    flow_run = run.data.tags["dopsd.flow_run.id"]
+    name = httpx.get(f"{given.prefect}/flow_runs/{flow_run}").raise_for_status().json()["name"]
+    pages = given.prefect.removesuffix("/api")
+    with browser() as page:
+        page.open(f"{pages}/runs/flow-run/{flow_run}", name, "Completed", f"tune {given.concept}")
+        page.shoot(OUT / "prefect-flow-run.png")
+        page.open(f"{pages}/artifacts/artifact/{artifact}", "D-OPSD", "its run")
+        page.shoot(OUT / "prefect-artifact.png")
+        page.open(f"{experiment}/runs/{run.info.run_id}", "dopsd.flow_run.id")
+        page.shoot(OUT / "mlflow-run.png")
+        page.open(f"{experiment}/runs/{method}/model-metrics", "preview/student", "images_per_second")
+        page.wait_for_pictures(2)
+        page.shoot(OUT / "mlflow-charts.png")
+        page.open(f"{experiment}/runs/{method}/artifacts", "images")
+        page.shoot(OUT / "mlflow-artifacts.png")
+    print(f"{OUT}/prefect-*.png, mlflow-*.png")
+
+
+if __name__ == "__main__":
+    main()
