@@ -30,8 +30,10 @@ def main() -> None:
     given = parser.parse_args()
     from mlflow import MlflowClient
 
-    from tests.browser import browser
+    from tests.browser import CHROMIUM, DRIVER, browser
 
+    if not (CHROMIUM and DRIVER):
+        raise SystemExit("chromium or chromedriver: not found; on Debian: apt-get install chromium-driver")
     client = MlflowClient(given.mlflow)
     champion = client.get_model_version_by_alias(f"dopsd-{given.concept}", "champion")
     run = client.get_run(champion.run_id)
