@@ -125,15 +125,15 @@ def test_a_second_run_reuses_every_stage(service: Stack) -> None:
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium here: apt-get install chromium-driver")
 def test_both_web_pages_show_the_run(service: Stack) -> None:
     """In a real browser: the flow run with its tasks and its artifact; the run with its metrics and pictures."""
-    run = service.runs("train", "COMPLETED")[0]
     champion = service.tracker.get_model_version_by_alias("dopsd-blots", "champion")
-    about = service.tracker.get_run(champion.run_id).info
+    training = service.tracker.get_run(champion.run_id)
+    about, flow_run = training.info, training.data.tags["dopsd.flow_run.id"]
     (method,) = service.tracker.search_runs([about.experiment_id], f"tags.mlflow.parentRunId = '{about.run_id}'")
     (artifact,) = service.ask("artifacts/latest/filter", {"artifacts": {"key": {"any_": ["blots-result"]}}})
     prefect, mlflow = (f"http://127.0.0.1:{port}" for port in (service.prefect, service.mlflow))
     experiment = f"{mlflow}/#/experiments/{about.experiment_id}"
     with browser() as page:
-        page.open(f"{prefect}/runs/flow-run/{run['id']}", "Completed", "tune blots")
+        page.open(f"{prefect}/runs/flow-run/{flow_run}", "Completed", "tune blots")
         page.open(f"{prefect}/artifacts/artifact/{artifact['latest_id']}", "D-OPSD", "the version in MLflow", "its run")
         page.open(f"{experiment}/runs/{about.run_id}", "dopsd.flow_run.id", "dopsd-blots")
         page.open(f"{experiment}/runs/{method.info.run_id}/model-metrics", "preview/student", "images_per_second")
