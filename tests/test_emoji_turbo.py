@@ -69,7 +69,7 @@ def test_the_base_is_never_trained_on_new_styles_or_held_out_things(world):
     generator = torch.Generator().manual_seed(0)
     for _ in range(10):
         drawn = draw_batch(blind, 32, generator)
-        for picture in (*drawn.targets[:16], *drawn.context):
+        for picture in (*drawn.targets[: drawn.alone], *drawn.context):
             assert picture.std() > 1e-3
 
 
@@ -79,27 +79,27 @@ def test_what_a_batch_says_of_itself_is_true(world):
     for row, (caption, thing, word) in enumerate(zip(drawn.captions, drawn.things, drawn.words, strict=True)):
         if caption == "":
             assert thing == word == UNNAMED
-        if row >= drawn.half or caption == "":
+        if row >= drawn.alone or caption == "":
             continue
         assert WORDS[word] in caption
         assert world.labels[thing] in caption
         style = DEFAULT_STYLE if WORDS[word] == PLACEHOLDER else WORDS[word]
         assert torch.equal(drawn.targets[row], world.pictures[style][thing].float() / 127.5 - 1)
-    shown = drawn.same[drawn.half :] == 1
+    shown = drawn.same[drawn.alone :] == 1
     assert 0 < shown.sum() < len(shown)
-    assert torch.equal(drawn.targets[drawn.half :][shown], drawn.context[shown])
-    assert (drawn.same[: drawn.half] == UNNAMED).all()
+    assert torch.equal(drawn.targets[drawn.alone :][shown], drawn.context[shown])
+    assert (drawn.same[: drawn.alone] == UNNAMED).all()
 
 
 def test_two_processes_work_on_one_batch(world):
     drawn = draw_batch(world, 13, torch.Generator().manual_seed(0))
     shares = [drawn.share(rank, 2) for rank in range(2)]
     assert sorted(drawn.rows(0, 2) + drawn.rows(1, 2)) == list(range(13))
-    assert sum(share.half for share in shares) == drawn.half
+    assert sum(share.alone for share in shares) == drawn.alone
     for rank, share in enumerate(shares):
         assert torch.equal(share.targets, drawn.targets[drawn.rows(rank, 2)])
         own = (share.same == 1).nonzero().flatten()
-        assert torch.equal(share.targets[own], share.context[own - share.half])
+        assert torch.equal(share.targets[own], share.context[own - share.alone])
 
 
 def test_a_transform_is_the_same_for_every_picture_and_stays_in_range(world):

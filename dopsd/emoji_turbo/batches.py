@@ -1,10 +1,11 @@
 """What the base is trained on: captions, pictures in the encoder's context, and the pictures that should be drawn.
 
-Half of a batch is text only: "a fox, noto style". A caption that names no style the base knows ("a fox in [V] style")
-is drawn in :data:`DEFAULT_STYLE`, as large models draw in their own way where nothing is said. The other half has a
-picture in the context: the target itself, another thing in the same style while the text says what to draw ("a fox in
-[V] style"), or the same thing drawn otherwise ("a [V], noto style"). The first two go through one random transform of a
-wide family, the same for reference and target, so that the context comes to carry styles that no caption names.
+Two fifths of a batch are text only: "a fox, noto style". A caption that names no style the base knows ("a fox in [V]
+style") is drawn in :data:`DEFAULT_STYLE`, as large models draw in their own way where nothing is said. The rest has a
+picture in the context: the target itself, with or without a caption, another thing in the same style while the text
+says what to draw ("a fox in [V] style"), or the same thing drawn otherwise ("a [V], noto style"). All but the last go
+through one random transform of a wide family, the same for reference and target, so that the context comes to carry
+styles that no caption names.
 """
 
 from __future__ import annotations
@@ -23,11 +24,18 @@ DEFAULT_STYLE = "flat"
 WORDS = (*BASE_STYLES, PLACEHOLDER)
 """What may stand before "style" in a caption."""
 UNNAMED = -1
+TEXT_SHARE = 0.4
+SAME, COPIED, OTHER = 0.3, 0.15, 0.42
+"""Shares of what is shown: the target with a caption, the target alone, another thing; the rest: a new subject."""
+
+OWN = 0.6
+"""How often another thing is drawn with the outlines of the base's own manner, whatever the transform; at random in the
+rest. A transformed picture alone does not tell whose outlines it has."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """``captions``; ``context [B - B // 2, 3, 64, 64]`` belongs to the last of them; ``targets [B, 3, 64, 64]``; both
+    """``captions``; ``context [C, 3, 64, 64]`` belongs to the last of them; ``targets [B, 3, 64, 64]``; both
     in [-1, 1]. ``things [B]``: index in the world of the known thing that the caption names; ``words [B]``: index in
     :data:`WORDS`; ``same [B]``: 1 where the picture shows what the caption names, 0 where it shows something else;
     :data:`UNNAMED` where there is none.
@@ -41,14 +49,14 @@ class Batch:
     same: Tensor
 
     @property
-    def half(self) -> int:
+    def alone(self) -> int:
         """How many are text only; they come first."""
         return len(self.captions) - len(self.context)
 
     def rows(self, rank: int, ranks: int) -> list[int]:
         """The rows that process ``rank`` of ``ranks`` works on, text only first."""
         every = range(len(self.captions))
-        return [*every[: self.half][rank::ranks], *every[self.half :][rank::ranks]]
+        return [*every[: self.alone][rank::ranks], *every[self.alone :][rank::ranks]]
 
     def share(self, rank: int, ranks: int) -> Batch:
         """The batch of :meth:`rows`."""
@@ -58,6 +66,8 @@ class Batch:
 
 
 class _Example(NamedTuple):
+    """``label`` is empty where nothing is said."""
+
     label: str
     word: str
     target: Tensor
@@ -67,17 +77,18 @@ class _Example(NamedTuple):
 
 
 def draw_batch(world: World, size: int, generator: torch.Generator, drop: float = 0.15) -> Batch:
-    """Half text only (``drop`` of it without a caption, for guidance), half with a picture in the context."""
-    half = size // 2
-    drawn = [_draw_text(world, generator) for _ in range(half)]
-    drawn += [_draw_in_context(world, generator) for _ in range(size - half)]
-    captions = [random_caption(e.label, e.word, generator) for e in drawn]
+    """:data:`TEXT_SHARE` text only (``drop`` of it without a caption, for guidance), the rest with a picture."""
+    alone = round(size * TEXT_SHARE)
+    drawn = [_draw_text(world, generator) for _ in range(alone)]
+    drawn += [_draw_in_context(world, generator) for _ in range(size - alone)]
+    captions = [random_caption(e.label, e.word, generator) if e.label else "" for e in drawn]
     things = torch.tensor([e.thing for e in drawn])
     words = torch.tensor([WORDS.index(e.word) for e in drawn])
-    for i in (torch.rand(half, generator=generator) < drop).nonzero().flatten().tolist():
+    for i in (torch.rand(alone, generator=generator) < drop).nonzero().flatten().tolist():
         captions[i] = ""
-        things[i] = words[i] = UNNAMED
-    context = torch.stack([e.shown for e in drawn[half:]]) * 2 - 1
+    silent = torch.tensor([caption == "" for caption in captions])
+    things[silent] = words[silent] = UNNAMED
+    context = torch.stack([e.shown for e in drawn[alone:]]) * 2 - 1
     same = torch.tensor([e.same for e in drawn])
     return Batch(captions, context, torch.stack([e.target for e in drawn]) * 2 - 1, things, words, same)
 
@@ -103,12 +114,14 @@ def _draw_text(world: World, generator: torch.Generator) -> _Example:
 def _draw_in_context(world: World, generator: torch.Generator) -> _Example:
     style = _style(generator)
     kind = torch.rand((), generator=generator).item()
-    if kind < 0.45:  # the same thing in the same style: the target itself; also things that text alone cannot draw
+    if kind < SAME + COPIED:  # the target itself; also things that text alone cannot draw
         thing, both = _index(world.seen, generator), sample_transform(generator)
         target = both(_picture(world, style, thing))
         named = thing if thing in world.known else UNNAMED
-        return _Example(world.labels[thing], PLACEHOLDER, target, target, named, 1)
-    if kind < 0.87:  # another thing in the same style
+        return _Example(world.labels[thing] if kind < SAME else "", PLACEHOLDER, target, target, named, 1)
+    if kind < SAME + COPIED + OTHER:  # another thing in the same style
+        if torch.rand((), generator=generator) < OWN:
+            style = DEFAULT_STYLE
         thing, other, both = _index(world.known, generator), _index(world.seen, generator), sample_transform(generator)
         target, shown = both(_picture(world, style, thing)), both(_picture(world, style, other))
         return _Example(world.labels[thing], PLACEHOLDER, target, shown, thing, int(thing == other))

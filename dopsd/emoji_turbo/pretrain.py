@@ -66,8 +66,8 @@ class Parts:
         return context_states(self.vlm, inputs, pixels.to(self.device), grid.to(self.device))
 
     def encode(self, drawn: Batch) -> list[Tensor]:
-        """States of a drawn batch: the first half text only, the rest with their context pictures."""
-        texts, told = drawn.captions[: drawn.half], drawn.captions[drawn.half :]
+        """States of a drawn batch: the first ones text only, the rest with their context pictures."""
+        texts, told = drawn.captions[: drawn.alone], drawn.captions[drawn.alone :]
         return self.encode_text(texts) + self.encode_context(told, drawn.context)
 
     def velocity(self, x: Tensor, sigma: Tensor, states: list[Tensor]) -> Tensor:
@@ -121,7 +121,7 @@ class Readouts(nn.Module):
         loss = loss + 0.5 * F.mse_loss(_quadrants(self.drawings, last[named]), drawings[things[named]])
         loss = loss + 0.02 * F.cross_entropy(self.word(last.flatten(1)), words, ignore_index=UNNAMED)
         loss = loss + 0.05 * F.cross_entropy(self.same(last.flatten(1)), same, ignore_index=UNNAMED)
-        seen = self.norm(torch.stack([s[first : first + 16] for s in states[drawn.half :]]))
+        seen = self.norm(torch.stack([s[first : first + 16] for s in states[drawn.alone :]]))
         cells = self.shown(seen).view(-1, 4, 4, LATENT_CHANNELS, 2, 2).permute(0, 3, 1, 4, 2, 5)
         return loss + 0.5 * F.mse_loss(cells.reshape(shown.shape), shown)
 
@@ -249,7 +249,7 @@ def pretrain(
         if padded:
             return F.mse_loss(parts.velocity(x, sigma, states), u) + TOLD * told
         with granule(16):  # captions are half as long as those with a picture: not padded to them either
-            groups = (slice(drawn.half), slice(drawn.half, None))
+            groups = (slice(drawn.alone), slice(drawn.alone, None))
             out = [parts.velocity(x[part], sigma[part], states[part]) for part in groups]
         return F.mse_loss(torch.cat(out), u) + TOLD * told
 

@@ -25,15 +25,15 @@ def sample_transform(generator: torch.Generator, identity: float = 0.1) -> Trans
         return lambda x: x
     draw = _uniform(generator)
     steps: list[Transform] = []
-    if draw < 0.3:
+    if draw < 0.2:
         steps.append(_pick(generator, [_permute, _hue, _invert, _greyscale, _duotone])(generator))
-    elif draw < 0.65:
-        steps.append(_pick(generator, [_outline, _ink, _ink, _ink, _posterise])(generator))
+    elif draw < 0.6:
+        steps.append(_pick(generator, [_outline, _ink, _ink, _ink, _ink, _posterise])(generator))
     else:
         steps.append(_pick(generator, [_shading, _shading, _shading, _blur])(generator))
         if _uniform(generator) < 0.6:
             steps.append(_gradient(generator))
-    if _uniform(generator) < 0.2:
+    if _uniform(generator) < 0.1:
         steps.append(_pick(generator, [_permute, _hue, _invert, _greyscale, _background])(generator))
 
     def transform(x: Tensor) -> Tensor:
@@ -159,8 +159,9 @@ def _ink(generator: torch.Generator) -> Transform:
 
 
 def _shading(generator: torch.Generator) -> Transform:
-    """Light from one side over a bulged foreground, with a soft shadow: the look of a rendered object."""
+    """Light from one side over a bulged foreground, with a soft coloured shadow: the look of a rendered object."""
     angle = torch.tensor(_uniform(generator, 0, 6.2832))
+    shadow = 0.6 + 0.4 * _colour(generator)
     strength, times = _uniform(generator, 1.0, 3.0), int(torch.randint(3, 9, (), generator=generator))
     direction = (angle.cos().item(), angle.sin().item())
 
@@ -170,7 +171,7 @@ def _shading(generator: torch.Generator) -> Transform:
         slope = direction[0] * (height[:, 1:-1, 2:] - height[:, 1:-1, :-2]) + direction[1] * (
             height[:, 2:, 1:-1] - height[:, :-2, 1:-1]
         )
-        return x + mask * strength * slope
+        return x + mask * strength * (slope.clamp(min=0) + shadow * slope.clamp(max=0))
 
     return apply
 
