@@ -142,6 +142,9 @@ class ComputeSettings(_Settings):
     in this process, for debugging."""
     workers: Positive | tuple[Positive, Positive] = 1
     """Data-parallel workers; least and most of them where the cluster may grow and shrink while it trains."""
+    resize_seconds: Rate = 60
+    """How often a job with a least and a most of workers looks whether it can have more; a change costs the steps since
+    its last checkpoint and the start of the workers."""
     cpus_per_worker: Positive | None = None
     """``None``: one per GPU worker, else this machine's CPUs shared among the workers."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = None

@@ -105,9 +105,8 @@ def build(
     parts = make_parts(budget, world, target)
     if warm:
         warm_start(parts, folder)
-    if not warm:
-        train_decoder(parts.vae, world, work, batch=budget.decoder_batch, steps=budget.decoder_steps,
-                      minutes=budget.decoder_minutes)  # fmt: skip
+    train_decoder(parts.vae, world, work, batch=budget.decoder_batch, steps=budget.decoder_steps,
+                  minutes=budget.decoder_minutes)  # fmt: skip
     readouts = pretrain_encoder(parts, world, work, batch=budget.encoder_batch, steps=budget.encoder_steps,
                      minutes=budget.encoder_minutes, lr=1.5e-3 if warm else 3e-3,
                      head_steps=min(100, budget.encoder_steps) if warm else 0)  # fmt: skip

@@ -153,7 +153,12 @@ def _launch_on_ray(
             "news": news,
             "before": _pack(folder, job.train.methods),
         },
-        scaling_config=ScalingConfig(num_workers=compute.workers, use_gpu="GPU" in asked, resources_per_worker=asked),
+        scaling_config=ScalingConfig(
+            num_workers=compute.workers,
+            use_gpu="GPU" in asked,
+            resources_per_worker=asked,
+            elastic_resize_monitor_interval_s=compute.resize_seconds,
+        ),
         run_config=RunConfig(
             name=job.name,
             storage_path=compute.storage or str((root / ".cache" / "ray").resolve()),

@@ -1,0 +1,97 @@
+"""A job that may have one worker or two, on a real Ray cluster that gets a second node and loses it again."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from dopsd.config import load_settings
+from dopsd.data.encoded import read_encoded
+from dopsd.stages import STAGES
+from dopsd.train import launch as launch_module
+from dopsd.train.job import Job
+from dopsd.train.launch import LaunchError, launch
+from tests import tiny
+from tests.stack import LIMIT
+from tests.tiny_project import make_project
+
+NODE = {"num_cpus": 1, "object_store_memory": 128 * 2**20}
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """One node of one CPU, whose address is in the environment."""
+    patience = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}  # for a node that is gone
+    for name, value in (patience | launch_module._RAY_ENVIRONMENT | launch_module._OWN_RAY_ENVIRONMENT).items():
+        monkeypatch.setenv(name, value)
+    nodes = Cluster(initialize_head=True, head_node_args=NODE)
+    monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+    yield nodes
+    ray.shutdown()
+    nodes.shutdown()
+
+
+class _Crowd(tiny.Recorder):
+    """Notes at every step how many workers there are, and lets others wait for a number of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+        self._news = threading.Condition()
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        super().metrics(step, values)
+        if "train/loss" in values:
+            with self._news:
+                self.seen.append(_workers())
+                self._news.notify_all()
+
+    def wait_for(self, workers: int, since: int) -> int:
+        """Until a step after the first ``since`` was made by that many; how many steps there have been by then."""
+        with self._news:
+            found = self._news.wait_for(lambda: workers in self.seen[since:], timeout=LIMIT)
+            assert found, self.seen[-3:]
+            return len(self.seen)
+
+
+def _workers() -> int:
+    """Of this process's nodes; other tests may run theirs beside them."""
+    below = psutil.Process().children(recursive=True)
+    return sum("ray::RayTrainWorker" in " ".join(p.cmdline()) for p in below if p.is_running())
+
+
+def test_a_job_grows_when_a_node_comes_and_goes_on_when_it_dies(cluster: Cluster, tmp_path: Path) -> None:
+    root = make_project(tmp_path / "project", max_steps=100_000, checkpoint_steps=5, methods=["d-opsd"])
+    settings = load_settings(root / "params.yaml", ("compute.launcher=ray", "compute.workers=[1, 2]",
+                             "compute.cpus_per_worker=1", "compute.resize_seconds=1"))  # fmt: skip
+    for stage in ("validate", "encode"):
+        STAGES[stage]("blots", settings, root)
+    job = Job("elastic", read_encoded(root / "runs/blots/encoded"), settings.train, settings.model, root, 64)
+    crowd = _Crowd()
+
+    @contextmanager
+    def observe(_method: Any) -> Iterator[Any]:
+        yield crowd
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(launch, job, settings.compute, root, tmp_path / "train", tmp_path / "adapters", observe)
+        try:
+            alone = crowd.wait_for(1, since=0)
+            second = cluster.add_node(**NODE)
+            together = crowd.wait_for(2, since=alone)
+            cluster.remove_node(second, allow_graceful=False)
+            crowd.wait_for(1, since=together)
+        finally:
+            ray.shutdown()  # nobody waits for 100,000 steps
+        with pytest.raises(LaunchError):
+            running.result(timeout=LIMIT)
+    assert sum("resuming at step" in message for message in crowd.messages) == 2
