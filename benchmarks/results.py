@@ -4,7 +4,7 @@
     python benchmarks/results.py --concepts style-ink --seeds 0 --variants paper guidance replay both frozen copy
 
 Every run is made by the product's own stages below ``.cache/results``, from ``params.yaml`` and the variant's changes;
-what is finished is not run again. Writes ``docs/results.json`` and ``docs/results.md``.
+what is finished with today's base is not run again. Writes ``docs/results.json`` and ``docs/results.md``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import platform
 import statistics
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def run(concept: str, variant: str, seed: int) -> None:
     from dopsd.stages import STAGES
 
     root = WORK / f"{variant}-{seed}"
-    result = WORK / "done" / f"{concept}-{variant}-{seed}.json"
+    result = _done() / f"{concept}-{variant}-{seed}.json"
     overrides = (*VARIANTS[variant], f"train.seed={seed}", f"evaluation.seed={1234 + seed}", "tracking.enabled=false")
     overrides = (*overrides, "evaluation.steps=[4]", "evaluation.few_steps=4")  # curves are in each report
     overrides = (*overrides, "compute.launcher=local")
@@ -92,9 +93,19 @@ def run(concept: str, variant: str, seed: int) -> None:
     result.write_text(json.dumps(done))
 
 
+@cache
+def _done() -> Path:
+    """Where finished runs of today's base are."""
+    from dopsd.config import load_settings
+    from dopsd.pipeline import hash_path
+
+    base = ROOT / load_settings(ROOT / "params.yaml").model.path
+    return WORK / "done" / hash_path(base, ROOT)[:16]
+
+
 def write_tables() -> None:
     """Means and spreads over the seeds of everything that is finished."""
-    runs = [json.loads(path.read_text()) for path in sorted((WORK / "done").glob("*.json"))]
+    runs = [json.loads(path.read_text()) for path in sorted(_done().glob("*.json"))]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for one in runs:
         groups.setdefault((one["concept"], one["variant"]), []).append(one)

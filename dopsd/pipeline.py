@@ -26,7 +26,7 @@ def inputs_hash(stage: str, concept: str, settings: Settings, root: Path) -> str
     for key in spec.get("params", []):
         digest.update(f"{key}={json.dumps(_lookup(values, key), sort_keys=True)}\n".encode())
     for dep in spec["deps"]:
-        digest.update(_hash_path(root / _filled(dep, concept, settings), root).encode())
+        digest.update(hash_path(root / _filled(dep, concept, settings), root).encode())
     return digest.hexdigest()
 
 
@@ -41,7 +41,7 @@ def outputs_hash(stage: str, concept: str, settings: Settings, root: Path) -> st
             if not path.exists():
                 return None
             if not how.get("persist"):  # checkpoints may be thinned out afterwards; what counts of them is the adapters
-                digest.update(_hash_path(path, root).encode())
+                digest.update(hash_path(path, root).encode())
     return digest.hexdigest()
 
 
@@ -66,7 +66,7 @@ def _lookup(values: Any, key: str) -> Any:
     return values
 
 
-def _hash_path(path: Path, root: Path) -> str:
+def hash_path(path: Path, root: Path) -> str:
     """Hash of a file, or of a folder's files with their names; a missing one has a hash of its own."""
     digest = hashlib.sha256(path.relative_to(root).as_posix().encode() if path.is_relative_to(root) else b"")
     if not path.exists():

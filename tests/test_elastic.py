@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class _Crowd(tiny.Recorder):
         super().metrics(step, values)
         if "train/loss" in values:
             with self._news:
-                self.seen.append(_workers())
+                self.seen.append(len(_workers()))
                 self._news.notify_all()
 
     def wait_for(self, workers: int, since: int) -> int:
@@ -63,16 +63,20 @@ class _Crowd(tiny.Recorder):
             return len(self.seen)
 
 
-def _workers() -> int:
+def _workers() -> list[psutil.Process]:
     """Of this process's nodes; other tests may run theirs beside them."""
-    below = psutil.Process().children(recursive=True)
-    return sum("ray::RayTrainWorker" in " ".join(p.cmdline()) for p in below if p.is_running())
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if "ray::RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def test_a_job_grows_when_a_node_comes_and_goes_on_when_it_dies(cluster: Cluster, tmp_path: Path) -> None:
     root = make_project(tmp_path / "project", max_steps=100_000, checkpoint_steps=5, methods=["d-opsd"])
-    settings = load_settings(root / "params.yaml", ("compute.launcher=ray", "compute.workers=[1, 2]",
-                             "compute.cpus_per_worker=1", "compute.resize_seconds=1"))  # fmt: skip
+    how = ("launcher=ray", "workers=[1, 2]", "cpus_per_worker=1", "resize_seconds=1", "max_failures=1")
+    settings = load_settings(root / "params.yaml", [f"compute.{setting}" for setting in how])
     for stage in ("validate", "encode"):
         STAGES[stage]("blots", settings, root)
     job = Job("elastic", read_encoded(root / "runs/blots/encoded"), settings.train, settings.model, root, 64)
@@ -91,7 +95,8 @@ def test_a_job_grows_when_a_node_comes_and_goes_on_when_it_dies(cluster: Cluster
             cluster.remove_node(second, allow_graceful=False)
             crowd.wait_for(1, since=together)
         finally:
-            ray.shutdown()  # nobody waits for 100,000 steps
-        with pytest.raises(LaunchError):
+            for worker in _workers():  # nobody waits for 100,000 steps
+                worker.kill()
+        with pytest.raises(LaunchError, match="start it again to go on from its checkpoint"):
             running.result(timeout=LIMIT)
     assert sum("resuming at step" in message for message in crowd.messages) == 2
