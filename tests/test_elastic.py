@@ -41,26 +41,25 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
 
 
 class _Crowd(tiny.Recorder):
-    """Notes at every step how many workers there are, and lets others wait for a number of them."""
+    """Notes at every step how often training was resumed and how many workers there are; others may wait for it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[int] = []
+        self.seen: set[tuple[int, int]] = set()
         self._news = threading.Condition()
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         super().metrics(step, values)
         if "train/loss" in values:
+            resumed = sum("resuming at step" in message for message in self.messages)
             with self._news:
-                self.seen.append(len(_workers()))
+                self.seen.add((resumed, len(_workers())))
                 self._news.notify_all()
 
-    def wait_for(self, workers: int, since: int) -> int:
-        """Until a step after the first ``since`` was made by that many; how many steps there have been by then."""
+    def wait_for(self, resumed: int, workers: int) -> None:
+        """Until a step is made after so many times, by so many."""
         with self._news:
-            found = self._news.wait_for(lambda: workers in self.seen[since:], timeout=LIMIT)
-            assert found, self.seen[-3:]
-            return len(self.seen)
+            assert self._news.wait_for(lambda: (resumed, workers) in self.seen, timeout=LIMIT), self.seen
 
 
 def _workers() -> list[psutil.Process]:
@@ -89,14 +88,13 @@ def test_a_job_grows_when_a_node_comes_and_goes_on_when_it_dies(cluster: Cluster
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(launch, job, settings.compute, root, tmp_path / "train", tmp_path / "adapters", observe)
         try:
-            alone = crowd.wait_for(1, since=0)
+            crowd.wait_for(resumed=0, workers=1)
             second = cluster.add_node(**NODE)
-            together = crowd.wait_for(2, since=alone)
+            crowd.wait_for(resumed=1, workers=2)
             cluster.remove_node(second, allow_graceful=False)
-            crowd.wait_for(1, since=together)
+            crowd.wait_for(resumed=2, workers=1)
         finally:
             for worker in _workers():  # nobody waits for 100,000 steps
                 worker.kill()
         with pytest.raises(LaunchError, match="start it again to go on from its checkpoint"):
             running.result(timeout=LIMIT)
-    assert sum("resuming at step" in message for message in crowd.messages) == 2
