@@ -7,7 +7,14 @@ import torch
 
 from tests import tiny
 
-LONGEST = ("test_services.py", "test_launch.py", "test_flows.py", "test_dvc_remotes.py", "test_cli.py")
+LONGEST = (
+    "test_services.py",
+    "test_launch.py",
+    "test_flows.py",
+    "test_elastic.py",
+    "test_dvc_remotes.py",
+    "test_cli.py",
+)
 """Files are shared out among the processes in this order, the others after them: the longest must not come last."""
 
 
