@@ -89,6 +89,12 @@ def test_what_a_batch_says_of_itself_is_true(world):
     assert 0 < shown.sum() < len(shown)
     assert torch.equal(drawn.targets[drawn.alone :][shown], drawn.context[shown])
     assert (drawn.same[: drawn.alone] == UNNAMED).all()
+    things, same = drawn.things[drawn.alone :], drawn.same[drawn.alone :]
+    named = (things != UNNAMED) & (same != UNNAMED)
+    assert torch.equal(drawn.pictured[named] == things[named], same[named] == 1)
+    silent = [row for row, caption in enumerate(drawn.captions) if caption == "" and row >= drawn.alone]
+    assert silent
+    assert (drawn.same[silent] == 1).all(), "a picture without a caption is to be copied"
 
 
 def test_two_processes_work_on_one_batch(world):
@@ -100,6 +106,7 @@ def test_two_processes_work_on_one_batch(world):
         assert torch.equal(share.targets, drawn.targets[drawn.rows(rank, 2)])
         own = (share.same == 1).nonzero().flatten()
         assert torch.equal(share.targets[own], share.context[own - share.alone])
+        assert torch.equal(share.pictured, drawn.pictured[rank::2])
 
 
 def test_a_transform_is_the_same_for_every_picture_and_stays_in_range(world):

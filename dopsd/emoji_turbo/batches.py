@@ -25,7 +25,7 @@ WORDS = (*BASE_STYLES, PLACEHOLDER)
 """What may stand before "style" in a caption."""
 UNNAMED = -1
 TEXT_SHARE = 0.4
-SAME, COPIED, OTHER = 0.3, 0.15, 0.42
+SAME, COPIED, OTHER = 0.35, 0.1, 0.42
 """Shares of what is shown: the target with a caption, the target alone, another thing; the rest: a new subject."""
 
 OWN = 0.6
@@ -38,7 +38,7 @@ class Batch:
     """``captions``; ``context [C, 3, 64, 64]`` belongs to the last of them; ``targets [B, 3, 64, 64]``; both
     in [-1, 1]. ``things [B]``: index in the world of the known thing that the caption names; ``words [B]``: index in
     :data:`WORDS`; ``same [B]``: 1 where the picture shows what the caption names, 0 where it shows something else;
-    :data:`UNNAMED` where there is none.
+    :data:`UNNAMED` where there is none. ``pictured [C]``: index of the thing that the picture shows.
     """
 
     captions: list[str]
@@ -47,6 +47,7 @@ class Batch:
     things: Tensor
     words: Tensor
     same: Tensor
+    pictured: Tensor
 
     @property
     def alone(self) -> int:
@@ -61,7 +62,7 @@ class Batch:
     def share(self, rank: int, ranks: int) -> Batch:
         """The batch of :meth:`rows`."""
         rows = self.rows(rank, ranks)
-        marks = (self.things[rows], self.words[rows], self.same[rows])
+        marks = (self.things[rows], self.words[rows], self.same[rows], self.pictured[rank::ranks])
         return Batch([self.captions[i] for i in rows], self.context[rank::ranks], self.targets[rows], *marks)
 
 
@@ -74,6 +75,7 @@ class _Example(NamedTuple):
     shown: Tensor
     thing: int
     same: int = UNNAMED
+    pictured: int = UNNAMED
 
 
 def draw_batch(world: World, size: int, generator: torch.Generator, drop: float = 0.15) -> Batch:
@@ -89,8 +91,8 @@ def draw_batch(world: World, size: int, generator: torch.Generator, drop: float 
     silent = torch.tensor([caption == "" for caption in captions])
     things[silent] = words[silent] = UNNAMED
     context = torch.stack([e.shown for e in drawn[alone:]]) * 2 - 1
-    same = torch.tensor([e.same for e in drawn])
-    return Batch(captions, context, torch.stack([e.target for e in drawn]) * 2 - 1, things, words, same)
+    same, pictured = torch.tensor([e.same for e in drawn]), torch.tensor([e.pictured for e in drawn[alone:]])
+    return Batch(captions, context, torch.stack([e.target for e in drawn]) * 2 - 1, things, words, same, pictured)
 
 
 def draw_shown(world: World, size: int, generator: torch.Generator) -> Tensor:
@@ -118,16 +120,16 @@ def _draw_in_context(world: World, generator: torch.Generator) -> _Example:
         thing, both = _index(world.seen, generator), sample_transform(generator)
         target = both(_picture(world, style, thing))
         named = thing if thing in world.known else UNNAMED
-        return _Example(world.labels[thing] if kind < SAME else "", PLACEHOLDER, target, target, named, 1)
+        return _Example(world.labels[thing] if kind < SAME else "", PLACEHOLDER, target, target, named, 1, thing)
     if kind < SAME + COPIED + OTHER:  # another thing in the same style
         if torch.rand((), generator=generator) < OWN:
             style = DEFAULT_STYLE
         thing, other, both = _index(world.known, generator), _index(world.seen, generator), sample_transform(generator)
         target, shown = both(_picture(world, style, thing)), both(_picture(world, style, other))
-        return _Example(world.labels[thing], PLACEHOLDER, target, shown, thing, int(thing == other))
+        return _Example(world.labels[thing], PLACEHOLDER, target, shown, thing, int(thing == other), other)
     thing = _index(world.seen, generator)  # the same thing, drawn or placed otherwise; the style is named
     shown = sample_placement(generator)(_picture(world, _style(generator), thing))
-    return _Example(PLACEHOLDER, style, _picture(world, style, thing), shown, UNNAMED)
+    return _Example(PLACEHOLDER, style, _picture(world, style, thing), shown, UNNAMED, pictured=thing)
 
 
 def _index(of: tuple[int, ...] | list[int], generator: torch.Generator) -> int:

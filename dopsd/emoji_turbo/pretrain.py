@@ -95,11 +95,12 @@ class Readouts(nn.Module):
     """What an encoder's states must tell, read off by linear maps that are thrown away when the base is finished.
 
     From the last four tokens, one for each quadrant: the picture to draw, and the named thing in each of the base's
-    styles, whichever is asked for; which style word the caption has; whether the picture shows the named thing. From
-    a shown picture's own tokens: that picture. Latents are ``[B, C, 8, 8]``.
+    styles, whichever is asked for; which style word the caption has; what the picture shows, and whether that is the
+    named thing. From a shown picture's own tokens: that picture. Latents are ``[B, C, 8, 8]``; ``things``: how many
+    there are in the world.
     """
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, hidden: int, things: int) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(hidden)
         quadrant = LATENT_CHANNELS * 16
@@ -108,6 +109,7 @@ class Readouts(nn.Module):
         self.shown = nn.Linear(hidden, LATENT_CHANNELS * 4)
         self.word = nn.Linear(4 * hidden, len(WORDS))
         self.same = nn.Linear(4 * hidden, 2)
+        self.pictured = nn.Linear(4 * hidden, things)
 
     def loss(
         self, states: list[Tensor], drawn: Batch, x0: Tensor, shown: Tensor, drawings: Tensor, first: int
@@ -120,7 +122,9 @@ class Readouts(nn.Module):
         named = things != UNNAMED
         loss = loss + 0.5 * F.mse_loss(_quadrants(self.drawings, last[named]), drawings[things[named]])
         loss = loss + 0.02 * F.cross_entropy(self.word(last.flatten(1)), words, ignore_index=UNNAMED)
-        loss = loss + 0.05 * F.cross_entropy(self.same(last.flatten(1)), same, ignore_index=UNNAMED)
+        loss = loss + 0.5 * F.cross_entropy(self.same(last.flatten(1)), same, ignore_index=UNNAMED)
+        pictured = self.pictured(last[drawn.alone :].flatten(1))
+        loss = loss + 0.2 * F.cross_entropy(pictured, drawn.pictured.to(x0.device))
         seen = self.norm(torch.stack([s[first : first + 16] for s in states[drawn.alone :]]))
         cells = self.shown(seen).view(-1, 4, 4, LATENT_CHANNELS, 2, 2).permute(0, 3, 1, 4, 2, 5)
         return loss + 0.5 * F.mse_loss(cells.reshape(shown.shape), shown)
@@ -169,7 +173,7 @@ def pretrain_encoder(
     """
     lessons = Lessons(parts, world)
     torch.manual_seed(1)
-    readouts = Readouts(parts.vlm.config.text_config.hidden_size).to(parts.device)
+    readouts = Readouts(parts.vlm.config.text_config.hidden_size, len(world.labels)).to(parts.device)
 
     def loss_fn(step: int, generator: torch.Generator) -> Tensor:
         drawn, _ = lessons.draw(batch, generator, drop=0.0)
@@ -255,7 +259,7 @@ def pretrain(
 
     modules = {"transformer": parts.transformer, "vlm": parts.vlm, "readouts": readouts}
     weights = train(name, folder, modules, loss_fn, steps=steps, lr=lr, ema=0.998, max_minutes=minutes, warmup=200,
-                    rates={"vlm": 0.25})  # fmt: skip
+                    rates={"vlm": 0.5})  # fmt: skip
     for key, module in modules.items():
         module.load_state_dict(weights[key])
 
