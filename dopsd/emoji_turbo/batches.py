@@ -117,7 +117,8 @@ def _draw_in_context(world: World, generator: torch.Generator) -> _Example:
     style = _style(generator)
     kind = torch.rand((), generator=generator).item()
     if kind < SAME + COPIED:  # the target itself; also things that text alone cannot draw
-        thing, both = _index(world.seen, generator), sample_transform(generator)
+        known = torch.rand((), generator=generator) < 0.6
+        thing, both = _index(world.known if known else world.seen, generator), sample_transform(generator)
         target = both(_picture(world, style, thing))
         named = thing if thing in world.known else UNNAMED
         return _Example(world.labels[thing] if kind < SAME else "", PLACEHOLDER, target, target, named, 1, thing)

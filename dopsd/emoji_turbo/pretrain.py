@@ -122,7 +122,7 @@ class Readouts(nn.Module):
         named = things != UNNAMED
         loss = loss + 0.5 * F.mse_loss(_quadrants(self.drawings, last[named]), drawings[things[named]])
         loss = loss + 0.02 * F.cross_entropy(self.word(last.flatten(1)), words, ignore_index=UNNAMED)
-        loss = loss + 0.5 * F.cross_entropy(self.same(last.flatten(1)), same, ignore_index=UNNAMED)
+        loss = loss + F.cross_entropy(self.same(last.flatten(1)), same, ignore_index=UNNAMED)
         pictured = self.pictured(last[drawn.alone :].flatten(1))
         loss = loss + 0.2 * F.cross_entropy(pictured, drawn.pictured.to(x0.device))
         seen = self.norm(torch.stack([s[first : first + 16] for s in states[drawn.alone :]]))
@@ -259,7 +259,7 @@ def pretrain(
 
     modules = {"transformer": parts.transformer, "vlm": parts.vlm, "readouts": readouts}
     weights = train(name, folder, modules, loss_fn, steps=steps, lr=lr, ema=0.998, max_minutes=minutes, warmup=200,
-                    rates={"vlm": 0.5})  # fmt: skip
+                    rates={"vlm": 0.25})  # fmt: skip
     for key, module in modules.items():
         module.load_state_dict(weights[key])
 
