@@ -63,7 +63,8 @@ def headline(
             _gap(numbers, cells, model, few, bootstrap, omitted)
             _ratio(numbers, "sharpness_vs_base", cells, model, "concept", "sharpness", few, bootstrap)
             _kept(numbers, cells, model, few, bootstrap)
-        _retention(numbers, cells[("concept", model, few)].first(curve), cells.get(("concept", model, most)), bootstrap)
+        many = cells.get(("concept", model, most))
+        _retention(numbers, cells[("concept", model, few)].first(curve), many and many.first(curve), bootstrap)
         out[model] = numbers
     return out
 
