@@ -85,6 +85,9 @@ def test_what_a_batch_says_of_itself_is_true(world):
         assert world.labels[thing] in caption
         style = DEFAULT_STYLE if WORDS[word] == PLACEHOLDER else WORDS[word]
         assert torch.equal(drawn.targets[row], world.pictures[style][thing].float() / 127.5 - 1)
+    told = drawn.things[drawn.alone :]
+    assert (told == UNNAMED).any(), "a subject has no name"
+    assert (told != UNNAMED).any()
     shown = drawn.same[drawn.alone :] == 1
     assert 0 < shown.sum() < len(shown)
     assert torch.equal(drawn.targets[drawn.alone :][shown], drawn.context[shown])
@@ -104,6 +107,7 @@ def test_two_processes_work_on_one_batch(world):
     assert sum(share.alone for share in shares) == drawn.alone
     for rank, share in enumerate(shares):
         assert torch.equal(share.targets, drawn.targets[drawn.rows(rank, 2)])
+        assert torch.equal(share.context, drawn.context[rank::2])
         own = (share.same == 1).nonzero().flatten()
         assert torch.equal(share.targets[own], share.context[own - share.alone])
         assert torch.equal(share.pictured, drawn.pictured[rank::2])
