@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,10 @@ def test_a_job_grows_when_a_node_comes_and_goes_on_when_it_dies(cluster: Cluster
             cluster.remove_node(second, allow_graceful=False)
             crowd.wait_for(resumed=2, workers=1)
         finally:
-            for worker in _workers():  # nobody waits for 100,000 steps
-                worker.kill()
+            while not running.done():  # nobody waits for 100,000 steps
+                for worker in _workers():
+                    with suppress(psutil.NoSuchProcess):
+                        worker.kill()
+                wait([running], timeout=1)
         with pytest.raises(LaunchError, match="start it again to go on from its checkpoint"):
             running.result(timeout=LIMIT)
