@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +21,24 @@ if TYPE_CHECKING:
 
 _LARGE = 64 * 2**20
 _TRAINING_CODE = (
-    "models", "distill", "data/dataset.py", "data/encoded.py", "train/checkpoint.py", "train/gain.py",
-    "train/objective.py", "train/observer.py", "train/parallel.py", "train/trainer.py",
+    "models", "distill", "data/dataset.py", "data/encoded.py", "data/images.py", "train/checkpoint.py",
+    "train/encode.py", "train/gain.py", "train/objective.py", "train/observer.py", "train/parallel.py",
+    "train/trainer.py",
 )  # fmt: skip
+_SCORING_CODE = tuple(
+    f"evaluation/{name}.py" for name in ("backbones", "headline", "metrics", "probe", "prompts", "scoring", "suite")
+)
 
 
 def method_version() -> str:
     """Hash of the code that decides what is learnt."""
+    return _code(_TRAINING_CODE)
+
+
+def _code(parts: Sequence[str]) -> str:
     digest = hashlib.sha256()
     package = Path(__file__).parent
-    for part in _TRAINING_CODE:
+    for part in parts:
         place = package / part
         for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
@@ -57,8 +65,9 @@ def base_fingerprint(settings: Settings, root: Path) -> str:
 
 def settings_hash(settings: Settings) -> str:
     """Hash of the settings that decide what the exported method learns."""
-    train = settings.train.model_dump(mode="json", exclude={"methods", "checkpoint_steps", "preview_steps"})
-    values = {"train": train, "method": settings.train.methods[0], "data": settings.data.model_dump(mode="json")}
+    shown = {"methods", "checkpoint_steps", "preview_steps", "preview_prompts"}
+    train = settings.train.model_dump(mode="json", exclude=shown)
+    values = {"train": train, "method": settings.train.methods[0], "resolution": settings.data.resolution}
     model = settings.model.model_dump(mode="json", include={"family", "context_pixels", "dtype"})
     return _hash({**values, "model": model})
 
@@ -84,28 +93,39 @@ def reasons_to_train(concept: str, table: ConceptTable, settings: Settings, root
     return [f"{what} changed since version {version.version}" for what in differences]
 
 
+def is_registered(concept: str, content_hash: str, settings: Settings, root: Path) -> bool:
+    """Whether the registry has a judged version made from just this. Raises ``RegistryAway``."""
+    return Registry(root).judged(concept, made_of(content_hash, settings, root))
+
+
 def register_version(
     concept: str, run_id: str, table: ConceptTable, holdout_hash: str | None, metrics: dict[str, Any], run: Path,
-    settings: Settings, root: Path, tags: dict[str, str], evaluate_again: Callable[[Path], dict[str, Any]],
+    settings: Settings, root: Path, tags: dict[str, str], evaluate_again: Callable[[Path, Path], dict[str, Any]],
 ) -> Outcome:  # fmt: skip
     """Register the first method's adapter of ``run`` and judge it, on the same prompts and seeds as the champion.
 
-    ``evaluate_again``: what today's evaluation says of an adapter, for a champion that was asked other things.
+    ``evaluate_again``: what today's evaluation says of an adapter on a base, for a champion that was asked other
+    things. One that was made for another base is drawn with on that one.
     """
     from dopsd.export import CARD_FILE, DIFFUSERS_FILE
 
     method = settings.train.methods[0]
     registry, made = Registry(root), made_of(table.content_hash, settings, root)
     asked = _asked(holdout_hash, made, settings)
-    champion = registry.champion(concept)
-    champion_scores = None
-    if champion is not None:
-        version, _, champion_scores = champion
+    champion_scores, obstacle = None, ""
+    if champion := registry.champion(concept):
+        version, before, champion_scores = champion
         if champion_scores.get("asked") != asked:
             print(f"register: the champion, version {version.version}, was asked other things; evaluating it anew")
             with tempfile.TemporaryDirectory(prefix="dopsd-champion-") as place:
-                again = evaluate_again(registry.adapter(version, Path(place)))
-            champion_scores = scores_of(again, CHAMPION, asked)
+                its_base = root / settings.model.path
+                if before.base != made.base:
+                    its_base = registry.base(version, Path(place)) or its_base
+                    if its_base == root / settings.model.path:
+                        obstacle = f"version {version.version}, the champion, was made for another base, which is gone"
+                if not obstacle:
+                    again = evaluate_again(registry.adapter(version, Path(place)), its_base)
+                    champion_scores = scores_of(again, CHAMPION, asked)
     base = root / settings.model.path
     stored = sum(f.stat().st_size for f in base.rglob("*") if f.is_file()) <= settings.registry.max_base_gib * 2**30
     files = {
@@ -120,13 +140,15 @@ def register_version(
     }  # fmt: skip
     return registry.register(
         concept, run_id, made, scores_of(metrics, method, asked), tags, champion_scores, files, serving,
-        settings.registry,
+        settings.registry, obstacle,
     )  # fmt: skip
 
 
 def _asked(holdout_hash: str | None, made: Made, settings: Settings) -> str:
-    """Hash of the questions: two sets of scores may be compared only where it is the same."""
-    return _hash([holdout_hash, made.base, settings.evaluation.model_dump(mode="json"), settings.data.resolution])
+    """Hash of the questions: two sets of scores may be compared only where it is the same. The pictures that were
+    trained on are part of it: likeness to them is a score, and without a holdout their captions are the prompts."""
+    questions = settings.evaluation.model_dump(mode="json")
+    return _hash([made.data, holdout_hash, made.base, questions, settings.data.resolution, _code(_SCORING_CODE)])
 
 
 def _hash(value: Any) -> str:

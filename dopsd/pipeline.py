@@ -73,7 +73,14 @@ def hash_path(path: Path, root: Path) -> str:
         return digest.hexdigest() + "-missing"
     for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
         if "__pycache__" not in file.parts:
+            about = file.stat()
             digest.update(f"{file.relative_to(path)}\n".encode())
-            with file.open("rb") as handle:
-                digest.update(hashlib.file_digest(handle, "sha256").digest())
+            digest.update(_digest(file.resolve(), about.st_size, about.st_mtime_ns))
     return digest.hexdigest()
+
+
+@cache
+def _digest(file: Path, size: int, changed: int) -> bytes:
+    """Of a file's content, once for each state of it: a flow run asks for a large base's many times."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").digest()

@@ -98,12 +98,13 @@ def train(concept: str, settings: Settings, root: Path) -> None:
 
     @contextmanager
     def observe(method: Method) -> Iterator[Tracker]:
-        with _tracker(concept, settings, root, method) as tracker:
-            tracker.params({"train": settings.train.model_dump(mode="json", exclude={"methods"})})
+        with _tracker(concept, settings, root, method) as tracker:  # settings: above; MLflow puts them before pictures
             tracker.tags(git_tags(root) | flow_tags())
             yield tracker
 
-    for method, result in launch(job, settings.compute, root, run / "train", run / "adapters", observe).items():
+    results = launch(job, settings.compute, root, run / "train", run / "adapters", observe)
+    _remove_others(run / "adapters", {path.stem for found in results.values() for path in found.adapters.values()})
+    for method, result in results.items():
         with _tracker(concept, settings, root, method) as tracker:
             for path in result.adapters.values():
                 tracker.artifact(path, "adapters")
@@ -188,13 +189,15 @@ def _register_version(concept: str, settings: Settings, root: Path, table: Conce
     tags = git_tags(root) | {"dopsd.training": training, "dopsd.data.hash": table.content_hash,
                              "dopsd.base": settings.model.path.as_posix()}  # fmt: skip
 
-    def evaluate_again(adapter: Path) -> dict[str, Any]:
+    def evaluate_again(adapter: Path, base_folder: Path) -> dict[str, Any]:
         from dopsd.evaluation.suite import Subject
         from dopsd.evaluation.suite import evaluate as evaluate_subjects
 
         _, holdout = read_concept(concept, settings, root)
         subjects = [Subject("base", None), Subject(CHAMPION, adapter)]
-        base, world, cache = load_base(settings, root), world_of(settings, root), cache_of(root)
+        model = settings.model.model_copy(update={"path": base_folder, "vlm": None})
+        base = load_base(settings.model_copy(update={"model": model}), root)
+        world, cache = world_of(settings, root), cache_of(root)
         folder = adapter.parent / "evaluation"
         return evaluate_subjects(base, table, holdout, world, subjects, settings, cache, folder)
 
@@ -204,6 +207,16 @@ def _register_version(concept: str, settings: Settings, root: Path, table: Conce
     _write_json(run / "registered.json", outcome.__dict__)
     state = "is the champion" if outcome.promoted else "is a candidate, not the champion"
     print(f"register: {outcome.name} version {outcome.version} {state}: {outcome.reason}")
+
+
+def is_registered(concept: str, settings: Settings, root: Path) -> bool:
+    """Whether stage register has nothing to do: the registry is off, or has a judged version made from just this."""
+    from dopsd.champions import is_registered as has_version
+
+    if not (settings.tracking.enabled and settings.registry.enabled):
+        return True
+    about = _read_json(run_folder(concept, root) / "validated.json", "validate")
+    return has_version(concept, about["content_hash"], settings, root)
 
 
 Stage = Callable[[str, Settings, Path], None]
@@ -253,6 +266,13 @@ def _subjects(adapters: Path) -> list[Any]:
         raise StageError(f"{adapters}: no adapter there; run stage train first")
     trained.sort(key=lambda path: (path.stem != "d-opsd", path.stem))
     return [Subject("base", None), Subject("teacher", None), *(Subject(path.stem, path) for path in trained)]
+
+
+def _remove_others(adapters: Path, wanted: set[str]) -> None:
+    """Delete adapters of methods that are no longer asked for: they would stay in every table."""
+    for file in sorted(adapters.iterdir()):
+        if file.stem not in wanted:
+            file.unlink()
 
 
 def _begin_training(run: Path, settings: Settings, content_hash: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
@@ -46,7 +47,7 @@ def one_line(error: BaseException) -> str:
 def _links(run: Path, settings: Settings, root: Path) -> list[str]:
     registered = run / "registered.json"
     about = json.loads(registered.read_text()) if registered.exists() else {}
-    uri = public_uri(tracking_uri(root))
+    uri = os.environ.get("DOPSD_MLFLOW_UI_URL") or public_uri(tracking_uri(root))  # a browser may call it otherwise
     lines = []
     if about:
         state = "champion" if about["promoted"] else "candidate"

@@ -25,23 +25,31 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import exponential_backoff
 
 from dopsd.config import Settings, load_settings
+from dopsd.data.concept import RemoteAway
 from dopsd.pipeline import inputs_hash, outputs_hash
-from dopsd.stages import STAGES, run_folder
+from dopsd.registry import RegistryAway
+from dopsd.stages import STAGES, is_registered, run_folder
+from dopsd.train.errors import LaunchError
 
 from . import artifacts
 
 RETRIES = 3
 _HERE = threading.Lock()
 """Held by a stage that works in this process: two bases in memory, or two of them on the same cores, help nobody."""
-_ELSEWHERE = {"train"}
-"""Stages whose work is done by Ray, which lines jobs up by the resources they ask for."""
+_ON_RAY = {"train"}
+"""Stages whose work Ray does where it is the launcher; it lines jobs up by the resources they ask for."""
+
+
+_NETWORKED = {"botocore", "httpx", "mlflow", "prefect", "ray", "requests", "sqlalchemy", "urllib3"}
+"""Libraries whose errors come from something that is not in this process."""
 
 
 def is_infrastructure(_task: Any, _run: Any, state: State) -> bool:
-    """Whether trying again can help: not where a person's data, settings or training are at fault."""
+    """Whether trying again can help: not where a person's data, settings or training are at fault, or the code is."""
     error = state.result(raise_on_failure=False)
-    ours = type(error).__module__.partition(".")[0] == "dopsd"
-    return isinstance(error, BaseException) and not (ours and isinstance(error, ValueError))
+    ours = isinstance(error, LaunchError | RegistryAway | RemoteAway)
+    theirs = type(error).__module__.partition(".")[0] in _NETWORKED
+    return ours or theirs or (isinstance(error, OSError) and not isinstance(error, FileNotFoundError))
 
 
 def _key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
@@ -51,7 +59,7 @@ def _key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
 
 def _perform(stage: str, concept: str, settings: Settings, root: str) -> str | None:
     """Run one stage; the result says what it left, so that a later run can see whether that is still there."""
-    if stage in _ELSEWHERE:
+    if stage in _ON_RAY and settings.compute.launcher == "ray":
         STAGES[stage](concept, settings, Path(root))
     else:
         with _HERE:
@@ -103,14 +111,23 @@ def _stage(stage: str, concept: str, settings: Settings, root: str) -> bool:
     made = state.result()
     if state.name != "Cached":
         return False
+    said = "its result was replaced or removed since"
     if made == before:
-        return True
-    get_run_logger().info("%s %s: its result was replaced or removed since; running it again", stage, concept)
+        if stage != "register" or is_registered(concept, settings, Path(root)):
+            return True
+        said = "the registry has no version that was made from this and judged"
+    get_run_logger().info("%s %s: %s; running it again", stage, concept, said)
     perform.with_options(refresh_cache=True)(stage, concept, settings, root)
     return False
 
 
-@flow(name="dopsd", flow_run_name="tune", task_runner=ThreadPoolTaskRunner(max_workers=16), log_prints=True)
+def _name_of_run() -> str:
+    asked = runtime.flow_run.parameters
+    concepts = asked.get("concepts") or load_settings(Path(asked["params"])).concepts
+    return f"tune {', '.join(concepts)}"
+
+
+@flow(name="dopsd", flow_run_name=_name_of_run, task_runner=ThreadPoolTaskRunner(max_workers=16), log_prints=True)
 def dopsd(
     concepts: list[str] | None = None, overrides: list[str] | None = None, params: str = "params.yaml"
 ) -> dict[str, str]:

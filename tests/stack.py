@@ -73,22 +73,22 @@ class Stack:
                        check=True, capture_output=True, timeout=LIMIT)  # fmt: skip
 
     def processes(self) -> list[psutil.Process]:
-        """All processes of this stack, wherever they went."""
-        found = []
+        """All processes of this stack, wherever they went, and those below them: Ray's workers rename themselves, which
+        wipes the mark."""
+        marked = set()
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.environ().get("DOPSD_STACK") == str(self.folder):
-                    found.append(process)
-        return found
+                    marked.add(process)
+        return sorted(marked | {child for process in marked for child in _below(process)}, key=lambda p: p.pid)
 
     def find(self, words: str) -> list[psutil.Process]:
         """The stack's processes with these words in their command."""
         return [p for p in self.processes() if words in " ".join(_command(p))]
 
     def training(self) -> list[psutil.Process]:
-        """Ray's workers that train: below the others, because they rename themselves, which wipes their mark."""
-        below = {child for process in self.processes() for child in _below(process)}
-        return [p for p in below if "ray::RayTrainWorker" in " ".join(_command(p))]
+        """Ray's workers that train."""
+        return self.find("ray::RayTrainWorker")
 
     # --- Prefect ---
 

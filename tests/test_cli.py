@@ -78,6 +78,7 @@ def test_the_six_stages_one_after_another(inside: Path) -> None:
     assert {r.info.status for r in runs.values()} == {"FINISHED"}
     history = client.get_metric_history(runs["blots d-opsd"].info.run_id, "train/loss")
     assert [m.step for m in history] == [1, 2, 3]
+    assert "system/cpu_utilization_percentage" in runs["blots d-opsd"].data.metrics
     top = {item.path for item in client.list_artifacts(runs["blots"].info.run_id)}
     assert {"evaluation", "report.html", "export", "settings.json"} <= top
     assert runs["blots"].inputs.dataset_inputs[0].dataset.name == "blots"
@@ -102,6 +103,8 @@ def test_other_training_code_starts_afresh(inside: Path, monkeypatch: pytest.Mon
     said = _run("train", "--concept", "blots", "--set", "train.methods=[sft]")
     assert "the code of training changed" in said
     assert (inside / "runs/blots/train/sft.previous").is_dir()
+    left = {path.stem for path in (inside / "runs/blots/adapters").iterdir()}
+    assert left == {"sft", "sft-compute"}, "what is not asked for any more would stay in every table"
 
 
 def test_sample_draws_with_and_without_an_adapter(inside: Path, tmp_path: Path) -> None:
@@ -110,7 +113,7 @@ def test_sample_draws_with_and_without_an_adapter(inside: Path, tmp_path: Path) 
     _run("sample", *prompts, "--steps", "2", "--out", str(tmp_path / "again"))
     _run(
         "sample", *prompts, "--steps", "2", "--out", str(tmp_path / "tuned"),
-        "--adapter", "runs/blots/adapters/d-opsd.safetensors",
+        "--adapter", "runs/blots/adapters/sft.safetensors",
     )  # fmt: skip
     files = sorted(path.name for path in (tmp_path / "base").iterdir())
     assert files == ["00.png", "01.png", "grid.png"]

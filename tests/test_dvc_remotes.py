@@ -19,7 +19,7 @@ import pytest
 import yaml
 from moto.server import ThreadedMotoServer
 
-from dopsd.data.concept import ConceptError, pull_missing
+from dopsd.data.concept import RemoteAway, pull_missing
 from tests.tiny_project import make_project, write_pictures
 
 ROOT = Path(__file__).parent.parent
@@ -183,7 +183,7 @@ def test_data_that_nobody_pushed_is_named(project: Path, tmp_path: Path) -> None
     _add_remote(clone, Remote(str(tmp_path / "empty")))
     assert CONCEPT in _dvc(clone, "pull", CONCEPT, fails=True)
     assert f"missing data 'source': {CONCEPT}" in _dvc(clone, "repro", STAGES[0], fails=True)
-    with pytest.raises(ConceptError, match=f"{CONCEPT}: dvc pull failed"):
+    with pytest.raises(RemoteAway, match=f"{CONCEPT}: dvc pull failed"):
         pull_missing(clone, NAME)
 
 

@@ -18,8 +18,9 @@ from dopsd.config import load_settings
 from dopsd.data.encoded import read_encoded
 from dopsd.stages import STAGES
 from dopsd.train import launch as launch_module
+from dopsd.train.errors import LaunchError
 from dopsd.train.job import Job
-from dopsd.train.launch import LaunchError, launch
+from dopsd.train.launch import launch
 from tests import tiny
 from tests.stack import LIMIT
 from tests.tiny_project import make_project

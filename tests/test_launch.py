@@ -1,12 +1,9 @@
-"""Training on a real Ray of our own: as in this process, through the death of a worker too; and nothing left behind."""
+"""Training on a real Ray of our own: as in this process, through the death of a worker too."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,10 +24,10 @@ from dopsd.config import ComputeSettings, Settings, load_settings
 from dopsd.data.encoded import read_encoded
 from dopsd.stages import STAGES
 from dopsd.train.job import Job
-from dopsd.train.launch import LaunchError, connect_ray, launch, resources
+from dopsd.train.launch import connect_ray, launch
 from dopsd.train.trainer import TrainError
 from tests import tiny
-from tests.tiny_project import ROOT, make_project
+from tests.tiny_project import make_project
 
 
 @pytest.fixture(scope="module")
@@ -172,59 +169,3 @@ def test_jobs_that_do_not_fit_side_by_side_queue(
     mine = load_file(tmp_path / "a/adapters/d-opsd.safetensors")
     for key, value in unbroken.items():
         torch.testing.assert_close(mine[key], value, rtol=1e-2, atol=2e-3)
-
-
-def test_two_workers_encode_and_draw_what_one_does(tmp_path: Path) -> None:
-    root = make_project(tmp_path / "project", max_steps=1, methods=["d-opsd"])
-    for stage in ("validate", "encode", "train", "evaluate"):
-        STAGES[stage]("blots", _settings(root, "tracking.enabled=false"), root)
-    run = root / "runs/blots"
-    results = [run / "encoded/tensors.safetensors", *sorted((run / "evaluation").rglob("*.*"))]
-    before = {path: path.read_bytes() for path in results if path.is_file() and path.name != "index.json"}
-    shutil.rmtree(root / ".cache/encodings")
-    shutil.rmtree(run / "encoded")
-    shutil.rmtree(run / "evaluation")
-    two = ("tracking.enabled=false", "compute.launcher=ray", "compute.workers=2", "compute.cpus_per_worker=1")
-    for stage in ("encode", "evaluate"):
-        STAGES[stage]("blots", _settings(root, *two), root)
-    assert len(before) > 5
-    assert [path.name for path, content in before.items() if path.read_bytes() != content] == []
-
-
-def test_a_worker_asks_for_what_the_settings_say() -> None:
-    asked = resources(ComputeSettings(cpus_per_worker=3, gpus_per_worker=0.5, memory_gib=2), "cuda")
-    assert asked == {"CPU": 3, "GPU": 0.5, "memory": 2 * 2**30}
-
-
-def test_a_cluster_that_is_not_there_is_no_fault_of_the_job(project: Path, tmp_path: Path) -> None:
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from dopsd.config import ComputeSettings\n"
-        "from dopsd.train.launch import LaunchError, connect_ray\n"
-        "try:\n    connect_ray(ComputeSettings())\nexcept LaunchError as error:\n    print('away:', error)\n"
-    )
-    environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:9"}
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(ROOT)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.stdout.startswith("away: cannot reach the cluster at 127.0.0.1:9"), done.stderr[-2000:]
-    assert not issubclass(LaunchError, ValueError), "so that the flow tries again"
-
-
-def test_a_stopped_run_leaves_no_process(project: Path) -> None:
-    """As Prefect stops a cancelled one: SIGTERM to the process group's leader, in the middle of training."""
-    command = [sys.executable, "-m", "dopsd.cli", "train", "--concept", "blots", "--set", "train.max_steps=100000",
-               "--set", "compute.launcher=ray", "--set", "tracking.enabled=false"]  # fmt: skip
-    run = subprocess.Popen(
-        command, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""},
-    )  # fmt: skip
-    assert run.stdout is not None
-    started = any("teacher gain" in line for line in iter(run.stdout.readline, ""))
-    assert started
-    family = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
-    assert any("RayTrainWorker" in " ".join(p.cmdline()) for p in family), "it is Ray that trains"
-    run.send_signal(signal.SIGTERM)
-    run.wait(timeout=120)
-    _, alive = psutil.wait_procs(family, timeout=60)
-    assert not alive

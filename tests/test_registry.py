@@ -124,12 +124,15 @@ def _run(registry: Registry, tmp_path: Path) -> str:
     return client.create_run(experiment).info.run_id
 
 
-def _register(registry: Registry, tmp_path: Path, trained: dict[str, Any], mine: Any, run: str = "", **made: str):
+def _register(
+    registry: Registry, tmp_path: Path, trained: dict[str, Any], mine: Any, run: str = "", obstacle: str = "",
+    **made: str,
+):  # fmt: skip
     champion = registry.champion("style-ink")
     serving = {"base": "data/base", "steps": 2, "side": 64}
     return registry.register(
         "style-ink", run or _run(registry, tmp_path), Made(**{**MADE.__dict__, **made}), mine, {"dopsd.base": "tiny"},
-        champion[2] if champion else None, trained["files"], serving, SETTINGS,
+        champion[2] if champion else None, trained["files"], serving, SETTINGS, obstacle,
     )  # fmt: skip
 
 
@@ -151,6 +154,30 @@ def test_a_worse_challenger_does_not_become_champion(
     better = _register(registry, tmp_path, trained, scores(style=0.6), data="d3")
     assert better.promoted
     assert client.get_model_version_by_alias("dopsd-style-ink", CHAMPION).version == int(better.version)
+
+
+def test_a_champion_that_cannot_be_asked_stays(registry: Registry, tmp_path: Path, trained: dict[str, Any]) -> None:
+    first = _register(registry, tmp_path, trained, scores(style=0.5))
+    second = _register(registry, tmp_path, trained, scores(style=0.9, asked="others"), obstacle="its base is gone")
+    assert not second.promoted
+    assert second.reason.startswith("its base is gone: not compared")
+    version, *_ = registry.champion("style-ink") or pytest.fail("no champion")
+    assert int(version.version) == int(first.version)
+
+
+def test_a_version_brings_the_base_that_it_was_made_for(
+    registry: Registry, tmp_path: Path, trained: dict[str, Any]
+) -> None:
+    _register(registry, tmp_path, trained, scores())
+    version, *_ = registry.champion("style-ink") or pytest.fail("no champion")
+    base = registry.base(version, tmp_path / "place") or pytest.fail("no base")
+    of = "transformer/diffusion_pytorch_model.safetensors"
+    assert (base / of).read_bytes() == (trained["files"]["base"] / of).read_bytes()
+    assert not (base / "vlm").exists(), "its teacher's half draws nothing"
+    without = {**trained, "files": {key: path for key, path in trained["files"].items() if key != "base"}}
+    _register(registry, tmp_path, without, scores(style=0.6), data="d2")
+    version, *_ = registry.champion("style-ink") or pytest.fail("no champion")
+    assert registry.base(version, tmp_path / "other") is None
 
 
 def test_registering_the_same_run_again_makes_no_second_version(

@@ -267,7 +267,9 @@ def test_addresses_are_shown_without_secrets(uri: str, shown: str) -> None:
     assert said.startswith("cannot open ")
 
 
-def test_helpers(tmp_path: Path) -> None:
+def test_helpers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert flatten({"a": {"b": 1, "c": {"d": (2, 3)}}}) == {"a.b": 1, "a.c.d": (2, 3)}
     assert picture_row([Image.new("RGB", (64, 48))] * 2).size == (256, 96)
     assert git_tags(tmp_path) == {}
+    monkeypatch.setenv("DOPSD_COMMIT", "abc")
+    assert git_tags(tmp_path) == {"mlflow.source.git.commit": "abc"}, "an image has no repository"

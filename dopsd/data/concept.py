@@ -18,6 +18,10 @@ _Table = ConceptTable | None
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 
 
+class RemoteAway(RuntimeError):
+    """The DVC remote does not answer, refuses, or has not got the data; another try may find it."""
+
+
 class ConceptError(ValueError):
     """A data set that cannot be added; one line a person can act on."""
 
@@ -125,8 +129,8 @@ def _dvc_add(root: Path, target: Path) -> None:
 def pull_missing(root: Path, name: str) -> bool:
     """Bring a concept's data from the DVC remote where it is under DVC and not here. Returns whether it was brought.
 
-    Nothing is done where it is here, not under DVC, or no remote is set. Raises :class:`ConceptError` where the remote
-    refuses or has not got it.
+    Nothing is done where it is here, not under DVC, or no remote is set. Raises :class:`RemoteAway` where the remote
+    does not answer, refuses or has not got it.
     """
     target = root / CONCEPTS / name
     pointer = target.with_name(f"{name}.dvc")
@@ -142,5 +146,5 @@ def pull_missing(root: Path, name: str) -> bool:
                 return False
             repo.pull(targets=[str(pointer)])
     except (DvcException, SCMError, OSError) as error:
-        raise ConceptError(f"{target}: dvc pull failed: {' '.join(str(error).split())[:300]}") from None
+        raise RemoteAway(f"{target}: dvc pull failed: {' '.join(str(error).split())[:300]}") from None
     return True

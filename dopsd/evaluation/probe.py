@@ -19,6 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from ..emoji_turbo.pictures import World
+from ..models.base import Family
 from .backbones import FeatureStore
 
 MIN_CONCEPTS = 10
@@ -55,14 +56,29 @@ class StyleProbe:
         return (self.probabilities(features).argmax(1) == wanted).float()
 
 
+def round_trip(family: Family, side: int, batch: int) -> RoundTrip:
+    """Square pictures of ``side`` pixels through the base's own autoencoder, ``batch`` at a time: samples carry its
+    traces, and the probe must not trip over them."""
+
+    def through(images: Sequence[Image.Image]) -> list[Image.Image]:
+        out: list[Image.Image] = []
+        for start in range(0, len(images), batch):
+            chunk = [image.resize((side, side)) for image in images[start : start + batch]]
+            out += family.decode(family.encode_images(chunk))
+        return out
+
+    return through
+
+
 def train_probe(
-    world: World, evaluated: Sequence[int], features: FeatureStore, round_trip: RoundTrip | None, seed: int
+    world: World, evaluated: Sequence[int], features: FeatureStore, through: RoundTrip | None, seed: int
 ) -> StyleProbe:
     """Fit the probe on the world's concepts except ``evaluated``, on which its accuracy is measured.
 
-    Every training picture comes clean and once degraded; ``round_trip`` adds a third copy of every second one. At most
-    :data:`MAX_CONCEPTS` concepts are trained on, drawn by ``seed``; where fewer than ten are evaluated, others that are
-    not trained on are measured too. Raises ``ValueError`` where fewer than ten are left to train on.
+    Every training picture comes clean and once degraded; ``through`` (:func:`round_trip`) adds a third copy of every
+    second one. At most :data:`MAX_CONCEPTS` concepts are trained on, drawn by ``seed``; where fewer than ten are
+    evaluated, others that are not trained on are measured too. Raises ``ValueError`` where fewer than ten are
+    left to train on.
     """
     styles = tuple(world.pictures)
     draw = np.random.default_rng(seed)
@@ -76,8 +92,8 @@ def train_probe(
         )
     clean, clean_y = _pictures(world, styles, train)
     copies = [("real pictures", clean, clean_y), ("degraded", [degrade(image, draw) for image in clean], clean_y)]
-    if round_trip is not None:
-        copies.append(("through the autoencoder", round_trip(clean[::2]), clean_y[::2]))
+    if through is not None:
+        copies.append(("through the autoencoder", through(clean[::2]), clean_y[::2]))
     x = torch.cat([features.style(features(images, f"style probe, {name}")) for name, images, _ in copies])
     y = np.concatenate([labels for _, _, labels in copies])
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.03, max_iter=1000, random_state=seed))

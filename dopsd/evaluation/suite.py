@@ -37,7 +37,7 @@ from dopsd.train.trainer import Observer
 from . import headline, prompts
 from .backbones import FeatureStore, load_backbone, picture_key
 from .grids import Gallery
-from .probe import RoundTrip, StyleProbe, train_probe
+from .probe import StyleProbe, round_trip, train_probe
 from .prompts import EvaluationError, Kind, Prompt
 from .scoring import Bootstrap, Cell, Scorer, by_size
 
@@ -153,21 +153,8 @@ def _probe(
 ) -> StyleProbe | None:
     if world is None:
         return None
-    return train_probe(world, evaluated, store, _round_trip(family, settings), settings.evaluation.seed)
-
-
-def _round_trip(family: Family, settings: Settings) -> RoundTrip:
-    """Pictures through the base's own autoencoder: samples carry its traces, and the probe must not trip over them."""
-
-    def through(images: Sequence[Image.Image]) -> list[Image.Image]:
-        out: list[Image.Image] = []
-        side, batch = settings.data.resolution, settings.evaluation.batch_size
-        for start in range(0, len(images), batch):
-            chunk = [image.resize((side, side)) for image in images[start : start + batch]]
-            out += family.decode(family.encode_images(chunk))
-        return out
-
-    return through
+    again = round_trip(family, settings.data.resolution, settings.evaluation.batch_size)
+    return train_probe(world, evaluated, store, again, settings.evaluation.seed)
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------

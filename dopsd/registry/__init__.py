@@ -107,18 +107,34 @@ class Registry:
             source = f"{version.source}/artifacts/student.safetensors"
             return Path(download_artifacts(source, dst_path=str(folder), tracking_uri=self.uri))
 
+    def base(self, version: ModelVersion, folder: Path) -> Path | None:
+        """Fetch the base that a version was made for, without its teacher's half; ``None`` where it was too large to be
+        stored."""
+        from mlflow.artifacts import download_artifacts, list_artifacts
+
+        with self._answers():
+            source = f"{version.source}/artifacts"
+            stored = list_artifacts(source, tracking_uri=self.uri)
+            if not any(file.is_dir and Path(file.path).name == "base" for file in stored):
+                return None
+            return Path(download_artifacts(f"{source}/base", dst_path=str(folder), tracking_uri=self.uri))
+
     def register(
         self, concept: str, run_id: str, made: Made, scores: Mapping[str, Any], tags: Mapping[str, str],
         champion_scores: Mapping[str, Any] | None, files: Mapping[str, Path], serving: Mapping[str, Any],
-        settings: RegistrySettings,
+        settings: RegistrySettings, obstacle: str = "",
     ) -> Outcome:  # fmt: skip
         """Make a version of ``files`` (``adapter``, ``student``, ``about``, and ``base`` where it is stored); judge it.
 
-        ``scores`` are this version's, ``champion_scores`` the champion's on the same prompts and seeds. Registering the
-        same run with the same scores again makes no second version.
+        ``scores`` are this version's, ``champion_scores`` the champion's on the same prompts and seeds; ``obstacle``:
+        why it could not be asked them, so that it stays. Registering the same run with the same scores again makes no
+        second version.
         """
         name = model_name(concept)
-        verdict = judge(scores, champion_scores, settings)
+        if obstacle:
+            verdict = Verdict(False, f"{obstacle}: not compared; set the alias {CHAMPION} by hand if this is better")
+        else:
+            verdict = judge(scores, champion_scores, settings)
         values = {f"{_MADE}{key}": value for key, value in made.__dict__.items()}
         values |= {_SCORES: json.dumps(scores, sort_keys=True), **tags, f"{_GATE}": verdict.word,
                    f"{_GATE}.reason": verdict.reason}  # fmt: skip

@@ -188,14 +188,16 @@ def _finish(sender: Sender, spool: Spool, tell: Callable[[str], None]) -> bool:
 
 
 def git_tags(root: Path) -> dict[str, str]:
-    """The commit that ``root`` is at, and whether files differ from it; empty where git or a commit is missing."""
+    """The commit that ``root`` is at, and whether files differ from it. An image has no repository: there it is what
+    DOPSD_COMMIT says. Empty where nothing says it."""
     try:
         commit, status = (
             subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True, timeout=20).stdout
             for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
         )
     except (OSError, subprocess.SubprocessError):
-        return {}
+        built_from = os.environ.get("DOPSD_COMMIT")
+        return {"mlflow.source.git.commit": built_from} if built_from else {}
     return {"mlflow.source.git.commit": commit.strip(), "dopsd.git.dirty": str(bool(status.strip())).lower()}
 
 

@@ -6,7 +6,7 @@ rounding differs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,12 +29,18 @@ class Crew:
     def __init__(self, model: ModelSettings, compute: ComputeSettings, root: Path, encoders: bool) -> None:
         connect_ray(compute)
         import ray
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         asked = resources(compute, model.device)
+        self.size = min(members(compute), max(1, _places(asked)))
+        # all places at once: two crews that each had some of what they need would wait for each other
+        self._places = placement_group([asked] * self.size)
+        ray.get(self._places.ready())
         actor = ray.remote(_Member).options(
-            num_cpus=asked["CPU"], num_gpus=asked.get("GPU", 0), memory=asked.get("memory")
-        )
-        self.size = members(compute)
+            num_cpus=asked["CPU"], num_gpus=asked.get("GPU", 0), memory=asked.get("memory"),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._places),
+        )  # fmt: skip
         self._members = [actor.remote(model, root.resolve(), encoders) for _ in range(self.size)]
 
     def map(self, function: Callable[[Family, T], R], items: Iterable[T]) -> Iterator[R]:
@@ -44,15 +50,25 @@ class Crew:
         yield from ActorPool(self._members).map(lambda member, item: member.do.remote(function, item), list(items))
 
     def close(self) -> None:
-        """End the actors and what they hold."""
+        """End the actors and give their places back."""
         import ray
+        from ray.util.placement_group import remove_placement_group
 
         for member in self._members:
             ray.kill(member)
+        remove_placement_group(self._places)
+
+
+def _places(asked: Mapping[str, float]) -> int:
+    """How many workers that ask for this fit on the nodes that there are, when nobody else uses them."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(min(int(node.get(key, 0) // amount) for key, amount in asked.items() if amount) for node in nodes)
 
 
 def members(compute: ComputeSettings) -> int:
-    """How many copies of the base may work side by side."""
+    """How many copies of the base should work side by side: as many as there are workers at least."""
     if compute.launcher == "local":
         return 1
     return compute.workers if isinstance(compute.workers, int) else compute.workers[0]

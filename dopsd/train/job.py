@@ -13,6 +13,7 @@ from pathlib import Path
 from dopsd.config import Method, ModelSettings, TrainSettings
 from dopsd.data.encoded import Encoded
 from dopsd.models import load_family
+from dopsd.train.machine import MachineLoad
 from dopsd.train.trainer import Observer, TrainResult, train
 
 
@@ -43,7 +44,7 @@ def run_job(
     how, results = job.train, {}
     replay = [conditioning for _, conditioning in job.encoded.replay]
     for method in job.train.methods:
-        with observe(method) as observer:
+        with observe(method) as observer, MachineLoad(observer):
             result = train(
                 family, job.encoded.examples, job.encoded.previews, replay, how, method, folder / method, adapters,
                 observer, job.side, job.side, on_saved,

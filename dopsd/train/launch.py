@@ -21,6 +21,7 @@ from typing import Any
 
 from dopsd.config import ComputeSettings, Method
 from dopsd.train import worker
+from dopsd.train.errors import LaunchError
 from dopsd.train.job import Job, Observe, run_job
 from dopsd.train.observer import Progress
 from dopsd.train.trainer import Observer, TrainError, TrainResult, milestones
@@ -34,14 +35,14 @@ _RAY_ENVIRONMENT = {
 _OWN_RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # of cloud nodes; here a process for nothing
     "RAY_worker_niceness": "0",  # Ray would let everything else on the machine go before training
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name: else Ray leaves loopback on Linux too
 }
-_OBJECT_STORE = 256 * 2**20
-"""Bytes of shared memory of a Ray of our own: it carries little more than the encoded examples."""
+_OWN_RAY = {
+    "object_store_memory": 256 * 2**20,  # it carries little more than the encoded examples
+    "include_dashboard": False,
+    "_node_ip_address": "127.0.0.1",
+}
 _RAY_LOCK = threading.Lock()
-
-
-class LaunchError(RuntimeError):
-    """The machines failed, not the job: it may be started again and goes on from its last checkpoint."""
 
 
 def launch(
@@ -67,14 +68,32 @@ def connect_ray(compute: ComputeSettings) -> None:
     with _RAY_LOCK:
         if ray.is_initialized():
             return
-        own: dict[str, Any] = {} if address else {"object_store_memory": _OBJECT_STORE, "include_dashboard": False}
+        own: dict[str, Any] = {} if address else _OWN_RAY
         try:
             if address:
                 _knock(address)
-            _lasting(lambda: ray.init(address=address or "local", log_to_driver=False, logging_level="error", **own))
+            _lasting(lambda: _start(address or "local", own))
         except (OSError, RuntimeError, ValueError) as error:
             where = f"the cluster at {address}" if address else "a Ray on this machine"
             raise LaunchError(f"cannot reach {where}: {str(error).strip().splitlines()[0]}") from None
+
+
+def _start(address: str, own: dict[str, Any]) -> None:
+    import ray
+
+    context = ray.init(address=address, log_to_driver=False, logging_level="error", **own)
+    if not context.dashboard_url:
+        _leave_no_helper()
+
+
+def _leave_no_helper() -> None:
+    """Ray Train gives each job a helper that frees the job's place when its controller dies. It outlives the job that
+    it belongs to until Ray's dashboard tells it so, and where there is no dashboard it never ends. Ray itself frees the
+    place when the process that started the job ends, which is how jobs end here that do not end by themselves."""
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+    from ray.train.v2.api import data_parallel_trainer
+
+    data_parallel_trainer.PlacementGroupCleanerCallback = ControllerCallback
 
 
 def _lasting(start: Callable[[], Any]) -> None:
@@ -143,8 +162,11 @@ def _launch_on_ray(
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
     from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    news = Queue(actor_options={"num_cpus": 0})
+    # on this machine, which outlives the nodes: the job goes on without any of them
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    news = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     asked = resources(compute, job.model.device)
     trainer = TorchTrainer(
         worker.run,
@@ -252,6 +274,8 @@ class _Reader:
                         bar.to(content[0], content[1]["train/loss"], content[1]["train/images_per_second"])
         except BaseException as failure:
             self._failure = failure
+            while self._news.get() is not None:
+                pass  # nobody hears them, but they must not pile up until training ends
         finally:
             for context, _, bar in open_methods.values():
                 bar.close()
