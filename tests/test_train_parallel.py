@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from dopsd.train.parallel import exchange, share
-from tests import tiny
+from tests import tiny, worker
 
 ROOT = Path(__file__).parent.parent
 STEPS = 3
@@ -54,7 +54,8 @@ def pair(request, tmp_path_factory):
     """A method trained by one process, and by two: (method, folder of the one, folder of the two)."""
     alone, together = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("together")
     processes = _start(request.param, together, 2)
-    tiny.run_tiny(request.param, alone, _settings(request.param))
+    with worker.kept_gradients(alone / "gradients.safetensors"):
+        tiny.run_tiny(request.param, alone, _settings(request.param))
     for process in processes:
         said, _ = process.communicate(timeout=600)
         assert process.returncode == 0, said[-2000:]
@@ -66,6 +67,17 @@ def _log(folder):
 
 
 def test_two_workers_have_the_gradients_of_one(pair):
+    _, alone, together = pair
+    one = load_file(alone / "gradients.safetensors")
+    assert sum(float(g.square().sum()) for g in one.values()) > 0
+    for rank in range(2):
+        theirs = load_file(together / f"gradients-{rank}.safetensors")
+        assert theirs.keys() == one.keys()
+        off = sum(float((theirs[key] - g).square().sum()) for key, g in one.items())
+        assert off < 1e-10 * sum(float(g.square().sum()) for g in one.values()), "to float32 rounding"
+
+
+def test_two_workers_learn_what_one_does(pair):
     method, alone, together = pair
     for mine, theirs in zip(_log(together / "0"), _log(alone), strict=True):
         for key in ("train/loss", "train/grad_norm"):

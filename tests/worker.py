@@ -8,13 +8,35 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 from dopsd.config import TrainSettings
+from dopsd.train import trainer
+from dopsd.train.parallel import exchange
 from tests import tiny
+
+
+@contextmanager
+def kept_gradients(path: Path) -> Iterator[None]:
+    """Write the adapters' gradients as the first optimizer step gets them."""
+
+    def keeping(accelerator: Any, parameters: Any, *rest: Any) -> Any:
+        answer = exchange(accelerator, parameters, *rest)
+        if not path.exists():
+            save_file({str(i): p.grad.clone() for i, p in enumerate(parameters)}, path)
+        return answer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "exchange", keeping)
+        yield
 
 
 def main() -> None:
@@ -37,7 +59,8 @@ def main() -> None:
             return _original(*args, **kwargs)
 
         setattr(dist, name, other)
-    tiny.run_tiny(method, folder / os.environ["RANK"], settings)  # type: ignore[arg-type]
+    with kept_gradients(folder / f"gradients-{os.environ['RANK']}.safetensors"):
+        tiny.run_tiny(method, folder / os.environ["RANK"], settings)  # type: ignore[arg-type]
     (folder / f"counts-{os.environ['RANK']}.json").write_text(json.dumps(counts))
     dist.destroy_process_group()
 
