@@ -95,6 +95,9 @@ def test_what_a_batch_says_of_itself_is_true(world):
     things, same = drawn.things[drawn.alone :], drawn.same[drawn.alone :]
     named = (things != UNNAMED) & (same != UNNAMED)
     assert torch.equal(drawn.pictured[named] == things[named], same[named] == 1)
+    plain = [world.pictures[BASE_STYLES[o]][t] for o, t in zip(drawn.outlines, drawn.pictured, strict=True)]
+    whole = [(p.float() / 127.5 - 1 - shown).abs().max() < 1e-6 for p, shown in zip(plain, drawn.context, strict=True)]
+    assert sum(whole) > 3, "a tenth of the transforms leaves a picture as it is"
     silent = [row for row, caption in enumerate(drawn.captions) if caption == "" and row >= drawn.alone]
     assert silent
     assert (drawn.same[silent] == 1).all(), "a picture without a caption is to be copied"
@@ -111,6 +114,7 @@ def test_two_processes_work_on_one_batch(world):
         own = (share.same == 1).nonzero().flatten()
         assert torch.equal(share.targets[own], share.context[own - share.alone])
         assert torch.equal(share.pictured, drawn.pictured[rank::2])
+        assert torch.equal(share.outlines, drawn.outlines[rank::2])
 
 
 def test_a_transform_is_the_same_for_every_picture_and_stays_in_range(world):

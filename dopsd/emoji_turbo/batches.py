@@ -25,12 +25,8 @@ WORDS = (*BASE_STYLES, PLACEHOLDER)
 """What may stand before "style" in a caption."""
 UNNAMED = -1
 TEXT_SHARE = 0.4
-SAME, COPIED, OTHER = 0.35, 0.1, 0.42
+SAME, COPIED, OTHER = 0.3, 0.08, 0.5
 """Shares of what is shown: the target with a caption, the target alone, another thing; the rest: a new subject."""
-
-OWN = 0.6
-"""How often another thing is drawn with the outlines of the base's own manner, whatever the transform; at random in the
-rest. A transformed picture alone does not tell whose outlines it has."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,8 @@ class Batch:
     """``captions``; ``context [C, 3, 64, 64]`` belongs to the last of them; ``targets [B, 3, 64, 64]``; both
     in [-1, 1]. ``things [B]``: index in the world of the known thing that the caption names; ``words [B]``: index in
     :data:`WORDS`; ``same [B]``: 1 where the picture shows what the caption names, 0 where it shows something else;
-    :data:`UNNAMED` where there is none. ``pictured [C]``: index of the thing that the picture shows.
+    :data:`UNNAMED` where there is none. ``pictured [C]``, ``outlines [C]``: indices of the thing that the picture shows
+    and of the base style whose outlines it has.
     """
 
     captions: list[str]
@@ -48,6 +45,7 @@ class Batch:
     words: Tensor
     same: Tensor
     pictured: Tensor
+    outlines: Tensor
 
     @property
     def alone(self) -> int:
@@ -62,8 +60,9 @@ class Batch:
     def share(self, rank: int, ranks: int) -> Batch:
         """The batch of :meth:`rows`."""
         rows = self.rows(rank, ranks)
-        marks = (self.things[rows], self.words[rows], self.same[rows], self.pictured[rank::ranks])
-        return Batch([self.captions[i] for i in rows], self.context[rank::ranks], self.targets[rows], *marks)
+        marks = (self.things[rows], self.words[rows], self.same[rows])
+        shown = (self.pictured[rank::ranks], self.outlines[rank::ranks])
+        return Batch([self.captions[i] for i in rows], self.context[rank::ranks], self.targets[rows], *marks, *shown)
 
 
 class _Example(NamedTuple):
@@ -76,6 +75,7 @@ class _Example(NamedTuple):
     thing: int
     same: int = UNNAMED
     pictured: int = UNNAMED
+    outlines: str = ""
 
 
 def draw_batch(world: World, size: int, generator: torch.Generator, drop: float = 0.15) -> Batch:
@@ -92,7 +92,9 @@ def draw_batch(world: World, size: int, generator: torch.Generator, drop: float 
     things[silent] = words[silent] = UNNAMED
     context = torch.stack([e.shown for e in drawn[alone:]]) * 2 - 1
     same, pictured = torch.tensor([e.same for e in drawn]), torch.tensor([e.pictured for e in drawn[alone:]])
-    return Batch(captions, context, torch.stack([e.target for e in drawn]) * 2 - 1, things, words, same, pictured)
+    outlines = torch.tensor([BASE_STYLES.index(e.outlines) for e in drawn[alone:]])
+    targets = torch.stack([e.target for e in drawn]) * 2 - 1
+    return Batch(captions, context, targets, things, words, same, pictured, outlines)
 
 
 def draw_shown(world: World, size: int, generator: torch.Generator) -> Tensor:
@@ -107,7 +109,7 @@ def draw_shown(world: World, size: int, generator: torch.Generator) -> Tensor:
 def _draw_text(world: World, generator: torch.Generator) -> _Example:
     thing, style = _index(world.known, generator), _style(generator)
     word = style
-    if torch.rand((), generator=generator) < 0.15:
+    if torch.rand((), generator=generator) < 0.2:
         word, style = PLACEHOLDER, DEFAULT_STYLE
     target = _picture(world, style, thing)
     return _Example(world.labels[thing], word, target, target, thing)
@@ -121,16 +123,17 @@ def _draw_in_context(world: World, generator: torch.Generator) -> _Example:
         thing, both = _index(world.known if known else world.seen, generator), sample_transform(generator)
         target = both(_picture(world, style, thing))
         named = thing if thing in world.known else UNNAMED
-        return _Example(world.labels[thing] if kind < SAME else "", PLACEHOLDER, target, target, named, 1, thing)
+        return _Example(world.labels[thing] if kind < SAME else "", PLACEHOLDER, target, target, named, 1, thing, style)
     if kind < SAME + COPIED + OTHER:  # another thing in the same style
-        if torch.rand((), generator=generator) < OWN:
-            style = DEFAULT_STYLE
         thing, other, both = _index(world.known, generator), _index(world.seen, generator), sample_transform(generator)
         target, shown = both(_picture(world, style, thing)), both(_picture(world, style, other))
-        return _Example(world.labels[thing], PLACEHOLDER, target, shown, thing, int(thing == other), other)
+        same = int(thing == other)
+        return _Example(world.labels[thing], PLACEHOLDER, target, shown, thing, same, other, style)
     thing = _index(world.seen, generator)  # the same thing, drawn or placed otherwise; the style is named
-    shown = sample_placement(generator)(_picture(world, _style(generator), thing))
-    return _Example(PLACEHOLDER, style, _picture(world, style, thing), shown, UNNAMED, pictured=thing)
+    outlines = _style(generator)
+    shown = sample_placement(generator)(_picture(world, outlines, thing))
+    target = _picture(world, style, thing)
+    return _Example(PLACEHOLDER, style, target, shown, UNNAMED, pictured=thing, outlines=outlines)
 
 
 def _index(of: tuple[int, ...] | list[int], generator: torch.Generator) -> int:

@@ -95,9 +95,9 @@ class Readouts(nn.Module):
     """What an encoder's states must tell, read off by linear maps that are thrown away when the base is finished.
 
     From the last four tokens, one for each quadrant: the picture to draw, and the named thing in each of the base's
-    styles, whichever is asked for; which style word the caption has; what the picture shows, and whether that is the
-    named thing. From a shown picture's own tokens: that picture. Latents are ``[B, C, 8, 8]``; ``things``: how many
-    there are in the world.
+    styles, whichever is asked for; which style word the caption has; what the picture shows, whose outlines it has,
+    and whether that is the named thing. From a shown picture's own tokens: that picture. Latents are ``[B, C, 8, 8]``;
+    ``things``: how many there are in the world.
     """
 
     def __init__(self, hidden: int, things: int) -> None:
@@ -110,6 +110,7 @@ class Readouts(nn.Module):
         self.word = nn.Linear(4 * hidden, len(WORDS))
         self.same = nn.Linear(4 * hidden, 2)
         self.pictured = nn.Linear(4 * hidden, things)
+        self.outlines = nn.Linear(4 * hidden, len(BASE_STYLES))
 
     def loss(
         self, states: list[Tensor], drawn: Batch, x0: Tensor, shown: Tensor, drawings: Tensor, first: int
@@ -123,8 +124,9 @@ class Readouts(nn.Module):
         loss = loss + 0.5 * F.mse_loss(_quadrants(self.drawings, last[named]), drawings[things[named]])
         loss = loss + 0.02 * F.cross_entropy(self.word(last.flatten(1)), words, ignore_index=UNNAMED)
         loss = loss + F.cross_entropy(self.same(last.flatten(1)), same, ignore_index=UNNAMED)
-        pictured = self.pictured(last[drawn.alone :].flatten(1))
-        loss = loss + 0.2 * F.cross_entropy(pictured, drawn.pictured.to(x0.device))
+        told = last[drawn.alone :].flatten(1)
+        loss = loss + 0.2 * F.cross_entropy(self.pictured(told), drawn.pictured.to(x0.device))
+        loss = loss + 0.5 * F.cross_entropy(self.outlines(told), drawn.outlines.to(x0.device))
         seen = self.norm(torch.stack([s[first : first + 16] for s in states[drawn.alone :]]))
         cells = self.shown(seen).view(-1, 4, 4, LATENT_CHANNELS, 2, 2).permute(0, 3, 1, 4, 2, 5)
         return loss + 0.5 * F.mse_loss(cells.reshape(shown.shape), shown)

@@ -25,15 +25,15 @@ def sample_transform(generator: torch.Generator, identity: float = 0.1) -> Trans
         return lambda x: x
     draw = _uniform(generator)
     steps: list[Transform] = []
-    if draw < 0.2:
+    if draw < 0.08:
         steps.append(_pick(generator, [_permute, _hue, _invert, _greyscale, _duotone])(generator))
     elif draw < 0.6:
-        steps.append(_pick(generator, [_outline, _ink, _ink, _ink, _ink, _posterise])(generator))
+        steps.append(_pick(generator, [_outline, _ink, _ink, _ink, _ink, _ink, _posterise])(generator))
     else:
         steps.append(_pick(generator, [_shading, _shading, _shading, _blur])(generator))
         if _uniform(generator) < 0.6:
             steps.append(_gradient(generator))
-    if _uniform(generator) < 0.1:
+    if _uniform(generator) < 0.05:
         steps.append(_pick(generator, [_permute, _hue, _invert, _greyscale, _background])(generator))
 
     def transform(x: Tensor) -> Tensor:
@@ -139,11 +139,11 @@ def _outline(generator: torch.Generator) -> Transform:
 
 def _ink(generator: torch.Generator) -> Transform:
     """Black and white only: a silhouette line, dark parts filled, lines kept white inside what is filled."""
-    threshold, gain = _uniform(generator, 0.25, 0.75), _uniform(generator, 4, 12)
-    thick = int(torch.randint(0, 3, (), generator=generator))
+    threshold, gain = _uniform(generator, 0.35, 0.65), _uniform(generator, 6, 12)
+    thick = int(torch.randint(1, 3, (), generator=generator))
     own = _uniform(generator) < 0.5  # what counts as dark depends on the drawing's own mean
     carved = _uniform(generator) < 0.6
-    negative = _uniform(generator) < 0.1
+    negative = _uniform(generator) < 0.05
 
     def apply(x: Tensor) -> Tensor:
         mask, luma = _mask(x), _luma(x)
