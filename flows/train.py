@@ -23,6 +23,7 @@ from prefect.futures import wait
 from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import exponential_backoff
+from prefect.transactions import CommitMode, transaction
 
 from dopsd.config import Settings, load_settings
 from dopsd.data.concept import RemoteAway
@@ -107,7 +108,9 @@ def _stage(stage: str, concept: str, settings: Settings, root: str) -> bool:
     """Run a stage, or reuse its result where that is still there; whether it was reused."""
     perform = STAGE_TASKS[stage]
     before = outputs_hash(stage, concept, settings, Path(root))
-    state = perform(stage, concept, settings, root, return_state=True)
+    # else Prefect keeps what a stage leaves to itself until the last one is done, and forgets it where that one fails
+    with transaction(commit_mode=CommitMode.EAGER):
+        state = perform(stage, concept, settings, root, return_state=True)
     made = state.result()
     if state.name != "Cached":
         return False
@@ -117,7 +120,8 @@ def _stage(stage: str, concept: str, settings: Settings, root: str) -> bool:
             return True
         said = "the registry has no version that was made from this and judged"
     get_run_logger().info("%s %s: %s; running it again", stage, concept, said)
-    perform.with_options(refresh_cache=True)(stage, concept, settings, root)
+    with transaction(commit_mode=CommitMode.EAGER):
+        perform.with_options(refresh_cache=True)(stage, concept, settings, root)
     return False
 
 

@@ -104,6 +104,21 @@ def test_a_result_that_is_gone_is_made_again(project: Path, ran: list[str]) -> N
     assert ran == ["report blots"]
 
 
+def test_what_was_done_before_a_stage_failed_is_not_done_again(
+    project: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise ValueError("a mistake")
+
+    how: dict[str, Any] = {"concepts": ["blots"], "overrides": ["train.seed=3"], "return_state": True}
+    with monkeypatch.context() as patch:
+        patch.setitem(STAGES, "evaluate", fails)
+        assert dopsd(**how).is_failed()
+    assert ran == ["train blots"]
+    assert dopsd(**how).is_completed()
+    assert ran == ["train blots", "evaluate blots", "report blots", "register blots"]
+
+
 def test_the_same_concept_twice_at_one_moment_is_tuned_once(project: Path, ran: list[str]) -> None:
     """Both end well; the second waits and reuses."""
     shutil.rmtree(project / "runs/blots/evaluation")

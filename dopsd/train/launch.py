@@ -159,7 +159,9 @@ def _launch_on_ray(
     connect_ray(compute)
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.backend import BackendConfig
+    from ray.train.torch import TorchConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
     from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -168,8 +170,10 @@ def _launch_on_ray(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     news = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     asked = resources(compute, job.model.device)
-    trainer = TorchTrainer(
+    trainer = DataParallelTrainer(
         worker.run,
+        # one worker meets nobody: torch's meeting point would listen on every address, and asks nobody who they are
+        backend_config=BackendConfig() if compute.workers == 1 else TorchConfig(),
         train_loop_config={
             "job": ray.put(replace(job, root=root.resolve())),  # read by the workers alone: it brings torch
             "news": news,
