@@ -22,7 +22,7 @@ OUT = ROOT / "docs" / "images"
 
 
 def main() -> None:
-    """Open the pages of a concept's champion one by one and take their pictures."""
+    """Open the pages of a concept's newest version one by one and take their pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concept", default="style-3d")
     parser.add_argument("--mlflow", default=os.environ.get("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000"))
@@ -35,8 +35,8 @@ def main() -> None:
     if not (CHROMIUM and DRIVER):
         raise SystemExit("chromium or chromedriver: not found; on Debian: apt-get install chromium-driver")
     client = MlflowClient(given.mlflow)
-    champion = client.get_model_version_by_alias(f"dopsd-{given.concept}", "champion")
-    run = client.get_run(champion.run_id)
+    newest = client.get_model_version_by_alias(f"dopsd-{given.concept}", "candidate")
+    run = client.get_run(newest.run_id)
     experiment = f"{given.mlflow}/#/experiments/{run.info.experiment_id}"
     below = client.search_runs([run.info.experiment_id], f"tags.mlflow.parentRunId = '{run.info.run_id}'")
     method = next(r.info.run_id for r in below if r.data.tags["dopsd.method"] == "d-opsd")
@@ -48,6 +48,8 @@ def main() -> None:
     pages = given.prefect.removesuffix("/api")
     with browser() as page:
         page.open(f"{pages}/runs/flow-run/{flow_run}", name, "Completed", f"tune {given.concept}")
+        page.click("Task Runs")
+        page.wait("train " + given.concept)
         page.shoot(OUT / "prefect-flow-run.png")
         page.open(f"{pages}/artifacts/artifact/{artifact}", "D-OPSD", "its run")
         page.shoot(OUT / "prefect-artifact.png")
@@ -56,6 +58,8 @@ def main() -> None:
         page.open(f"{experiment}/runs/{method}/model-metrics", "preview/student", "images_per_second")
         page.wait_for_pictures(2)
         page.shoot(OUT / "mlflow-charts.png")
+        page.open(f"{experiment}/runs/{method}/system-metrics", "cpu_utilization_percentage")
+        page.shoot(OUT / "mlflow-system.png")
         page.open(f"{experiment}/runs/{method}/artifacts", "images")
         page.shoot(OUT / "mlflow-artifacts.png")
     print(f"{OUT}/prefect-*.png, mlflow-*.png")

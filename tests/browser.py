@@ -40,6 +40,10 @@ class Browser:
             lambda driver: driver.execute_script(script) >= least, f"fewer than {least} pictures"
         )
 
+    def click(self, text: str) -> None:
+        """Click on what says just ``text``."""
+        self._driver.find_element(By.XPATH, f"(//*[normalize-space(.)='{text}'])[last()]").click()
+
     @property
     def text(self) -> str:
         """What the page says."""

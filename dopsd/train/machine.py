@@ -26,22 +26,24 @@ class MachineLoad:
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
         self._looks = 0
+        self._failed = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="machine load", daemon=True)
 
     def __enter__(self) -> None:
-        psutil.cpu_percent()  # the first answer says nothing
         self._network = psutil.net_io_counters()
         self._thread.start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._failed = error is not None
         self._over.set()
         self._thread.join()
-        if error is None:
-            self._tell()
 
     def _watch(self) -> None:
+        psutil.cpu_percent()  # since the last time that this thread asked: the first answer says nothing
         while not self._over.wait(SECONDS):
+            self._tell()
+        if not self._failed:
             self._tell()
 
     def _tell(self) -> None:
