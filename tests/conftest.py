@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from tests import stack, tiny
+from tests import tiny
 
 LONGEST = (
     "test_services.py",
-    "test_services_killed.py",
     "test_launch.py",
     "test_launch_ends.py",
     "test_elastic.py",
@@ -37,15 +34,3 @@ def _one_thread() -> None:
 def family():
     """A fresh random Z-Image family."""
     return tiny.tiny_family()
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[stack.Stack]:
-    """The service of a tiny project, up: one for each file, for files run side by side."""
-    here = stack.Stack.with_free_ports(stack.project(tmp_path_factory.mktemp("service") / "project"))
-    try:
-        done = here.run("up")
-        assert done.returncode == 0, done.stdout + done.stderr
-        yield here
-    finally:
-        here.run("down")

@@ -105,7 +105,7 @@ class Stack:
         url = f"{self.api}/{path}"
 
         def once() -> httpx.Response:
-            return httpx.get(url, timeout=60) if content is None else httpx.post(url, json=content, timeout=60)
+            return httpx.get(url, timeout=LIMIT) if content is None else httpx.post(url, json=content, timeout=LIMIT)
 
         return (
             until(once, lambda answer: answer.status_code != httpx.codes.SERVICE_UNAVAILABLE).raise_for_status().json()

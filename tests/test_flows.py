@@ -225,3 +225,14 @@ def test_nightly_tunes_what_changed_and_nothing_else(
     assert tuned() == ["spots"], "which did not stop the other"
     client = MlflowClient(f"sqlite:///{project}/mlflow.db")
     assert int(client.get_model_version_by_alias("dopsd-spots", "candidate").version) == 2
+
+    champion = client.get_model_version_by_alias("dopsd-spots", "champion")
+    before = json.loads(champion.tags["dopsd.scores"])
+    unreachable = before | {"concept": {name: value + 1 for name, value in before["concept"].items()}}
+    client.set_model_version_tag("dopsd-spots", champion.version, "dopsd.scores", json.dumps(unreachable))
+    assert nightly(concepts=["spots"], overrides=["train.max_steps=4"], return_state=True).is_completed()
+    assert tuned() == ["spots"]
+    challenger = client.get_model_version_by_alias("dopsd-spots", "candidate")
+    assert int(challenger.version) == 3
+    assert challenger.tags["dopsd.gate.reason"].startswith("worse than the champion")
+    assert client.get_model_version_by_alias("dopsd-spots", "champion").version == champion.version

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 
+from tests import stack
 from tests.browser import CHROMIUM, DRIVER, browser
 from tests.stack import Stack, until
 
@@ -17,6 +21,18 @@ from tests.stack import Stack, until
 def down(tmp_path: Path) -> Stack:
     """A service that is not up."""
     return Stack.with_free_ports(tmp_path / "project")
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The service, up."""
+    here = Stack.with_free_ports(stack.project(tmp_path_factory.mktemp("service") / "project"))
+    try:
+        done = here.run("up")
+        assert done.returncode == 0, done.stdout + done.stderr
+        yield here
+    finally:
+        here.run("down")
 
 
 def test_a_taken_port_is_one_clear_line(down: Stack) -> None:
@@ -122,6 +138,33 @@ def test_both_web_pages_show_the_run(service: Stack) -> None:
         page.open(f"{experiment}/runs/{method.info.run_id}/model-metrics", "preview/student", "images_per_second")
         page.wait_for_pictures(2)
         page.open(f"{experiment}/runs/{method.info.run_id}/artifacts", "images")
+
+
+def test_killed_and_cancelled_runs_leave_no_process_and_the_next_one_goes_on(service: Stack) -> None:
+    """kill -9 to Prefect's worker and to the flow run; the next run of the same goes on, and is cancelled."""
+    how: dict[str, Any] = {"concepts": ["spots"], "overrides": ["train.max_steps=100000"]}
+    first = service.start(**how)
+    until(lambda: service.steps(first) > 8)
+    assert service.training()
+    for process in [*service.find("worker start"), *service.find("prefect.engine")]:
+        process.send_signal(signal.SIGKILL)
+    until(lambda: not service.training())
+    until(lambda: service.find("worker start"))  # supervisord starts it again
+
+    second = service.start(**how)
+    until(lambda: service.training() and service.rows("spots") > 0 and "resuming at step" in _worker_log(service))
+    cancelled = service.prefect_cli("flow-run", "cancel", second)
+    said, _ = cancelled.communicate()
+    assert cancelled.returncode == 0, said
+    assert service.end(second)["type"] == "CANCELLED"
+    until(lambda: not service.training())
+    until(lambda: not service.find("prefect.engine"))
+    until(lambda: not service.find("ray::PlacementGroupCleaner"))  # one for each job, if left to itself
+    until(lambda: service.state(first)["type"] == "CRASHED")  # it has said nothing since
+
+
+def _worker_log(service: Stack) -> str:
+    return (service.folder / "logs" / "worker.log").read_text()
 
 
 def test_down_leaves_nothing(service: Stack) -> None:
