@@ -116,7 +116,7 @@ def _stage(stage: str, concept: str, settings: Settings, root: str) -> bool:
         return False
     said = "its result was replaced or removed since"
     if made == before:
-        if stage != "register" or is_registered(concept, settings, Path(root)):
+        if stage != "register" or _registered(concept, settings, root):
             return True
         said = "the registry has no version that was made from this and judged"
     get_run_logger().info("%s %s: %s; running it again", stage, concept, said)
@@ -126,9 +126,15 @@ def _stage(stage: str, concept: str, settings: Settings, root: str) -> bool:
 
 
 def _name_of_run() -> str:
-    asked = runtime.flow_run.parameters
-    concepts = asked.get("concepts") or load_settings(Path(asked["params"])).concepts
-    return f"tune {', '.join(concepts)}"
+    return f"tune {', '.join(runtime.flow_run.parameters.get('concepts') or ['all'])}"
+
+
+def _registered(concept: str, settings: Settings, root: str) -> bool:
+    """Whether the registry has it; one that does not answer is asked again by stage register, which is patient."""
+    try:
+        return is_registered(concept, settings, Path(root))
+    except RegistryAway:
+        return False
 
 
 @flow(name="dopsd", flow_run_name=_name_of_run, task_runner=ThreadPoolTaskRunner(max_workers=16), log_prints=True)
