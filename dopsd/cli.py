@@ -78,8 +78,8 @@ def main() -> None:
     """The entry point: run the command, and turn a person's mistake into one line."""
     try:
         app()
-    except (ValueError, FileNotFoundError) as error:
-        # our own errors are a person's mistakes; a ValueError out of a library is a fault that needs its traceback
+    except (ValueError, RuntimeError, FileNotFoundError) as error:
+        # our own errors are a person's mistakes, or a machine that is away; those out of a library need their traceback
         ours = type(error).__module__.partition(".")[0] == "dopsd" or isinstance(error, FileNotFoundError)
         if not ours or "--debug" in sys.argv[1:]:
             raise

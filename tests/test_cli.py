@@ -145,6 +145,14 @@ def test_a_mistake_is_said_in_words(
     assert told.startswith("error: ")
 
 
+def test_a_cluster_that_is_away_is_said_in_words(
+    inside: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    told = _mistake(capsys, monkeypatch, "train", "-c", "blots", "--set", "compute.launcher=ray")
+    assert "error: cannot reach the cluster at 127.0.0.1:9" in told
+
+
 def test_debug_shows_where(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["dopsd", "--debug", "train", "-c", "blots", "--set", "x=1"])
     with pytest.raises(ValueError, match="x: unknown setting"):
