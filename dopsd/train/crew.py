@@ -33,7 +33,7 @@ class Crew:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         asked = resources(compute, model.device)
-        self.size = min(members(compute), max(1, _places(asked)))
+        self.size = min(members(compute), max(1, _room_for(asked)))
         # all places at once: two crews that each had some of what they need would wait for each other
         self._places = placement_group([asked] * self.size)
         ray.get(self._places.ready())
@@ -59,7 +59,7 @@ class Crew:
         remove_placement_group(self._places)
 
 
-def _places(asked: Mapping[str, float]) -> int:
+def _room_for(asked: Mapping[str, float]) -> int:
     """How many workers that ask for this fit on the nodes that there are, when nobody else uses them."""
     import ray
 

@@ -15,6 +15,7 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,8 @@ class _Reader:
             raise self._failure
 
     def _read(self) -> None:
+        from ray.exceptions import RayError
+
         open_methods: dict[str, tuple[Any, Observer, Progress]] = {}
         try:
             while (message := self._news.get()) is not None:
@@ -278,8 +281,9 @@ class _Reader:
                         bar.to(content[0], content[1]["train/loss"], content[1]["train/images_per_second"])
         except BaseException as failure:
             self._failure = failure
-            while self._news.get() is not None:
-                pass  # nobody hears them, but they must not pile up until training ends
+            with suppress(RayError):  # where it is Ray that is gone, no news come
+                while self._news.get() is not None:
+                    pass  # nobody hears them, but they must not pile up until training ends
         finally:
             for context, _, bar in open_methods.values():
                 bar.close()
