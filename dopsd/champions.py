@@ -93,11 +93,6 @@ def reasons_to_train(concept: str, table: ConceptTable, settings: Settings, root
     return [f"{what} changed since version {version.version}" for what in differences]
 
 
-def is_registered(concept: str, content_hash: str, settings: Settings, root: Path) -> bool:
-    """Whether the registry has a judged version made from just this. Raises ``RegistryAway``."""
-    return Registry(root).judged(concept, made_of(content_hash, settings, root))
-
-
 def register_version(
     concept: str, run_id: str, table: ConceptTable, holdout_hash: str | None, metrics: dict[str, Any], run: Path,
     settings: Settings, root: Path, tags: dict[str, str], evaluate_again: Callable[[Path, Path], dict[str, Any]],
@@ -112,21 +107,8 @@ def register_version(
     method = settings.train.methods[0]
     registry, made = Registry(root), made_of(table.content_hash, settings, root)
     asked = _asked(holdout_hash, made, settings)
-    champion_scores, obstacle = None, ""
-    if champion := registry.champion(concept):
-        version, before, champion_scores = champion
-        if champion_scores.get("asked") != asked:
-            print(f"register: the champion, version {version.version}, was asked other things; evaluating it anew")
-            with tempfile.TemporaryDirectory(prefix="dopsd-champion-") as place:
-                its_base = root / settings.model.path
-                if before.base != made.base:
-                    its_base = registry.base(version, Path(place)) or its_base
-                    if its_base == root / settings.model.path:
-                        obstacle = f"version {version.version}, the champion, was made for another base, which is gone"
-                if not obstacle:
-                    again = evaluate_again(registry.adapter(version, Path(place)), its_base)
-                    champion_scores = scores_of(again, CHAMPION, asked)
     base = root / settings.model.path
+    champion_scores, obstacle = _champion_scores(registry, concept, made, asked, base, evaluate_again)
     stored = sum(f.stat().st_size for f in base.rglob("*") if f.is_file()) <= settings.registry.max_base_gib * 2**30
     files = {
         "adapter": run / "export" / DIFFUSERS_FILE,
@@ -142,6 +124,26 @@ def register_version(
         concept, run_id, made, scores_of(metrics, method, asked), tags, champion_scores, files, serving,
         settings.registry, obstacle,
     )  # fmt: skip
+
+
+def _champion_scores(
+    registry: Registry, concept: str, made: Made, asked: str, base: Path,
+    evaluate_again: Callable[[Path, Path], dict[str, Any]],
+) -> tuple[dict[str, Any] | None, str]:  # fmt: skip
+    """The champion's answers to what is asked today (none where there is no champion), and why they cannot be had."""
+    champion = registry.champion(concept)
+    if champion is None:
+        return None, ""
+    version, before, scores = champion
+    if scores.get("asked") == asked:
+        return scores, ""
+    print(f"register: the champion, version {version.version}, was asked other things; evaluating it anew")
+    with tempfile.TemporaryDirectory(prefix="dopsd-champion-") as place:
+        its_base = base if before.base == made.base else registry.base(version, Path(place))
+        if its_base is None:
+            return scores, f"version {version.version}, the champion, was made for another base, which is gone"
+        again = evaluate_again(registry.adapter(version, Path(place)), its_base)
+    return scores_of(again, CHAMPION, asked), ""
 
 
 def _asked(holdout_hash: str | None, made: Made, settings: Settings) -> str:

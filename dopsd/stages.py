@@ -211,12 +211,13 @@ def _register_version(concept: str, settings: Settings, root: Path, table: Conce
 
 def is_registered(concept: str, settings: Settings, root: Path) -> bool:
     """Whether stage register has nothing to do: the registry is off, or has a judged version made from just this."""
-    from dopsd.champions import is_registered as has_version
+    from dopsd.champions import made_of
+    from dopsd.registry import Registry
 
     if not (settings.tracking.enabled and settings.registry.enabled):
         return True
     about = _read_json(run_folder(concept, root) / "validated.json", "validate")
-    return has_version(concept, about["content_hash"], settings, root)
+    return Registry(root).judged(concept, made_of(about["content_hash"], settings, root))
 
 
 Stage = Callable[[str, Settings, Path], None]
