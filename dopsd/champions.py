@@ -25,9 +25,10 @@ _TRAINING_CODE = (
     "train/encode.py", "train/gain.py", "train/objective.py", "train/observer.py", "train/parallel.py",
     "train/trainer.py",
 )  # fmt: skip
-_SCORING_CODE = tuple(
-    f"evaluation/{name}.py" for name in ("backbones", "headline", "metrics", "probe", "prompts", "scoring", "suite")
-)
+_SCORING_CODE = (
+    "models", "distill", "evaluation/backbones.py", "evaluation/headline.py", "evaluation/metrics.py",
+    "evaluation/probe.py", "evaluation/prompts.py", "evaluation/scoring.py", "evaluation/suite.py",
+)  # fmt: skip
 
 
 def method_version() -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+from dopsd import champions
 from dopsd.stages import STAGES
 
 ROOT = Path(__file__).parent.parent
@@ -167,6 +168,16 @@ def test_all_code_that_decides_a_result_is_a_dependency() -> None:
             name = _name(path)
             covered = any(name == dep or name.startswith(dep + "/") for dep in listed)
             assert covered or name in not_a_result or path.name == "__init__.py", f"{name}: in no stage of dvc.yaml"
+
+
+def test_versions_of_method_and_scores_are_of_the_code_that_the_stages_depend_on() -> None:
+    def code(*stages: str) -> set[str]:
+        deps = {dep for stage in stages for dep in _pipeline()[stage]["deps"]}
+        return {dep.removeprefix("dopsd/") for dep in deps if dep.startswith("dopsd/")}
+
+    assert set(champions._TRAINING_CODE) == code("encode", "train")
+    shown = {"evaluation/grids.py", "evaluation/naming.py"}  # pictures and words
+    assert set(champions._SCORING_CODE) == code("evaluate") - shown
 
 
 def test_evaluation_settings_and_code_do_not_retrain() -> None:
