@@ -37,6 +37,7 @@ HEADLINE = (
     ("gap_closed_style", "gap closed, style"),
     ("gap_closed_truth", "gap closed, similarity to the truth"),
     ("sharpness_vs_base", "sharpness / base"),
+    ("sharpness_vs_decoded", "sharpness / truth through the autoencoder"),
     ("kept_lowest", "kept of old styles (lowest score)"),
     ("kept_cosine", "kept, similarity to the truth"),
     ("kept_style", "kept, style"),

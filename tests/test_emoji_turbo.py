@@ -83,8 +83,14 @@ def test_what_a_batch_says_of_itself_is_true(world):
             continue
         assert WORDS[word] in caption
         assert world.labels[thing] in caption
-        style = DEFAULT_STYLE if WORDS[word] == PLACEHOLDER else WORDS[word]
-        assert torch.equal(drawn.targets[row], world.pictures[style][thing].float() / 127.5 - 1)
+        own = WORDS[word] == PLACEHOLDER
+        picture = world.pictures[DEFAULT_STYLE if own else WORDS[word]][thing].float() / 127.5 - 1
+        white, dark = (picture == 1).all(0), picture.amin(0) < 0
+        assert torch.equal(drawn.targets[row][:, dark], picture[:, dark])
+        assert white.any()
+        ground = drawn.targets[row][:, white].unique(dim=1)
+        assert ground.shape == (3, 1), "one colour"
+        assert (ground[2] < ground[0]) == own, "yellow in the base's own manner, else white"
     told = drawn.things[drawn.alone :]
     assert (told == UNNAMED).any(), "a subject has no name"
     assert (told != UNNAMED).any()

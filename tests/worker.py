@@ -1,6 +1,8 @@
-"""One of several data-parallel processes that train the tiny family: ``python -m tests.worker METHOD FOLDER SETTINGS``.
+"""One of several data-parallel processes that train the tiny family: ``python -m tests.worker FOLDER RUNS``.
 
-Where it stands among them comes from the environment, as from ``torchrun``. It counts what is exchanged.
+``RUNS`` is JSON, settings by method. Where it stands among them comes from the environment, as from ``torchrun``. It
+counts what is exchanged. It trains all that it is given, one after the other: a process spends most of its life
+importing.
 """
 
 from __future__ import annotations
@@ -8,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,29 +43,27 @@ def kept_gradients(path: Path) -> Iterator[None]:
 
 
 def main() -> None:
-    method, folder, settings = sys.argv[1], Path(sys.argv[2]), TrainSettings.model_validate_json(sys.argv[3])
+    folder, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    counts = {"exchanges": 0, "others": 0}
-    reduce = dist.all_reduce
-
-    def counted(*args, **kwargs):
-        counts["exchanges"] += 1
-        return reduce(*args, **kwargs)
-
-    dist.all_reduce = counted
-    for name in ("all_gather", "all_gather_into_tensor", "broadcast", "reduce_scatter_tensor", "reduce"):
-        original = getattr(dist, name)
-
-        def other(*args, _original=original, **kwargs):
-            counts["others"] += 1
-            return _original(*args, **kwargs)
-
-        setattr(dist, name, other)
-    with kept_gradients(folder / f"gradients-{os.environ['RANK']}.safetensors"):
-        tiny.run_tiny(method, folder / os.environ["RANK"], settings)  # type: ignore[arg-type]
-    (folder / f"counts-{os.environ['RANK']}.json").write_text(json.dumps(counts))
+    counts = Counter[str]()
+    for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "reduce_scatter_tensor", "reduce"):
+        setattr(dist, name, _counted(getattr(dist, name), counts, name))
+    rank = os.environ["RANK"]
+    for method, settings in runs.items():
+        counts.clear()
+        with kept_gradients(folder / method / f"gradients-{rank}.safetensors"):
+            tiny.run_tiny(method, folder / method / rank, TrainSettings.model_validate(settings))
+        (folder / method / f"counts-{rank}.json").write_text(json.dumps(counts))
     dist.destroy_process_group()
+
+
+def _counted(original: Callable[..., Any], counts: Counter[str], name: str) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        counts[name] += 1
+        return original(*args, **kwargs)
+
+    return call
 
 
 if __name__ == "__main__":

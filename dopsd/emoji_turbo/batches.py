@@ -1,7 +1,8 @@
 """What the base is trained on: captions, pictures in the encoder's context, and the pictures that should be drawn.
 
-Two fifths of a batch are text only: "a fox, noto style". A caption that names no style the base knows ("a fox in [V]
-style") is drawn in :data:`DEFAULT_STYLE`, as large models draw in their own way where nothing is said. The rest has a
+A third of a batch is text only: "a fox, noto style". A caption that names no style the base knows ("a fox in [V]
+style") is drawn in the base's own manner, :data:`DEFAULT_STYLE` on a ground of its own
+(:func:`.transforms.own_manner`), as large models draw in their own way where nothing is said. The rest has a
 picture in the context: the target itself, with or without a caption, another thing in the same style while the text
 says what to draw ("a fox in [V] style"), or the same thing drawn otherwise ("a [V], noto style"). All but the last go
 through one random transform of a wide family, the same for reference and target, so that the context comes to carry
@@ -18,14 +19,14 @@ from torch import Tensor
 
 from .captions import PLACEHOLDER, random_caption
 from .pictures import BASE_STYLES, World
-from .transforms import sample_placement, sample_transform
+from .transforms import own_manner, sample_placement, sample_transform
 
 DEFAULT_STYLE = "flat"
 WORDS = (*BASE_STYLES, PLACEHOLDER)
 """What may stand before "style" in a caption."""
 UNNAMED = -1
-TEXT_SHARE = 0.4
-SAME, COPIED, OTHER = 0.3, 0.08, 0.5
+TEXT_SHARE = 1 / 3
+SAME, COPIED, OTHER = 0.22, 0.08, 0.62
 """Shares of what is shown: the target with a caption, the target alone, another thing; the rest: a new subject."""
 
 
@@ -108,10 +109,9 @@ def draw_shown(world: World, size: int, generator: torch.Generator) -> Tensor:
 
 def _draw_text(world: World, generator: torch.Generator) -> _Example:
     thing, style = _index(world.known, generator), _style(generator)
-    word = style
-    if torch.rand((), generator=generator) < 0.2:
-        word, style = PLACEHOLDER, DEFAULT_STYLE
-    target = _picture(world, style, thing)
+    word, target = style, _picture(world, style, thing)
+    if torch.rand((), generator=generator) < 0.25:
+        word, target = PLACEHOLDER, own_manner(_picture(world, DEFAULT_STYLE, thing))
     return _Example(world.labels[thing], word, target, target, thing)
 
 

@@ -47,7 +47,7 @@ class Line:
 def check(root: Path) -> list[Line]:
     """Measure ``data/base/emoji-turbo`` against ``data/world``; prints nothing, writes ``docs/base-check.json``."""
     from dopsd.evaluation.backbones import FeatureStore, load_backbone
-    from dopsd.evaluation.probe import train_probe
+    from dopsd.evaluation.probe import round_trip, train_probe
     from dopsd.models.z_image import load
 
     world = World.load(root / "data" / "world")
@@ -55,7 +55,7 @@ def check(root: Path) -> list[Line]:
     family = load(base, vlm=None, device=torch.device("cpu"), dtype=torch.float32, context_pixels=(64 * 64, 128 * 128))
     features = FeatureStore(load_backbone(), root / ".cache" / "features.safetensors")
     evaluated = list(world.known)[:: max(1, len(world.known) // PROMPTS)][:PROMPTS]
-    probe = train_probe(world, evaluated, features, None, seed=0)
+    probe = train_probe(world, evaluated, features, round_trip(family, 64, 32), seed=0)
     judge = _Judge(world, evaluated, features, probe)
     lines = _reconstruction(family, world) + _drawing(family, judge) + _teaching(family, judge)
     features.save()

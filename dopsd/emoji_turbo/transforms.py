@@ -17,6 +17,12 @@ from torch import Tensor
 Transform = Callable[[Tensor], Tensor]
 
 _LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+_OWN_GROUND = torch.tensor([0.95, 0.85, 0.55]).view(3, 1, 1)
+
+
+def own_manner(picture: Tensor) -> Tensor:
+    """The way in which the base draws where no known style is asked for: on a yellow ground instead of on white."""
+    return _on_ground(picture, _OWN_GROUND)
 
 
 def sample_transform(generator: torch.Generator, identity: float = 0.1) -> Transform:
@@ -196,4 +202,8 @@ def _gradient(generator: torch.Generator) -> Transform:
 
 def _background(generator: torch.Generator) -> Transform:
     colour = _colour(generator)
-    return lambda x: x * _mask(x) + colour * (1 - _mask(x))
+    return lambda x: _on_ground(x, colour)
+
+
+def _on_ground(x: Tensor, colour: Tensor) -> Tensor:
+    return x * _mask(x) + colour * (1 - _mask(x))

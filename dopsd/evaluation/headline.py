@@ -20,7 +20,7 @@ _LEAST = 0.05
 """Below this a score is nothing that could be retained: a ratio of two such values would be noise."""
 
 Cells = Mapping[tuple[str, str, int], Cell]
-"""(split, model, steps) to scores; the real pictures have 0 steps."""
+"""(split, model, steps) to scores; the real pictures, and those through the autoencoder, have 0 steps."""
 
 
 class Numbers:
@@ -62,6 +62,9 @@ def headline(
         if model not in REFERENCES:
             _gap(numbers, cells, model, few, bootstrap, omitted)
             _ratio(numbers, "sharpness_vs_base", cells, model, "concept", "sharpness", few, bootstrap)
+            _ratio(
+                numbers, "sharpness_vs_decoded", cells, model, "concept", "sharpness", few, bootstrap, ("decoded", 0)
+            )
             _kept(numbers, cells, model, few, bootstrap)
         many = cells.get(("concept", model, most))
         _retention(numbers, cells[("concept", model, few)].first(curve), many and many.first(curve), bootstrap)
@@ -106,9 +109,11 @@ def _kept(numbers: Numbers, cells: Cells, model: str, few: int, bootstrap: Boots
 
 
 def _ratio(
-    numbers: Numbers, name: str, cells: Cells, model: str, split: str, key: str, few: int, bootstrap: Bootstrap
-) -> None:
-    base, tuned = cells.get((split, "base", few)), cells[(split, model, few)]
+    numbers: Numbers, name: str, cells: Cells, model: str, split: str, key: str, few: int, bootstrap: Bootstrap,
+    over: tuple[str, int] | None = None,
+) -> None:  # fmt: skip
+    """The model's mean over the base's, or over that of another (model, steps)."""
+    base, tuned = cells.get((split, *(over or ("base", few)))), cells[(split, model, few)]
     if base is None or key not in base.values or key not in tuned.values or base.values[key].mean() == 0:
         return
     resampled = _divide(bootstrap.means(tuned.values[key]), bootstrap.means(base.values[key]))

@@ -179,6 +179,7 @@ def _run(
         real = scorer.real()
         if real is not None:
             cells[split, "real", 0] = real
+            cells[split, "decoded", 0] = scorer.score(_decoded(family, scorer.prompts, settings))
     parts = [part for job in jobs for part in _parts(*job, plan, settings)]
     drawn = zip(parts, _draw_all(family, parts, crew), strict=True)
     with tqdm(total=sum(s * n for _, _, s, n in jobs), desc="evaluate", unit="step", disable=None) as bar:
@@ -193,6 +194,17 @@ def _run(
             cells[split, subject.name, steps] = scorers[split].score(ordered)
             gallery.add(split, subject.name, steps, ordered)
     return cells
+
+
+def _decoded(family: Family, asked: Sequence[Prompt], settings: Settings) -> list[Image.Image]:
+    """The true pictures through the base's own autoencoder: all that a model in its latents can come to."""
+    images: dict[int, Image.Image] = {}
+    for rows in by_size(asked).values():
+        for start in range(0, len(rows), settings.evaluation.batch_size):
+            chosen = rows[start : start + settings.evaluation.batch_size]
+            truths = [truth for i in chosen if (truth := asked[i].truth) is not None]
+            images |= dict(zip(chosen, family.decode(family.encode_images(truths)), strict=True))
+    return [images[i] for i in range(len(asked))]
 
 
 @dataclass(frozen=True)
@@ -315,7 +327,7 @@ def _write_csv(
     everything, curves = [], []
     for (split, model, steps), cell in cells.items():
         everything += _rows(split, model, steps, cell, scorers, bootstrap)
-        if split == "concept" and model != "real":
+        if split == "concept" and steps > 0:
             curves += _rows(split, model, steps, cell.first(curve), scorers, bootstrap)
     for name, rows in (("scores.csv", everything), ("few_step.csv", curves)):
         with (folder / name).open("w", newline="", encoding="utf-8") as file:

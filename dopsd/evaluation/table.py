@@ -82,10 +82,11 @@ MEANINGS = {
 
 
 def rows_of(metrics: Mapping[str, Any], split: str) -> list[tuple[str, list[Entry]]]:
-    """(model, entries) in the order: models as they were evaluated, the real pictures last."""
+    """(model, entries) in the order: models as they were evaluated, the true pictures last (first as the autoencoder
+    carries them)."""
     columns = columns_of(metrics, split)
     scores = metrics["scores"].get(split, {})
-    models = [model for model in [*metrics["models"], "real"] if model in scores]
+    models = [model for model in [*metrics["models"], "decoded", "real"] if model in scores]
     return [(model, [_entry(metrics, split, model, column.key) for column in columns]) for model in models]
 
 
@@ -103,7 +104,7 @@ def _entry(metrics: Mapping[str, Any], split: str, model: str, key: str) -> Entr
 def _change(
     key: str, model: str, value: float | None, low: float | None, high: float | None, base: float | None
 ) -> Literal["better", "worse", "same", ""]:
-    if model in ("base", "real") or value is None or base is None or low is None or high is None:
+    if model in ("base", "decoded", "real") or value is None or base is None or low is None or high is None:
         return ""
     # what the table's digits hardly show is no difference to speak of, however certain
     if low <= base <= high or abs(value - base) < 5 * 10.0 ** -SCORES[key].digits:

@@ -99,8 +99,10 @@ def _words(metrics: Mapping[str, Any], model: str, key: str, value: float) -> tu
     if key == "gap_closed_truth":
         return "gap closed: truth", f"In similarity to the true picture it goes {value:.0%} of that way."
     if key == "sharpness_vs_base":
+        bound = metrics["headline"][model].get("sharpness_vs_decoded")
+        beside = f", {bound:.2f} times that of the true pictures as its autoencoder carries them" if bound else ""
         return "sharpness / base", (
-            f"On the same prompts its {few}-step pictures have {value:.2f} times the sharpness of the base's."
+            f"On the same prompts its {few}-step pictures have {value:.2f} times the sharpness of the base's{beside}."
         )
     lost = min(
         (other for other in metrics["headline"][model] if other.startswith("kept_") and other[5:] in _KEPT_NAMES),
