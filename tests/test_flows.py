@@ -228,7 +228,7 @@ def test_nightly_tunes_what_changed_and_nothing_else(
 
     champion = client.get_model_version_by_alias("dopsd-spots", "champion")
     before = json.loads(champion.tags["dopsd.scores"])
-    unreachable = before | {"concept": {name: value + 1 for name, value in before["concept"].items()}}
+    unreachable = before | {"bar": {name: value + 1 for name, value in before["bar"].items()}}
     client.set_model_version_tag("dopsd-spots", champion.version, "dopsd.scores", json.dumps(unreachable))
     assert nightly(concepts=["spots"], overrides=["train.max_steps=4"], return_state=True).is_completed()
     assert tuned() == ["spots"]

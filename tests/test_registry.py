@@ -150,10 +150,23 @@ def test_a_worse_challenger_does_not_become_champion(
     assert "style 0.300 against 0.500" in candidate.tags["dopsd.gate.reason"]
     assert candidate.tags["dopsd.made.data"] == "d2"
     version, made, kept = registry.champion("style-ink") or pytest.fail("no champion")
-    assert (int(version.version), made, kept) == (int(first.version), MADE, scores(style=0.5))
+    passed = {**scores(style=0.5), "bar": {"style": 0.5, "cosine": 0.4}}
+    assert (int(version.version), made, kept) == (int(first.version), MADE, passed)
     better = _register(registry, tmp_path, trained, scores(style=0.6), data="d3")
     assert better.promoted
     assert client.get_model_version_by_alias("dopsd-style-ink", CHAMPION).version == int(better.version)
+
+
+def test_champions_do_not_sink_by_the_tolerance_one_after_the_other(
+    registry: Registry, tmp_path: Path, trained: dict[str, Any]
+) -> None:
+    promoted = [
+        _register(registry, tmp_path, trained, scores(style=style), data=f"d{style}").promoted
+        for style in (0.50, 0.49, 0.475, 0.60, 0.59, 0.575)
+    ]
+    assert promoted == [True, True, False, True, True, False]
+    anew = scores(style=0.3, asked="others")  # the champion's, where the questions are others now
+    assert judge(scores(style=0.29, asked="others"), anew, SETTINGS).passed
 
 
 def test_a_champion_that_cannot_be_asked_stays(registry: Registry, tmp_path: Path, trained: dict[str, Any]) -> None:

@@ -141,10 +141,18 @@ def test_both_web_pages_show_the_run(service: Stack) -> None:
 
 
 def test_killed_and_cancelled_runs_leave_no_process_and_the_next_one_goes_on(service: Stack) -> None:
-    """kill -9 to Prefect's worker and to the flow run; the next run of the same goes on, and is cancelled."""
+    """kill -9 to Prefect's worker: its run goes on. To the worker and the flow run: the next run of the same goes on,
+    and is cancelled."""
     how: dict[str, Any] = {"concepts": ["spots"], "overrides": ["train.max_steps=100000"]}
     first = service.start(**how)
     until(lambda: service.steps(first) > 8)
+    killed = service.find("worker start")
+    for process in killed:
+        process.send_signal(signal.SIGKILL)
+    until(lambda: set(service.find("worker start")) - set(killed))  # supervisord starts it again
+    known = service.steps(first)
+    until(lambda: service.steps(first) > known)
+    assert service.state(first)["type"] == "RUNNING"
     assert service.training()
     for process in [*service.find("worker start"), *service.find("prefect.engine")]:
         process.send_signal(signal.SIGKILL)

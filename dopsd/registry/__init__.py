@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from dopsd.config import RegistrySettings
 from dopsd.tracking import connect, tracking_uri, without_secrets
 
-from .gate import Verdict, judge
+from .gate import Verdict, bar_of, judge
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -135,6 +135,8 @@ class Registry:
             verdict = Verdict(False, f"{obstacle}: not compared; set the alias {CHAMPION} by hand if this is better")
         else:
             verdict = judge(scores, champion_scores, settings)
+        if verdict.passed:
+            scores = {**scores, "bar": bar_of(scores, champion_scores)}
         values = {f"{_MADE}{key}": value for key, value in made.__dict__.items()}
         values |= {_SCORES: json.dumps(scores, sort_keys=True), **tags, f"{_GATE}": verdict.word,
                    f"{_GATE}.reason": verdict.reason}  # fmt: skip

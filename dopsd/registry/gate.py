@@ -40,6 +40,13 @@ def scores_of(metrics: Mapping[str, Any], model: str, asked: str) -> dict[str, A
     }
 
 
+def bar_of(scores: Mapping[str, Any], champion: Mapping[str, Any] | None) -> dict[str, float]:
+    """What the next one is compared with when these scores become the champion's: the best that any champion before it
+    had on the same questions. Compared with the last one alone, champions could sink by the tolerance each time."""
+    before = {} if champion is None else champion.get("bar", champion["concept"])
+    return {name: max(value, before.get(name, value)) for name, value in scores["concept"].items()}
+
+
 def judge(scores: Mapping[str, Any], champion: Mapping[str, Any] | None, settings: RegistrySettings) -> Verdict:
     """The gate. Raises ``ValueError`` where the champion's scores are of other prompts or seeds."""
     retention = scores["retention"]
@@ -55,7 +62,7 @@ def judge(scores: Mapping[str, Any], champion: Mapping[str, Any] | None, setting
         raise ValueError("the champion was asked other things; evaluate it on the same prompts and seeds first")
     pairs = {
         name: (scores["concept"][name], value)
-        for name, value in champion["concept"].items()
+        for name, value in champion.get("bar", champion["concept"]).items()
         if name in scores["concept"]
     }
     worse = [
@@ -64,5 +71,5 @@ def judge(scores: Mapping[str, Any], champion: Mapping[str, Any] | None, setting
         if mine < theirs - settings.tolerance
     ]
     if worse:
-        return Verdict(False, f"worse than the champion: {', '.join(worse)}")
-    return Verdict(True, f"{kept}; not worse than the champion in {', '.join(pairs)}")
+        return Verdict(False, f"worse than the champions so far: {', '.join(worse)}")
+    return Verdict(True, f"{kept}; not worse than the champions so far in {', '.join(pairs)}")
