@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dopsd.config import LoraSettings, Settings
+from dopsd.config import LoraSettings, ReplaySettings, Settings, load_settings
 from dopsd.data.cache import EncodingCache
 from dopsd.data.schema import validate_dataset
 from dopsd.distill.adapters import STUDENT, add_adapters, lora_layers, save_adapter
@@ -252,6 +252,34 @@ def test_prompts_know_their_truth_and_their_concept(tmp_path, world):
     assert shown == prompts.teacher_rows(table, asked, 3)
     own = [replace(asked[0], text=table.rows[0].captions[0][1])] * 20
     assert 0 not in prompts.teacher_rows(table, own, 3)
+
+
+def test_what_replay_learns_is_not_asked(tmp_path, world):
+    settings = tiny_run_settings(kept_prompts=90)
+    table, holdout = write_concept(tmp_path / "concept", world, {"kind": "style", "style": "ink"})
+    asked = prompts.concept_prompts(table, holdout, world, prompts.read_kind(table, world), settings)
+    before = [p.text for p in prompts.kept_prompts(world, asked, settings)]
+    replay = {"weight": 1.0, "prompts": [before[0], before[40]]}
+    learning = settings.model_copy(
+        update={"train": settings.train.model_copy(update={"replay": ReplaySettings(**replay)})}
+    )
+    after = [p.text for p in prompts.kept_prompts(world, asked, learning)]
+    assert len(after) == len(set(after)) == 90
+    assert not set(after) & set(replay["prompts"])
+    assert set(before) - set(replay["prompts"]) <= set(after)
+
+
+@pytest.mark.parametrize("concept", ["style-3d", "style-ink"])
+def test_the_shipped_evaluation_asks_nothing_that_replay_would_learn(concept):
+    """So that the numbers with and without replay are about the same prompts."""
+    root = WORLD.parent.parent
+    settings = load_settings(root / "params.yaml")
+    table, holdout = validate_dataset(root / "data/concepts" / concept, concept, settings.data)
+    whole = World.load(WORLD)
+    asked = prompts.concept_prompts(table, holdout, whole, prompts.read_kind(table, whole), settings)
+    kept = {p.text for p in prompts.kept_prompts(whole, asked, settings)}
+    assert len(kept) == settings.evaluation.kept_prompts
+    assert not kept & set(settings.train.replay.prompts)
 
 
 # --- headline numbers -------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -114,14 +115,16 @@ def kept_prompts(world: World | None, concept: Sequence[Prompt], settings: Setti
     others = [int(i) for i in draw.permutation(sorted(known - set(shared)))]
     pool = [i for i in [*shared, *others] if i is not None][: max(settings.evaluation.kept_prompts, 1)]
     side = settings.data.resolution
-    prompts = []
-    for number in range(min(settings.evaluation.kept_prompts, len(pool) * len(BASE_STYLES))):
-        # every turn through the pool shifts the styles by one, so no pair comes twice
-        turn, place = divmod(number, len(pool))
-        index, style = pool[place], BASE_STYLES[(place + turn) % len(BASE_STYLES)]
-        truth = fit_image(world_picture(world, style, index), (side, side))
+    replay = settings.train.replay
+    learnt = set(replay.prompts) if replay.weight > 0 else set()  # of what was just learnt nothing need be kept
+    prompts: list[Prompt] = []
+    # every turn through the pool shifts the styles by one, so no pair comes twice
+    for turn, (place, index) in product(range(len(BASE_STYLES)), enumerate(pool)):
+        style = BASE_STYLES[(place + turn) % len(BASE_STYLES)]
         text = caption(world.labels[index], style)
-        prompts.append(Prompt(text, 100_000 + number, side, side, truth, index, style))
+        if text not in learnt and len(prompts) < settings.evaluation.kept_prompts:
+            truth = fit_image(world_picture(world, style, index), (side, side))
+            prompts.append(Prompt(text, 100_000 + len(prompts), side, side, truth, index, style))
     return prompts
 
 
