@@ -396,6 +396,6 @@ def test_the_table_is_the_same_everywhere(run):
     table = headline_table(run[1])
     titles, rows = table_as_text(run[1])
     assert [column.header for column in table.columns] == titles
-    assert [row[0] for row in rows] == ["base, untuned", "teacher", "D-OPSD", "SFT", "truth via autoencoder", "truth"]
+    assert [row[0] for row in rows] == ["base, untuned", "teacher", "D-OPSD", "SFT", "truth, decoded", "truth"]
     style = titles.index("style ↑")
     assert rows[0][style].startswith(f"{run[1]['scores']['concept']['base']['style']:.3f} (")

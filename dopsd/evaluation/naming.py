@@ -16,7 +16,7 @@ COLORS = {
 }  # fmt: skip
 """One colour per model everywhere (Okabe and Ito's set, told apart with every kind of colour vision)."""
 NAMES = {
-    "real": "truth", "decoded": "truth via autoencoder", "base": "base, untuned", "teacher": "teacher",
+    "real": "truth", "decoded": "truth, decoded", "base": "base, untuned", "teacher": "teacher",
     "d-opsd": "D-OPSD", "sft": "SFT",
     "sft-compute": "SFT, equal compute", "sft-teacher": "SFT on teacher's samples", "off-policy": "off-policy",
 }  # fmt: skip

@@ -118,12 +118,17 @@ def _change(
 def headline_table(metrics: Mapping[str, Any]) -> Table:
     """The table for the terminal."""
     few, counts = metrics["few_steps"], metrics["counts"]
+    decoded = "decoded: the true pictures as the autoencoder carries them, the most that the base can draw; "
+    if "decoded" not in metrics["scores"]["concept"]:
+        decoded = ""
     table = Table(
+        pad_edge=False,
+        collapse_padding=True,
         title=f"{metrics['concept']}: {few} steps, {counts['concept_prompts']} prompts that were not trained on",
-        caption=f"intervals, curves over steps and old styles ({counts['kept_prompts']} prompts): see the report",
+        caption=f"{decoded}intervals, curves, old styles ({counts['kept_prompts']} prompts): see the report",
     )
     columns = columns_of(metrics, "concept")
-    table.add_column("model")
+    table.add_column("model", min_width=7)  # the longest word of the names
     for column in columns:
         table.add_column(column.title, justify="right", overflow="fold")
     for model, entries in rows_of(metrics, "concept"):
