@@ -57,17 +57,21 @@ class StyleProbe:
 
 
 def round_trip(family: Family, side: int, batch: int) -> RoundTrip:
-    """Square pictures of ``side`` pixels through the base's own autoencoder, ``batch`` at a time: samples carry its
-    traces, and the probe must not trip over them."""
+    """Pictures as squares of ``side`` pixels through the base's own autoencoder: samples carry its traces, and the
+    probe must not trip over them."""
 
     def through(images: Sequence[Image.Image]) -> list[Image.Image]:
-        out: list[Image.Image] = []
-        for start in range(0, len(images), batch):
-            chunk = [image.resize((side, side)) for image in images[start : start + batch]]
-            out += family.decode(family.encode_images(chunk))
-        return out
+        return decoded(family, [image.resize((side, side)) for image in images], batch)
 
     return through
+
+
+def decoded(family: Family, images: Sequence[Image.Image], batch: int) -> list[Image.Image]:
+    """Pictures of one size through the base's own autoencoder, ``batch`` at a time."""
+    out: list[Image.Image] = []
+    for start in range(0, len(images), batch):
+        out += family.decode(family.encode_images(images[start : start + batch]))
+    return out
 
 
 def train_probe(

@@ -37,7 +37,7 @@ from dopsd.train.trainer import Observer
 from . import headline, prompts
 from .backbones import FeatureStore, load_backbone, picture_key
 from .grids import Gallery
-from .probe import StyleProbe, round_trip, train_probe
+from .probe import StyleProbe, decoded, round_trip, train_probe
 from .prompts import EvaluationError, Kind, Prompt
 from .scoring import Bootstrap, Cell, Scorer, by_size
 
@@ -200,10 +200,8 @@ def _decoded(family: Family, asked: Sequence[Prompt], settings: Settings) -> lis
     """The true pictures through the base's own autoencoder: all that a model in its latents can come to."""
     images: dict[int, Image.Image] = {}
     for rows in by_size(asked).values():
-        for start in range(0, len(rows), settings.evaluation.batch_size):
-            chosen = rows[start : start + settings.evaluation.batch_size]
-            truths = [truth for i in chosen if (truth := asked[i].truth) is not None]
-            images |= dict(zip(chosen, family.decode(family.encode_images(truths)), strict=True))
+        truths = [truth for i in rows if (truth := asked[i].truth) is not None]
+        images |= dict(zip(rows, decoded(family, truths, settings.evaluation.batch_size), strict=True))
     return [images[i] for i in range(len(asked))]
 
 
