@@ -1,7 +1,7 @@
 """The table of docs/results.md: tuning and evaluation over seeds and variants of the method, on the shipped concepts.
 
     python benchmarks/results.py --concepts style-ink style-3d --seeds 0 1 2
-    python benchmarks/results.py --concepts style-ink --seeds 0 --variants paper guidance replay both frozen copy
+    python benchmarks/results.py --concepts style-3d --seeds 0 --variants paper guidance replay both frozen copy
 
 Every run is made by the product's own stages below ``.cache/results``, from ``params.yaml`` and the variant's changes;
 what is finished with today's base is not run again. Writes ``docs/results.json`` and ``docs/results.md``.
@@ -23,16 +23,28 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / ".cache" / "results"
 
+PAPER = ("train.lora.targets=null", "train.learning_rate=1e-4")
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "paper": (),
-    "x0": ("train.loss=x0",),
-    "guidance": ("train.teacher.guidance=2",),
-    "replay": ("train.replay.weight=5",),
-    "both": ("train.teacher.guidance=2", "train.replay.weight=5"),
-    "frozen": ("train.teacher.kind=frozen",),
-    "copy": ("train.teacher.kind=copy",),
-    "ema-0.9": ("train.teacher.decay=0.9",),
+    "default": (),
+    "long": (
+        "train.max_steps=300",
+        "train.learning_rate=1e-3",
+        "train.schedule=cosine",
+        "train.warmup_steps=10",
+        "train.replay.weight=5",
+    ),
+    "paper": PAPER,
+    "x0": (*PAPER, "train.loss=x0"),
+    "guidance": (*PAPER, "train.teacher.guidance=2"),
+    "replay": (*PAPER, "train.replay.weight=5"),
+    "both": (*PAPER, "train.teacher.guidance=2", "train.replay.weight=5"),
+    "frozen": (*PAPER, "train.teacher.kind=frozen"),
+    "copy": (*PAPER, "train.teacher.kind=copy"),
+    "ema-0.9": (*PAPER, "train.teacher.decay=0.9"),
 }
+"""``default`` is ``params.yaml`` as it is, ``long`` thrice that with replay, for ink; all others adapt every layer, at
+the authors' rate."""
+WITH_SFT = ("default", "paper")
 HEADLINE = (
     ("gap_closed_style", "gap closed, style"),
     ("gap_closed_truth", "gap closed, similarity to the truth"),
@@ -50,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concepts", nargs="+", default=["style-ink", "style-3d"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["paper"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["default"])
     given = parser.parse_args()
     for variant in given.variants:
         for concept in given.concepts:
@@ -69,7 +81,7 @@ def run(concept: str, variant: str, seed: int) -> None:
     overrides = (*VARIANTS[variant], f"train.seed={seed}", f"evaluation.seed={1234 + seed}", "tracking.enabled=false")
     overrides = (*overrides, "evaluation.steps=[4]", "evaluation.few_steps=4")  # curves are in each report
     overrides = (*overrides, "compute.launcher=local")
-    if variant != "paper":
+    if variant not in WITH_SFT:
         overrides = (*overrides, "train.methods=[d-opsd]")
     settings = load_settings(ROOT / "params.yaml", overrides)
     name = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:16]
@@ -118,7 +130,7 @@ def write_tables() -> None:
         "otherwise, unseen prompts; mean over the seeds, in brackets the smallest and the largest.",
     ]
     summary = []
-    for (concept, variant), members in sorted(groups.items(), key=lambda g: (g[0][1] != "paper", g[0])):
+    for (concept, variant), members in sorted(groups.items(), key=lambda g: (list(VARIANTS).index(g[0][1]), g[0])):
         lines += ["", f"## {concept}, {variant} (seeds {', '.join(str(m['seed']) for m in members)})", ""]
         lines += [*_headline(members), "", *_scores(members, "concept"), "", *_scores(members, "kept")]
         summary.append({"concept": concept, "variant": variant, "runs": members})
