@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dopsd.config import LoraSettings
+from dopsd.config import LoraSettings, load_settings
 from dopsd.distill.adapters import (
     AdapterError,
     adapter_applied,
@@ -15,6 +15,7 @@ from dopsd.distill.adapters import (
     save_adapter,
 )
 from tests import tiny
+from tests.tiny_project import ROOT
 
 LORA = LoraSettings(rank=4)
 
@@ -40,6 +41,14 @@ def test_every_pattern_of_the_family_matches_in_every_block(family):
     assert {pattern: len(names) for pattern, names in matched.items()} == dict.fromkeys(family.lora_targets, 4)
     attention = {n for n in linear_layers(family.transformer) if "attention" in n or "feed_forward" in n}
     assert {name for names in matched.values() for name in names} == attention
+
+
+def test_the_shipped_settings_adapt_all_that_reads_the_caption_and_nothing_that_denoises(family):
+    targets = load_settings(ROOT / "params.yaml").train.lora.targets
+    adapted = [name for names in match_targets(family.transformer, targets).values() for name in names]
+    refiner = family.transformer.context_refiner
+    inner = [f"context_refiner.{name}" for name in linear_layers(refiner)]
+    assert sorted(adapted) == sorted(inner)
 
 
 @pytest.mark.parametrize(
