@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / ".cache" / "results"
 
-PAPER = ("train.lora.targets=null", "train.learning_rate=1e-4")
+PAPER = ("tuning={}", "train.lora.targets=null", "train.learning_rate=1e-4")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "default": (),
     "long": (
@@ -83,8 +83,8 @@ def run(concept: str, variant: str, seed: int) -> None:
     overrides = (*overrides, "compute.launcher=local")
     if variant not in WITH_SFT:
         overrides = (*overrides, "train.methods=[d-opsd]")
-    settings = load_settings(ROOT / "params.yaml", overrides)
-    name = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:16]
+    settings = load_settings(ROOT / "params.yaml", overrides).of(concept)
+    name = hashlib.sha256(settings.model_dump_json(exclude={"tuning", "concepts"}).encode()).hexdigest()[:16]
     if result.exists() and json.loads(result.read_text())["settings"] == name:
         return
     root.mkdir(parents=True, exist_ok=True)

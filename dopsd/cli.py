@@ -204,7 +204,10 @@ def concept_add(
 
     table = add_concept(folder, name, Path(), _settings(params, overrides).data, replace)
     print(f"{len(table.rows)} images -> {table.root}")
-    print(f"next: add {name} to `concepts` in {params}, then `dvc repro report@{name} register@{name}`")
+    print(
+        f"next: in {params} add {name} to `concepts` and `{name}: {{}}` to `tuning`, then "
+        f"`dvc repro report@{name} register@{name}`"
+    )
 
 
 @track_app.command("sync")

@@ -190,10 +190,42 @@ class Settings(_Settings):
     model: ModelSettings
     data: DataSettings
     train: TrainSettings
+    tuning: dict[str, dict[str, Any]] = {}
+    """By concept, what differs from ``train`` there (:meth:`of` puts it in); without an entry, nothing does."""
     evaluation: EvaluationSettings = EvaluationSettings()
     compute: ComputeSettings = ComputeSettings()
     registry: RegistrySettings = RegistrySettings()
     tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="after")
+    def _every_concept_tunes(self) -> Settings:
+        for concept in self.tuning:
+            if concept not in self.concepts:
+                raise ValueError(f"tuning.{concept}: no such concept in `concepts`; remove it or check the spelling")
+            self.of(concept)
+        for concept in self.concepts:
+            self.tuning.setdefault(concept, {})
+        return self
+
+    def of(self, concept: str) -> Settings:
+        """These settings for one concept: ``train`` with ``tuning.<concept>`` over it. Done twice it is the same."""
+        own = self.tuning.get(concept)
+        if not own:
+            return self
+        merged = _merged(self.train.model_dump(), own)
+        try:
+            return self.model_copy(update={"train": TrainSettings.model_validate(merged)})
+        except ValidationError as error:
+            raise ValueError("; ".join(f"tuning.{concept}.{_say(fault)}" for fault in error.errors())) from None
+
+
+def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``values`` with ``changes`` over them, group by group."""
+    merged = dict(values)
+    for key, change in changes.items():
+        before = merged.get(key)
+        merged[key] = _merged(before, change) if isinstance(before, dict) and isinstance(change, dict) else change
+    return merged
 
 
 def load_settings(path: Path, overrides: tuple[str, ...] = ()) -> Settings:
@@ -218,10 +250,15 @@ def load_settings(path: Path, overrides: tuple[str, ...] = ()) -> Settings:
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
+    """Put one ``a.b=value`` into ``raw``. What is said of ``train`` there holds for every concept, over its own."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise SettingsError(f"override {override!r}: expected KEY=VALUE, for example train.max_steps=100")
     *parents, last = key.split(".")
+    if parents and parents[0] == "train":
+        tuning = raw.get("tuning")
+        for own in tuning.values() if isinstance(tuning, dict) else ():
+            _forget(own, [*parents[1:], last])
     node: Any = raw
     for parent in parents:
         node = node.setdefault(parent, {})
@@ -233,10 +270,20 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise SettingsError(f"override {override!r}: {value!r} is not a YAML value") from None
 
 
+def _forget(values: Any, path: list[str]) -> None:
+    """Remove a setting, or a group of them, where it is."""
+    for part in path[:-1]:
+        values = values.get(part) if isinstance(values, dict) else None
+    if isinstance(values, dict):
+        values.pop(path[-1], None)
+
+
 def _say(fault: Any) -> str:
     key = ".".join(str(part) for part in fault["loc"]) or "settings"
     if fault["type"] == "extra_forbidden":
         return f"{key}: unknown setting; remove it or check the spelling"
     if fault["type"] == "missing":
         return f"{key}: missing; add it"
-    return f"{key}: {fault['msg'].removeprefix('Value error, ')} (got {fault['input']!r})"[:400]
+    if fault["type"] == "value_error":  # ours, of several settings together: it says what was found
+        return ": ".join([*([key] if fault["loc"] else []), fault["msg"].removeprefix("Value error, ")])
+    return f"{key}: {fault['msg']} (got {fault['input']!r})"[:400]

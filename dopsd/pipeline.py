@@ -22,8 +22,10 @@ def inputs_hash(stage: str, concept: str, settings: Settings, root: Path) -> str
     """Hash of a stage's dependencies (files by content) and of the settings that it reads."""
     spec = _stages(root)[stage]
     values = settings.model_dump(mode="json")
+    values["tuning"].setdefault(concept, {})  # a concept may be run that the settings do not list
     digest = hashlib.sha256(f"{stage}\n{concept}\n".encode())
     for key in spec.get("params", []):
+        key = _filled(key, concept, settings)
         digest.update(f"{key}={json.dumps(_lookup(values, key), sort_keys=True)}\n".encode())
     for dep in spec["deps"]:
         digest.update(hash_path(root / _filled(dep, concept, settings), root).encode())

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -221,7 +222,19 @@ def is_registered(concept: str, settings: Settings, root: Path) -> bool:
 
 
 Stage = Callable[[str, Settings, Path], None]
-STAGES: dict[str, Stage] = {stage.__name__: stage for stage in (validate, encode, train, evaluate, report, register)}
+def _of_concept(stage: Stage) -> Stage:
+    """The stage with the settings of its concept."""
+
+    @wraps(stage)
+    def run(concept: str, settings: Settings, root: Path) -> None:
+        stage(concept, settings.of(concept), root)
+
+    return run
+
+
+STAGES: dict[str, Stage] = {
+    stage.__name__: _of_concept(stage) for stage in (validate, encode, train, evaluate, report, register)
+}
 
 
 def load_base(settings: Settings, root: Path, encoders: bool = True) -> Family:

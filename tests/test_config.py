@@ -64,6 +64,10 @@ def test_the_shipped_concepts_are_there() -> None:
         ({"train__replay": {"weight": 1.0}}, "replay.prompts is empty"),
         ({"evaluation__few_steps": 3}, "must be one of evaluation.steps"),
         ({"data": ...}, "data: missing"),
+        ({"tuning__style-ink": {"learning_rates": 1}}, "tuning.style-ink.learning_rates: unknown setting"),
+        ({"tuning__style-ink": {"replay": {"weight": -1}}}, "tuning.style-ink.replay.weight: "),
+        ({"tuning__style-in": {}}, "tuning.style-in: no such concept"),
+        ({"tuning__style-ink": 3}, "tuning.style-ink: "),
     ],
 )
 def test_a_wrong_key_is_named(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
@@ -109,6 +113,20 @@ def test_overrides(tmp_path: Path) -> None:
     ):
         with pytest.raises(SettingsError, match=said):
             load_settings(SHIPPED, (override,))
+
+
+def test_a_concept_has_settings_of_its_own_unless_the_command_line_says_otherwise(tmp_path: Path) -> None:
+    own = {"max_steps": 7, "lora": {"rank": 2}}
+    path = _write(tmp_path, **{"tuning__style-ink": own, "tuning__style-3d": ...})
+    shared = load_settings(path)
+    ink = shared.of("style-ink")
+    assert (ink.train.max_steps, ink.train.lora.rank) == (7, 2)
+    assert ink.train.lora.targets == shared.train.lora.targets, "a group's other settings stay"
+    assert ink.of("style-ink") == ink
+    assert shared.of("style-3d") == shared == shared.of("nowhere listed"), "no entry is an empty one"
+    asked = load_settings(path, ("train.lora.rank=3",)).of("style-ink").train
+    assert (asked.max_steps, asked.lora.rank) == (7, 3)
+    assert load_settings(path, ("train.lora={rank: 4}",)).of("style-ink").train.lora.rank == 4
 
 
 def test_settings_cannot_be_changed_by_accident() -> None:

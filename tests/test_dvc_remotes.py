@@ -113,6 +113,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _run(root, "dopsd", "concept", "add", "../pictures", "--name", NAME)
     settings = yaml.safe_load((root / "params.yaml").read_text())
     settings["concepts"].append(NAME)
+    settings["tuning"][NAME] = {}
     (root / "params.yaml").write_text(yaml.safe_dump(settings))
     assert _dvc(root, "repro", *STAGES).count("Running stage") == len(STAGES)
     _commit(root)

@@ -12,6 +12,8 @@ from pathlib import Path
 import yaml
 
 from dopsd import champions
+from dopsd.config import Settings, load_settings
+from dopsd.pipeline import inputs_hash
 from dopsd.stages import STAGES
 
 ROOT = Path(__file__).parent.parent
@@ -184,6 +186,16 @@ def test_evaluation_settings_and_code_do_not_retrain() -> None:
     train = _pipeline()["train"]
     assert not any("evaluation" in item for item in [*train["params"], *train["deps"]])
     assert "evaluation" in _pipeline()["evaluate"]["params"]
+
+
+def test_settings_of_one_concept_run_that_concept_alone_again() -> None:
+    def inputs(stage: str, concept: str, settings: Settings) -> str:
+        return inputs_hash(stage, concept, settings, ROOT)
+
+    before, after = (load_settings(ROOT / "params.yaml", (f"tuning.style-ink.max_steps={n}",)) for n in (7, 8))
+    assert inputs("train", "style-ink", before) != inputs("train", "style-ink", after)
+    assert inputs("train", "style-3d", before) == inputs("train", "style-3d", after)
+    assert inputs("evaluate", "style-ink", before) == inputs("evaluate", "style-ink", after)
 
 
 # --- what is said about it --------------------------------------------------------------------------------------------
