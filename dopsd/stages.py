@@ -222,6 +222,8 @@ def is_registered(concept: str, settings: Settings, root: Path) -> bool:
 
 
 Stage = Callable[[str, Settings, Path], None]
+
+
 def _of_concept(stage: Stage) -> Stage:
     """The stage with the settings of its concept."""
 
