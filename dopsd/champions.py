@@ -82,7 +82,7 @@ def reasons_to_train(concept: str, table: ConceptTable, settings: Settings, root
     """Why ``concept`` is to be tuned again; empty where its champion, or its latest candidate that the gate judged, was
     made from just this data, base, method and settings. Raises ``RegistryAway``."""
     registry = Registry(root)
-    now = made_of(table.content_hash, settings, root)
+    now = made_of(table.content_hash, settings.of(concept), root)
     champion = registry.champion(concept)
     if champion is None:
         judged = registry.judged(concept, now)

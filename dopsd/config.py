@@ -198,13 +198,11 @@ class Settings(_Settings):
     tracking: TrackingSettings = TrackingSettings()
 
     @model_validator(mode="after")
-    def _every_concept_tunes(self) -> Settings:
+    def _tuning_fits(self) -> Settings:
         for concept in self.tuning:
             if concept not in self.concepts:
                 raise ValueError(f"tuning.{concept}: no such concept in `concepts`; remove it or check the spelling")
             self.of(concept)
-        for concept in self.concepts:
-            self.tuning.setdefault(concept, {})
         return self
 
     def of(self, concept: str) -> Settings:
@@ -254,11 +252,11 @@ def _override(raw: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise SettingsError(f"override {override!r}: expected KEY=VALUE, for example train.max_steps=100")
-    *parents, last = key.split(".")
-    if parents and parents[0] == "train":
-        tuning = raw.get("tuning")
-        for own in tuning.values() if isinstance(tuning, dict) else ():
-            _forget(own, [*parents[1:], last])
+    *parents, last = path = key.split(".")
+    tuning = raw.get("tuning")
+    if path[0] == "train" and isinstance(tuning, dict):
+        for concept in list(tuning):
+            _forget(tuning, [concept, *path[1:]])
     node: Any = raw
     for parent in parents:
         node = node.setdefault(parent, {})
@@ -285,5 +283,6 @@ def _say(fault: Any) -> str:
     if fault["type"] == "missing":
         return f"{key}: missing; add it"
     if fault["type"] == "value_error":  # ours, of several settings together: it says what was found
-        return ": ".join([*([key] if fault["loc"] else []), fault["msg"].removeprefix("Value error, ")])
+        place = f"{key}: " if fault["loc"] else ""
+        return place + fault["msg"].removeprefix("Value error, ")
     return f"{key}: {fault['msg']} (got {fault['input']!r})"[:400]

@@ -218,7 +218,7 @@ def is_registered(concept: str, settings: Settings, root: Path) -> bool:
     if not (settings.tracking.enabled and settings.registry.enabled):
         return True
     about = _read_json(run_folder(concept, root) / "validated.json", "validate")
-    return Registry(root).judged(concept, made_of(about["content_hash"], settings, root))
+    return Registry(root).judged(concept, made_of(about["content_hash"], settings.of(concept), root))
 
 
 Stage = Callable[[str, Settings, Path], None]

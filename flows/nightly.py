@@ -40,7 +40,7 @@ def due(concept: str, settings: Settings, root: str) -> list[str]:
     except Exception as error:
         artifacts.faults(concept, error)
         raise
-    return reasons_to_train(concept, table, settings.of(concept), Path(root))
+    return reasons_to_train(concept, table, settings, Path(root))
 
 
 @flow(name="dopsd-nightly", flow_run_name="nightly", task_runner=ThreadPoolTaskRunner(max_workers=16), log_prints=True)

@@ -81,7 +81,7 @@ STAGE_TASKS = {
 @task(name="tune", task_run_name="tune {concept}", persist_result=False)
 def tune(concept: str, settings: Settings, root: str) -> str:
     """All stages of one concept, in order; returns which of them were run and which were reused."""
-    logger, settings = get_run_logger(), settings.of(concept)
+    logger = get_run_logger()
     lock = FileLock(run_folder(concept, Path(root)) / ".lock")
     Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -127,6 +127,8 @@ def test_a_concept_has_settings_of_its_own_unless_the_command_line_says_otherwis
     asked = load_settings(path, ("train.lora.rank=3",)).of("style-ink").train
     assert (asked.max_steps, asked.lora.rank) == (7, 3)
     assert load_settings(path, ("train.lora={rank: 4}",)).of("style-ink").train.lora.rank == 4
+    whole = "train={max_steps: 9, batch_size: 1, learning_rate: 1.0e-3}"
+    assert load_settings(path, (whole,)).of("style-ink").train.max_steps == 9
 
 
 def test_settings_cannot_be_changed_by_accident() -> None:

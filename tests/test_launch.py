@@ -78,7 +78,7 @@ def bucket() -> Iterator[Bucket]:
 
 
 def _settings(root: Path, *overrides: str) -> Settings:
-    return load_settings(root / "params.yaml", overrides)
+    return load_settings(root / "params.yaml", overrides).of("blots")
 
 
 def _job(root: Path, name: str, *overrides: str) -> Job:

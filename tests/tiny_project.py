@@ -48,8 +48,9 @@ def make_project(root: Path, concepts: Sequence[str] = ("blots",), **train: Any)
         "concepts": list(concepts),
         "model": {"path": "data/base/tiny", "device": "cpu", "context_pixels": [4096, 4096]},
         "data": {"resolution": 64},
-        "train": how | {"methods": train.get("methods", ["d-opsd", "sft"])},
-        "tuning": {concept: {} for concept in concepts},
+        # each concept's own number of steps lies over the common one, so that whoever reads `train` alone is found out
+        "train": how | {"methods": train.get("methods", ["d-opsd", "sft"]), "max_steps": how["max_steps"] + 1},
+        "tuning": {concept: {"max_steps": how["max_steps"]} for concept in concepts},
         "evaluation": {"steps": [1, 2], "few_steps": 2, "max_prompts": 3, "curve_prompts": 2},
         "compute": {"launcher": "local"},
         "registry": {"min_retention": 0.0},  # random pictures: what the gate asks for is tested where it is
