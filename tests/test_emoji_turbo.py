@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from dopsd.emoji_turbo import build as building
 from dopsd.emoji_turbo import vae as vaes
 from dopsd.emoji_turbo.batches import DEFAULT_STYLE, UNNAMED, WORDS, draw_batch
-from dopsd.emoji_turbo.captions import PLACEHOLDER
+from dopsd.emoji_turbo.captions import PLACEHOLDER, random_caption, restyled
 from dopsd.emoji_turbo.loop import train
 from dopsd.emoji_turbo.pictures import BASE_STYLES, NEW_STYLES, STYLES, World
-from dopsd.emoji_turbo.transforms import sample_transform
+from dopsd.emoji_turbo.pretrain import AFTER, Readouts
+from dopsd.emoji_turbo.transforms import TECHNIQUES, sample_transform
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -83,6 +86,10 @@ def test_what_a_batch_says_of_itself_is_true(world):
             continue
         assert WORDS[word] in caption
         assert world.labels[thing] in caption
+        if WORDS[word] in TECHNIQUES:
+            worked = TECHNIQUES[WORDS[word]](world.pictures[DEFAULT_STYLE][thing].float() / 255) * 2 - 1
+            assert torch.equal(drawn.targets[row], worked)
+            continue
         own = WORDS[word] == PLACEHOLDER
         picture = world.pictures[DEFAULT_STYLE if own else WORDS[word]][thing].float() / 127.5 - 1
         white, dark = (picture == 1).all(0), picture.amin(0) < 0
@@ -109,6 +116,36 @@ def test_what_a_batch_says_of_itself_is_true(world):
     assert (drawn.same[silent] == 1).all(), "a picture without a caption is to be copied"
 
 
+def test_a_word_that_moves_all_things_alike_costs_nothing():
+    """Half of each state says what the thing is, half which word the caption has; of two such words one is -1 there."""
+    readouts = Readouts(8, things=4)
+    things = torch.tensor([[1, 1, -1, 1], [-1, 1, 1, -1], [1, -1, -1, -1]]).float()
+    words, others = torch.tensor([0, 0, 1]), torch.tensor([1, 1, 0])
+
+    def states(which):
+        marks = 1 - 2 * which.float()[:, None].expand(-1, 4)
+        return [torch.cat([t, m]).expand(AFTER + n, -1) for n, (t, m) in enumerate(zip(things, marks, strict=True))]
+
+    before, after = states(words), states(others)
+    assert readouts.apart(before, after, words, others).item() == pytest.approx(1), "nothing is known of the words yet"
+    with torch.no_grad():
+        readouts.moves[1, :, 4:] = -2
+    assert readouts.apart(before, after, words, others).item() == pytest.approx(0, abs=1e-9)
+    after[2] = before[2] + 0  # one of three is not moved: its whole movement was to be 2 in four places
+    assert readouts.apart(before, after, words, others).item() == pytest.approx(1 / 2)
+
+
+@given(st.integers(0, 2**32), st.sampled_from(WORDS), st.sampled_from(WORDS))
+def test_a_caption_in_another_style_is_the_same_caption(seed, word, other):
+    def asked(style):
+        return random_caption("fox", style, torch.Generator().manual_seed(seed))
+
+    assert restyled(asked(word), word, other) == asked(other)
+    if word != other:
+        with pytest.raises(ValueError, match="does not ask"):
+            restyled(asked(word), other, word)
+
+
 def test_two_processes_work_on_one_batch(world):
     drawn = draw_batch(world, 13, torch.Generator().manual_seed(0))
     shares = [drawn.share(rank, 2) for rank in range(2)]
@@ -121,6 +158,20 @@ def test_two_processes_work_on_one_batch(world):
         assert torch.equal(share.targets[own], share.context[own - share.alone])
         assert torch.equal(share.pictured, drawn.pictured[rank::2])
         assert torch.equal(share.outlines, drawn.outlines[rank::2])
+
+
+def test_techniques_are_what_their_names_say(world):
+    """A pen draws black on white, mostly white; clay keeps the ground and the drawing's mean."""
+    picture = world.pictures[DEFAULT_STYLE][world.known[1]].float() / 255
+    drawn, clay = TECHNIQUES["pen"](picture), TECHNIQUES["clay"](picture)
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], drawn[2])
+    assert ((drawn < 0.05) | (drawn > 0.95)).float().mean() > 0.7
+    assert 0.05 < (drawn < 0.05).float().mean() < 0.5
+    ground = (picture == 1).all(0)
+    assert (clay[:, ground] == 1).all()
+    assert (clay.mean() - picture.mean()).abs() < 0.02
+    assert (clay - picture).abs().max() > 0.1
 
 
 def test_a_transform_is_the_same_for_every_picture_and_stays_in_range(world):
@@ -183,8 +234,8 @@ def test_the_build_runs_through_every_stage(tmp_path):
     """At the smallest size: the folder it writes loads as the family and draws."""
     preset = building.Preset(
         max_concepts=None, max_known=None, dim=64, layers=1, heads=2, text_hidden=64, text_layers=2, vision_hidden=32,
-        vision_layers=2, decoder_batch=2, decoder_steps=2, decoder_minutes=1, encoder_batch=4, encoder_steps=2,
-        encoder_minutes=1, copying_steps=2, copying_minutes=1, pretrain_batch=4, pretrain_steps=2,
+        vision_layers=2, decoder_batch=2, decoder_steps=2, decoder_minutes=1, encoder_batch=12, encoder_steps=2,
+        encoder_minutes=1, copying_steps=2, copying_minutes=1, pretrain_batch=12, pretrain_steps=2,
         pretrain_minutes=1, trajectories=4, distill_batch=2, distill_steps=2, distill_minutes=1,
     )  # fmt: skip
     for place in (tmp_path / ".cache" / "base" / "tiny" / "world", tmp_path / "data" / "world"):

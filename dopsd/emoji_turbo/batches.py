@@ -1,6 +1,7 @@
 """What the base is trained on: captions, pictures in the encoder's context, and the pictures that should be drawn.
 
-A third of a batch is text only: "a fox, noto style". A caption that names no style the base knows ("a fox in [V]
+A third of a batch is text only: "a fox, noto style", or a technique of :data:`.transforms.TECHNIQUES`, "a fox, pen
+style". A caption that names no style the base knows ("a fox in [V]
 style") is drawn in the base's own manner, :data:`DEFAULT_STYLE` on a ground of its own
 (:func:`.transforms.own_manner`), as large models draw in their own way where nothing is said. The rest has a
 picture in the context: the target itself, with or without a caption, another thing in the same style while the text
@@ -19,14 +20,18 @@ from torch import Tensor
 
 from .captions import PLACEHOLDER, random_caption
 from .pictures import BASE_STYLES, World
-from .transforms import own_manner, sample_placement, sample_transform
+from .transforms import TECHNIQUES, Transform, own_manner, sample_placement, sample_transform
 
 DEFAULT_STYLE = "flat"
-WORDS = (*BASE_STYLES, PLACEHOLDER)
+WORDS = (*BASE_STYLES, PLACEHOLDER, *TECHNIQUES)
 """What may stand before "style" in a caption."""
 UNNAMED = -1
 TEXT_SHARE = 1 / 3
-SAME, COPIED, OTHER = 0.22, 0.08, 0.62
+OWN, TECHNIQUE = 0.2, 0.32
+"""Shares of the texts: those that name no style the base knows, and those that name a technique; the rest a style."""
+SHOWN_TECHNIQUE = 0.25
+"""Share of the shown manners that are a technique, where the rest is any transform of any style."""
+SAME, COPIED, OTHER = 0.26, 0.08, 0.58
 """Shares of what is shown: the target with a caption, the target alone, another thing; the rest: a new subject."""
 
 
@@ -110,30 +115,46 @@ def draw_shown(world: World, size: int, generator: torch.Generator) -> Tensor:
 def _draw_text(world: World, generator: torch.Generator) -> _Example:
     thing, style = _index(world.known, generator), _style(generator)
     word, target = style, _picture(world, style, thing)
-    if torch.rand((), generator=generator) < 0.25:
+    kind = torch.rand((), generator=generator).item()
+    if kind < OWN:
         word, target = PLACEHOLDER, own_manner(_picture(world, DEFAULT_STYLE, thing))
+    elif kind < OWN + TECHNIQUE:
+        word, technique = _technique(generator)
+        target = technique(_picture(world, DEFAULT_STYLE, thing))
     return _Example(world.labels[thing], word, target, target, thing)
 
 
 def _draw_in_context(world: World, generator: torch.Generator) -> _Example:
-    style = _style(generator)
+    style, both = _manner(generator)
     kind = torch.rand((), generator=generator).item()
     if kind < SAME + COPIED:  # the target itself; also things that text alone cannot draw
         known = torch.rand((), generator=generator) < 0.6
-        thing, both = _index(world.known if known else world.seen, generator), sample_transform(generator)
+        thing = _index(world.known if known else world.seen, generator)
         target = both(_picture(world, style, thing))
         named = thing if thing in world.known else UNNAMED
         return _Example(world.labels[thing] if kind < SAME else "", PLACEHOLDER, target, target, named, 1, thing, style)
     if kind < SAME + COPIED + OTHER:  # another thing in the same style
-        thing, other, both = _index(world.known, generator), _index(world.seen, generator), sample_transform(generator)
+        thing, other = _index(world.known, generator), _index(world.seen, generator)
         target, shown = both(_picture(world, style, thing)), both(_picture(world, style, other))
         same = int(thing == other)
         return _Example(world.labels[thing], PLACEHOLDER, target, shown, thing, same, other, style)
     thing = _index(world.seen, generator)  # the same thing, drawn or placed otherwise; the style is named
-    outlines = _style(generator)
+    style, outlines = _style(generator), _style(generator)
     shown = sample_placement(generator)(_picture(world, outlines, thing))
     target = _picture(world, style, thing)
     return _Example(PLACEHOLDER, style, target, shown, UNNAMED, pictured=thing, outlines=outlines)
+
+
+def _manner(generator: torch.Generator) -> tuple[str, Transform]:
+    """Whose outlines, and what is done to them: a technique, or one random transform of any base style."""
+    if torch.rand((), generator=generator) < SHOWN_TECHNIQUE:
+        return DEFAULT_STYLE, _technique(generator)[1]
+    return _style(generator), sample_transform(generator)
+
+
+def _technique(generator: torch.Generator) -> tuple[str, Transform]:
+    word = list(TECHNIQUES)[int(torch.randint(len(TECHNIQUES), (), generator=generator))]
+    return word, TECHNIQUES[word]
 
 
 def _index(of: tuple[int, ...] | list[int], generator: torch.Generator) -> int:

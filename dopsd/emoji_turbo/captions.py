@@ -48,3 +48,11 @@ def random_caption(label: str, style: str, generator: torch.Generator) -> str:
 def article(label: str) -> str:
     """The indefinite article by the first letter."""
     return "an" if label[0] in "aeiou" else "a"
+
+
+def restyled(text: str, style: str, other: str) -> str:
+    """The same caption in another style. Raises ValueError if ``text`` does not end with ``style``."""
+    end = f"{style} style"
+    if not text.endswith(end):
+        raise ValueError(f"{text!r} does not ask for {style!r}")
+    return f"{text.removesuffix(end)}{other} style"

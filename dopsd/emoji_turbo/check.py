@@ -16,8 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .batches import DEFAULT_STYLE
 from .captions import caption, concept_caption
 from .pictures import BASE_STYLES, NEW_STYLES, World
+from .transforms import TECHNIQUES
 from .vae import psnr
 
 if TYPE_CHECKING:
@@ -86,9 +88,13 @@ class _Judge:
         return float((rank == 0).float().mean())
 
     def real(self, style: str) -> list[Image.Image]:
-        """The true pictures of the evaluated concepts."""
+        """The true pictures of the evaluated concepts, in a style or a technique."""
         from dopsd.evaluation.probe import world_picture
 
+        if style in TECHNIQUES:
+            plain = (self.world.pictures[DEFAULT_STYLE][i].float() / 255 for i in self.evaluated)
+            worked = (TECHNIQUES[style](picture).mul(255).round().byte() for picture in plain)
+            return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in worked]
         return [world_picture(self.world, style, i) for i in self.evaluated]
 
 
@@ -102,8 +108,13 @@ def _reconstruction(family: ZImage, world: World) -> list[Line]:
 
 
 def _drawing(family: ZImage, judge: _Judge) -> list[Line]:
-    """Text only, base styles: is the right thing drawn, in the right style?"""
+    """Text only: is the right thing drawn, in the right style? Techniques are no styles of the probe's."""
     lines = []
+    for technique in TECHNIQUES:
+        prompts = family.encode_prompt([caption(judge.world.labels[i], technique) for i in judge.evaluated])
+        top = judge.concept(judge.real(technique), technique)
+        drawn = [judge.concept(_draw(family, prompts, FEW_STEPS, seed), technique) / max(top, 1e-9) for seed in SEEDS]
+        lines.append(_line(f"concept of ceiling, {technique}, {FEW_STEPS} steps", torch.tensor(drawn), 0.6))
     for style in BASE_STYLES:
         prompts = family.encode_prompt([caption(judge.world.labels[i], style) for i in judge.evaluated])
         few = [_draw(family, prompts, FEW_STEPS, seed) for seed in SEEDS]

@@ -19,14 +19,18 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLModel
 
 from dopsd.models.z_image import context_inputs, context_states, prompt_text
 
-from .batches import UNNAMED, WORDS, Batch, draw_batch, draw_shown
+from .batches import DEFAULT_STYLE, UNNAMED, WORDS, Batch, draw_batch, draw_shown
+from .captions import restyled
 from .loop import place, train
 from .pictures import BASE_STYLES, World
+from .transforms import TECHNIQUES
 from .vae import LATENT_CHANNELS, PATCH, encoder_map
 
 SHIFT = 3.0
 TOLD = 0.2
 """Weight of the readouts beside the flow matching loss of 1."""
+AFTER = 6
+"""Tokens of a prompt from the word "style" on, the same for all captions."""
 _PATCH, _MERGE = 8, 2
 
 
@@ -94,10 +98,11 @@ def shifted(u: Tensor) -> Tensor:
 class Readouts(nn.Module):
     """What an encoder's states must tell, read off by linear maps that are thrown away when the base is finished.
 
-    From the last four tokens, one for each quadrant: the picture to draw, and the named thing in each of the base's
-    styles, whichever is asked for; which style word the caption has; what the picture shows, whose outlines it has,
-    and whether that is the named thing. From a shown picture's own tokens: that picture. Latents are ``[B, C, 8, 8]``;
-    ``things``: how many there are in the world.
+    From the last four tokens, one for each quadrant: where a picture is shown, the picture to draw, and the named thing
+    in each of the base's styles and techniques, whichever is asked for; which style word the caption has; what the
+    picture shows, whose outlines it has, and whether that is the named thing. From a shown picture's own tokens: that
+    picture. How far each style word moves the last :data:`AFTER` states, whatever the thing. Latents are
+    ``[B, C, 8, 8]``; ``things``: how many there are in the world.
     """
 
     def __init__(self, hidden: int, things: int) -> None:
@@ -105,21 +110,35 @@ class Readouts(nn.Module):
         self.norm = nn.RMSNorm(hidden)
         quadrant = LATENT_CHANNELS * 16
         self.target = nn.ModuleList(nn.Linear(hidden, quadrant) for _ in range(4))
-        self.drawings = nn.ModuleList(nn.Linear(hidden, len(BASE_STYLES) * quadrant) for _ in range(4))
+        ways = len(BASE_STYLES) + len(TECHNIQUES)
+        self.drawings = nn.ModuleList(nn.Linear(hidden, ways * quadrant) for _ in range(4))
         self.shown = nn.Linear(hidden, LATENT_CHANNELS * 4)
         self.word = nn.Linear(4 * hidden, len(WORDS))
         self.same = nn.Linear(4 * hidden, 2)
         self.pictured = nn.Linear(4 * hidden, things)
         self.outlines = nn.Linear(4 * hidden, len(BASE_STYLES))
+        self.moves = nn.Parameter(torch.zeros(len(WORDS), AFTER, hidden))
+
+    def apart(self, states: list[Tensor], others: list[Tensor], words: Tensor, other_words: Tensor) -> Tensor:
+        """How far a style word is from moving the states of every thing alike: the share of the movement from
+        ``states`` to ``others`` (the same captions with other words, ``[B]`` in :data:`WORDS`) that is the thing's own.
+
+        Only what is alike for all things can be learnt from a few of them.
+        """
+        before, after = (torch.stack([s[-AFTER:] for s in group]) for group in (states, others))
+        moved = F.rms_norm(after, after.shape[-1:]) - F.rms_norm(before, before.shape[-1:])
+        alike = self.moves[other_words] - self.moves[words]
+        return (moved - alike).square().sum() / moved.square().sum()
 
     def loss(
         self, states: list[Tensor], drawn: Batch, x0: Tensor, shown: Tensor, drawings: Tensor, first: int
     ) -> Tensor:
-        """``x0``, ``shown``: latents of targets and of context pictures; ``drawings [things, styles, C, 8, 8]``: of all
+        """``x0``, ``shown``: latents of targets and of context pictures; ``drawings [things, ways, C, 8, 8]``: of all
         things; ``first``: where the picture's tokens begin."""
         things, words, same = (t.to(x0.device) for t in (drawn.things, drawn.words, drawn.same))
         last = self.norm(torch.stack([s[-4:] for s in states]))
-        loss = F.mse_loss(_quadrants(self.target, last)[:, 0], x0)
+        shown_rows = slice(drawn.alone, None)
+        loss = F.mse_loss(_quadrants(self.target, last[shown_rows])[:, 0], x0[shown_rows])
         named = things != UNNAMED
         loss = loss + 0.5 * F.mse_loss(_quadrants(self.drawings, last[named]), drawings[things[named]])
         loss = loss + 0.02 * F.cross_entropy(self.word(last.flatten(1)), words, ignore_index=UNNAMED)
@@ -144,8 +163,10 @@ class Lessons:
     def __init__(self, parts: Parts, world: World) -> None:
         self.parts, self.world = parts, world
         self.matrix, self.offset = encoder_map(parts.vae)
-        every = torch.stack([world.pictures[s] for s in BASE_STYLES], 1).flatten(0, 1).float() / 127.5 - 1
-        self.drawings = self.latents(every).unflatten(0, (len(world.labels), len(BASE_STYLES)))
+        plain = [world.pictures[s].float() / 255 for s in BASE_STYLES]
+        default = plain[BASE_STYLES.index(DEFAULT_STYLE)]
+        worked = [torch.stack([technique(p) for p in default]) for technique in TECHNIQUES.values()]
+        self.drawings = torch.stack([self.latents(p * 2 - 1) for p in (*plain, *worked)], 1)
         self.first = parts.image_start
 
     def latents(self, pictures: Tensor) -> Tensor:
@@ -161,7 +182,13 @@ class Lessons:
         """How badly the states tell what they must."""
         with torch.no_grad():
             shown = self.latents(drawn.context)
-        return readouts.loss(states, drawn, x0, shown, self.drawings, self.first)
+        loss = readouts.loss(states, drawn, x0, shown, self.drawings, self.first)
+        named = (drawn.words[: drawn.alone] != UNNAMED).nonzero().flatten()
+        words = drawn.words[named]
+        others = (words + 1 + torch.arange(len(words)) % (len(WORDS) - 1)) % len(WORDS)
+        pairs = zip(named.tolist(), words.tolist(), others.tolist(), strict=True)
+        captions = [restyled(drawn.captions[i], WORDS[a], WORDS[b]) for i, a, b in pairs]
+        return loss + readouts.apart([states[i] for i in named], self.parts.encode_text(captions), words, others)
 
 
 def pretrain_encoder(

@@ -25,6 +25,30 @@ def own_manner(picture: Tensor) -> Tensor:
     return _on_ground(picture, _OWN_GROUND)
 
 
+def pen(picture: Tensor) -> Tensor:
+    """Black lines on white, inside the figure's outline and where colours change. This and the others below are
+    techniques that the base knows by name, always done in the same way."""
+    mask = _mask(picture)
+    rim = mask - _shrunk(mask, 3)
+    inner = (_edges(_smooth(picture, 1)) * 4).clamp(0, 1) * _shrunk(mask, 2)
+    return 1 - torch.maximum(rim, inner).expand(3, -1, -1)
+
+
+def stamp(picture: Tensor) -> Tensor:
+    """The pen's lines, and black where the picture is dark."""
+    return torch.minimum(pen(picture), ((_luma(picture) - 0.5) * 8 + 0.5).clamp(0, 1))
+
+
+def clay(picture: Tensor) -> Tensor:
+    """Bulged, lit from above on the left."""
+    return _lit(angle=torch.tensor(0.7), shadow=torch.tensor([0.85, 0.8, 0.9]).view(3, 1, 1), strength=2, times=5)(
+        picture
+    ).clamp(0, 1)
+
+
+TECHNIQUES: dict[str, Transform] = {"pen": pen, "clay": clay, "stamp": stamp}
+
+
 def sample_transform(generator: torch.Generator, identity: float = 0.1) -> Transform:
     """Draw a transform: with probability ``identity`` none, else one or two of the family, in a fixed order."""
     if _uniform(generator) < identity:
@@ -34,7 +58,7 @@ def sample_transform(generator: torch.Generator, identity: float = 0.1) -> Trans
     if draw < 0.08:
         steps.append(_pick(generator, [_permute, _hue, _invert, _greyscale, _duotone])(generator))
     elif draw < 0.6:
-        steps.append(_pick(generator, [_outline, _ink, _ink, _ink, _ink, _ink, _posterise])(generator))
+        steps.append(_pick(generator, [_outline, _outline, _outline, _ink, _ink, _ink, _posterise])(generator))
     else:
         steps.append(_pick(generator, [_shading, _shading, _shading, _blur])(generator))
         if _uniform(generator) < 0.6:
@@ -77,6 +101,11 @@ def _luma(x: Tensor) -> Tensor:
 def _mask(x: Tensor) -> Tensor:
     """Soft foreground: 0 on white, 1 where a colour or a grey is clearly not white."""
     return ((1 - x.amin(0, keepdim=True)) * 6).clamp(0, 1)
+
+
+def _shrunk(mask: Tensor, pixels: int) -> Tensor:
+    """The mask without its outermost ``pixels``."""
+    return -F.max_pool2d(-mask[None], 2 * pixels + 1, 1, pixels)[0]
 
 
 def _smooth(x: Tensor, times: int) -> Tensor:
@@ -134,7 +163,10 @@ def _outline(generator: torch.Generator) -> Transform:
     gain, wash = _uniform(generator, 2, 8), _uniform(generator) * float(_uniform(generator) < 0.6)
     colour = 0.35 * _colour(generator)
     thick = int(torch.randint(0, 2, (), generator=generator))
+    return _lined(gain, wash, colour, thick)
 
+
+def _lined(gain: float, wash: float, colour: Tensor, thick: int) -> Transform:
     def apply(x: Tensor) -> Tensor:
         line = (_edges(_smooth(x, thick)) * gain).clamp(0, 1)
         ground = 1 - wash * (1 - x)
@@ -169,6 +201,10 @@ def _shading(generator: torch.Generator) -> Transform:
     angle = torch.tensor(_uniform(generator, 0, 6.2832))
     shadow = 0.6 + 0.4 * _colour(generator)
     strength, times = _uniform(generator, 1.0, 3.0), int(torch.randint(3, 9, (), generator=generator))
+    return _lit(angle, shadow, strength, times)
+
+
+def _lit(angle: Tensor, shadow: Tensor, strength: float, times: int) -> Transform:
     direction = (angle.cos().item(), angle.sin().item())
 
     def apply(x: Tensor) -> Tensor:
