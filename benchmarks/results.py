@@ -26,13 +26,7 @@ WORK = ROOT / ".cache" / "results"
 PAPER = ("tuning={}", "train.lora.targets=null", "train.learning_rate=1e-4")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "default": (),
-    "long": (
-        "train.max_steps=300",
-        "train.learning_rate=1e-3",
-        "train.schedule=cosine",
-        "train.warmup_steps=10",
-        "train.replay.weight=5",
-    ),
+    "plain": ("tuning={}",),
     "paper": PAPER,
     "x0": (*PAPER, "train.loss=x0"),
     "guidance": (*PAPER, "train.teacher.guidance=2"),
@@ -42,9 +36,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "copy": (*PAPER, "train.teacher.kind=copy"),
     "ema-0.9": (*PAPER, "train.teacher.decay=0.9"),
 }
-"""``default`` is ``params.yaml`` as it is, ``long`` thrice that with replay, for ink; all others adapt every layer, at
-the authors' rate."""
-WITH_SFT = ("default", "paper")
+"""``default`` is ``params.yaml`` as it is, ``plain`` without the concepts' own settings; all others adapt every layer,
+at the authors' rate."""
+WITH_SFT = ("default", "plain", "paper")
 HEADLINE = (
     ("gap_closed_style", "gap closed, style"),
     ("gap_closed_truth", "gap closed, similarity to the truth"),

@@ -107,9 +107,22 @@ class TrainSettings(_Settings):
     checkpoint_steps: Positive = 50
     preview_steps: Positive = 50
     preview_prompts: tuple[str, ...] = ()
-    sft_compute_factor: Rate = 16 / 3
-    """SFT is also shown at this many times D-OPSD's steps: a D-OPSD step costs K x (teacher forward + student forward
-    and backward) = 4 x (1 + 3) forwards, an SFT step 3."""
+    sft_compute_factor: Rate | None = None
+    """SFT is also shown at this many times D-OPSD's steps; ``None``: what :meth:`sft_steps_at_equal_compute` counts."""
+
+    def sft_steps_at_equal_compute(self) -> int:
+        """How many SFT steps cost as much as ``max_steps`` of D-OPSD, where a backward pass costs two forwards.
+
+        A step of a roll-out is one teacher forward (a second one with guidance) and a student forward and backward;
+        replay adds such a roll-out without guidance. SFT has one student forward and backward.
+        """
+        factor = self.sft_compute_factor
+        if factor is None:
+            student, teacher = 3, 1
+            rollout = student + teacher * (2 if self.teacher.guidance != 1 else 1)
+            replayed = student + teacher if self.replay.weight > 0 else 0
+            factor = self.rollout_steps * (rollout + replayed) / student
+        return round(factor * self.max_steps)
 
 
 class EvaluationSettings(_Settings):

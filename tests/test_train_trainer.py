@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dopsd.config import TrainSettings
 from dopsd.distill.adapters import adapter_applied, add_adapters
 from dopsd.train.objective import Objective
 from dopsd.train.trainer import TrainError, learning_rate, milestones
@@ -108,6 +109,24 @@ def test_sft_is_kept_at_equal_images_and_goes_on_to_equal_compute(tmp_path):
         torch.equal(value, _adapter(tmp_path / "x", "sft")[key]) for key, value in _adapter(tmp_path, "sft").items()
     )
     assert shorter.steps == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "factor"),
+    [
+        ({}, 16 / 3),  # 4 x (1 teacher forward + 3 for the student's forward and backward) against 3
+        ({"rollout_steps": 2}, 8 / 3),
+        ({"teacher": {"guidance": 1.5}}, 20 / 3),  # the teacher without its picture, too
+        ({"replay": {"weight": 1.0, "prompts": ["a fox"]}}, 32 / 3),
+        ({"teacher": {"guidance": 1.5}, "replay": {"weight": 1.0, "prompts": ["a fox"]}}, 36 / 3),
+        ({"sft_compute_factor": 2.0}, 2),
+    ],
+)
+def test_equal_compute_counts_every_pass_through_the_model(changes, factor):
+    settings = TrainSettings.model_validate(
+        {"max_steps": 60, "batch_size": 1, "learning_rate": 1.0, "rollout_steps": 4, **changes}
+    )
+    assert milestones(settings, "sft") == {60: "sft", round(60 * factor): "sft-compute"}
 
 
 def test_max_minutes_stops_between_steps_and_a_longer_limit_goes_on(tmp_path):

@@ -71,7 +71,7 @@ def milestones(settings: TrainSettings, method: Method) -> dict[int, str]:
         return {settings.max_steps: method}
     return {
         settings.max_steps: "sft",
-        max(settings.max_steps + 1, round(settings.sft_compute_factor * settings.max_steps)): "sft-compute",
+        max(settings.max_steps + 1, settings.sft_steps_at_equal_compute()): "sft-compute",
     }
 
 
