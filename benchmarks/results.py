@@ -27,6 +27,8 @@ PAPER = ("tuning={}", "train.lora.targets=null", "train.learning_rate=1e-4")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "default": (),
     "plain": ("tuning={}",),
+    "sft-3e-4": ("train.methods=[sft]", "train.learning_rate=3e-4"),
+    "sft-5e-5": ("train.methods=[sft]", "train.learning_rate=5e-5"),
     "paper": PAPER,
     "x0": (*PAPER, "train.loss=x0"),
     "guidance": (*PAPER, "train.teacher.guidance=2"),
@@ -36,8 +38,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "copy": (*PAPER, "train.teacher.kind=copy"),
     "ema-0.9": (*PAPER, "train.teacher.decay=0.9"),
 }
-"""``default`` is ``params.yaml`` as it is, ``plain`` without the concepts' own settings; all others adapt every layer,
-at the authors' rate."""
+"""``default`` is ``params.yaml`` as it is, ``plain`` without the concepts' own settings, ``sft-`` SFT alone at rates of its
+own; all others adapt every layer, at the authors' rate."""
 WITH_SFT = ("default", "plain", "paper")
 HEADLINE = (
     ("gap_closed_style", "gap closed, style"),
@@ -75,7 +77,7 @@ def run(concept: str, variant: str, seed: int) -> None:
     overrides = (*VARIANTS[variant], f"train.seed={seed}", f"evaluation.seed={1234 + seed}", "tracking.enabled=false")
     overrides = (*overrides, "evaluation.steps=[4]", "evaluation.few_steps=4")  # curves are in each report
     overrides = (*overrides, "compute.launcher=local")
-    if variant not in WITH_SFT:
+    if not any(change.startswith("train.methods=") for change in overrides) and variant not in WITH_SFT:
         overrides = (*overrides, "train.methods=[d-opsd]")
     settings = load_settings(ROOT / "params.yaml", overrides).of(concept)
     name = hashlib.sha256(settings.model_dump_json(exclude={"tuning", "concepts"}).encode()).hexdigest()[:16]
