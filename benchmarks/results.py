@@ -38,8 +38,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "copy": (*PAPER, "train.teacher.kind=copy"),
     "ema-0.9": (*PAPER, "train.teacher.decay=0.9"),
 }
-"""``default`` is ``params.yaml`` as it is, ``plain`` without the concepts' own settings, ``sft-`` SFT alone at rates of its
-own; all others adapt every layer, at the authors' rate."""
+"""``default`` is ``params.yaml`` as it is, ``plain`` without the concepts' own settings, ``sft-`` SFT alone at rates of
+its own; all others adapt every layer, at the authors' rate."""
 WITH_SFT = ("default", "plain", "paper")
 HEADLINE = (
     ("gap_closed_style", "gap closed, style"),
