@@ -11,7 +11,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dopsd.config import LoraSettings, ModelSettings
+from dopsd.config import LoraSettings, ModelSettings, load_settings
 from dopsd.distill.adapters import adapter_parameters, add_adapters, save_adapter
 from dopsd.emoji_turbo import architecture
 from dopsd.export import (
@@ -62,11 +62,24 @@ def _adapter(path: Path, family: Family, lora: LoraSettings, size: float = 0.5) 
     return path
 
 
-@pytest.mark.parametrize(("alpha", "file"), [(None, DIFFUSERS_FILE), (3.0, DIFFUSERS_FILE), (8.0, COMFYUI_FILE)])
+INK = (r"cap_embedder\.1", r"context_refiner\..*")
+"""The layers that the shipped ``style-ink`` adapts: one of them is in no attention and no feed-forward block."""
+
+
+def test_ink_is_what_is_shipped() -> None:
+    shipped = load_settings(Path(__file__).parents[1] / "params.yaml").of("style-ink")
+    assert shipped.train.lora.targets == INK
+
+
+@pytest.mark.parametrize(
+    ("alpha", "targets", "file"),
+    [(None, None, DIFFUSERS_FILE), (3.0, None, DIFFUSERS_FILE), (8.0, None, COMFYUI_FILE), (None, INK, DIFFUSERS_FILE),
+     (None, INK, COMFYUI_FILE)],
+)  # fmt: skip
 def test_plain_diffusers_draws_the_students_pictures(
-    base: Path, family: Family, tmp_path: Path, alpha: float | None, file: str
+    base: Path, family: Family, tmp_path: Path, alpha: float | None, targets: tuple[str, ...] | None, file: str
 ) -> None:
-    adapter = _adapter(tmp_path / "a.safetensors", family, LoraSettings(rank=4, alpha=alpha))
+    adapter = _adapter(tmp_path / "a.safetensors", family, LoraSettings(rank=4, alpha=alpha, targets=targets))
     out = export_adapter(adapter, tmp_path / "export", CARD)
     compared = check_export(base, out, draw_student(family, adapter, PROMPTS, 4, 64, 64, seed=3), file=file)
     assert compared["change"] > 2, "the adapter is to be seen"
