@@ -1,7 +1,7 @@
 # `make demo` and `make test` do everything on a machine with Python >= 3.11, git, make and gcc. `make` lists the rest.
 
 PYTHON ?= python3
-CONCEPT ?= style-3d
+CONCEPT ?= style-ink
 PORT ?= 5000
 
 VENV := .venv
@@ -31,7 +31,7 @@ $(READY): requirements.lock pyproject.toml
 	VIRTUAL_ENV="$(CURDIR)/$(VENV)" $(INSTALL) --no-deps -e .
 	@touch $@
 
-demo: $(READY) ## tune the embedded base to CONCEPT (style-3d) and show it: all stages, those already done are skipped
+demo: $(READY) ## tune the embedded base to CONCEPT (style-ink) and show it: all stages, those already done are skipped
 	@$(RUN) dvc repro report@$(CONCEPT) register@$(CONCEPT)
 	@$(RUN) dopsd show --concept $(CONCEPT)
 

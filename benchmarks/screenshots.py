@@ -1,7 +1,7 @@
 """Pictures of both web pages after a run, for docs/: a real headless Chromium at the services that `make up` started.
 
     make up && source .cache/services/env
-    prefect deployment run dopsd/train --param concepts='["style-3d"]' --watch
+    prefect deployment run dopsd/train --param concepts='["style-ink"]' --watch
     python benchmarks/screenshots.py            # writes docs/images/prefect-*.png and docs/images/mlflow-*.png
 
 Debian: ``apt-get install chromium-driver``.
@@ -24,7 +24,7 @@ OUT = ROOT / "docs" / "images"
 def main() -> None:
     """Open the pages of a concept's newest version one by one and take their pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--concept", default="style-3d")
+    parser.add_argument("--concept", default="style-ink")
     parser.add_argument("--mlflow", default=os.environ.get("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000"))
     parser.add_argument("--prefect", default=os.environ.get("PREFECT_API_URL", "http://127.0.0.1:4200/api"))
     given = parser.parse_args()
