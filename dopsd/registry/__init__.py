@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version as installed
@@ -234,11 +235,14 @@ def _save_model(folder: Path, files: Mapping[str, Path], serving: Mapping[str, A
                 target = target.with_name(f"{key}{path.suffix}")
                 shutil.copyfile(path, target)
             artifacts[key] = str(target)
-        mlflow.pyfunc.save_model(
-            path=str(folder),
-            python_model=str(_SERVING),
-            artifacts=artifacts,
-            model_config=dict(serving),
-            signature=ModelSignature(inputs=Schema([ColSpec("string")]), params=options),
-            pip_requirements=[f"{package}=={installed(package).partition('+')[0]}" for package in _NEEDS],
-        )
+        with warnings.catch_warnings():  # the signature is given; MLflow would also guess it from hints or an example
+            for advice in ("Add type hints", "An input example was not provided"):
+                warnings.filterwarnings("ignore", f".*{advice}", UserWarning)
+            mlflow.pyfunc.save_model(
+                path=str(folder),
+                python_model=str(_SERVING),
+                artifacts=artifacts,
+                model_config=dict(serving),
+                signature=ModelSignature(inputs=Schema([ColSpec("string")]), params=options),
+                pip_requirements=[f"{package}=={installed(package).partition('+')[0]}" for package in _NEEDS],
+            )
