@@ -235,9 +235,8 @@ def _save_model(folder: Path, files: Mapping[str, Path], serving: Mapping[str, A
                 target = target.with_name(f"{key}{path.suffix}")
                 shutil.copyfile(path, target)
             artifacts[key] = str(target)
-        with warnings.catch_warnings():  # the signature is given; MLflow would also guess it from hints or an example
-            for advice in ("Add type hints", "An input example was not provided"):
-                warnings.filterwarnings("ignore", f".*{advice}", UserWarning)
+        with warnings.catch_warnings():  # the signature is given; MLflow would also guess it from an example
+            warnings.filterwarnings("ignore", ".*An input example was not provided", UserWarning)
             mlflow.pyfunc.save_model(
                 path=str(folder),
                 python_model=str(_SERVING),
