@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / ".cache" / "results"
 
+ALONE = ("train.methods=[d-opsd]",)
 PAPER = ("tuning={}", "train.lora.targets=null", "train.learning_rate=1e-4")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -30,17 +31,16 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "sft-3e-4": ("train.methods=[sft]", "train.learning_rate=3e-4"),
     "sft-5e-5": ("train.methods=[sft]", "train.learning_rate=5e-5"),
     "paper": PAPER,
-    "x0": (*PAPER, "train.loss=x0"),
-    "guidance": (*PAPER, "train.teacher.guidance=2"),
-    "replay": (*PAPER, "train.replay.weight=5"),
-    "both": (*PAPER, "train.teacher.guidance=2", "train.replay.weight=5"),
-    "frozen": (*PAPER, "train.teacher.kind=frozen"),
-    "copy": (*PAPER, "train.teacher.kind=copy"),
-    "ema-0.9": (*PAPER, "train.teacher.decay=0.9"),
+    "x0": (*PAPER, *ALONE, "train.loss=x0"),
+    "guidance": (*PAPER, *ALONE, "train.teacher.guidance=2"),
+    "replay": (*PAPER, *ALONE, "train.replay.weight=5"),
+    "both": (*PAPER, *ALONE, "train.teacher.guidance=2", "train.replay.weight=5"),
+    "frozen": (*PAPER, *ALONE, "train.teacher.kind=frozen"),
+    "copy": (*PAPER, *ALONE, "train.teacher.kind=copy"),
+    "ema-0.9": (*PAPER, *ALONE, "train.teacher.decay=0.9"),
 }
 """``default`` is ``params.yaml`` as it is, ``plain`` without the concepts' own settings, ``sft-`` SFT alone at rates of
 its own; all others adapt every layer, at the authors' rate."""
-WITH_SFT = ("default", "plain", "paper")
 HEADLINE = (
     ("gap_closed_style", "gap closed, style"),
     ("gap_closed_truth", "gap closed, similarity to the truth"),
@@ -77,8 +77,6 @@ def run(concept: str, variant: str, seed: int) -> None:
     overrides = (*VARIANTS[variant], f"train.seed={seed}", f"evaluation.seed={1234 + seed}", "tracking.enabled=false")
     overrides = (*overrides, "evaluation.steps=[4]", "evaluation.few_steps=4")  # curves are in each report
     overrides = (*overrides, "compute.launcher=local")
-    if not any(change.startswith("train.methods=") for change in overrides) and variant not in WITH_SFT:
-        overrides = (*overrides, "train.methods=[d-opsd]")
     settings = load_settings(ROOT / "params.yaml", overrides).of(concept)
     name = hashlib.sha256(settings.model_dump_json(exclude={"tuning", "concepts"}).encode()).hexdigest()[:16]
     if result.exists() and json.loads(result.read_text())["settings"] == name:
