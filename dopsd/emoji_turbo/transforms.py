@@ -163,10 +163,7 @@ def _outline(generator: torch.Generator) -> Transform:
     gain, wash = _uniform(generator, 2, 8), _uniform(generator) * float(_uniform(generator) < 0.6)
     colour = 0.35 * _colour(generator)
     thick = int(torch.randint(0, 2, (), generator=generator))
-    return _lined(gain, wash, colour, thick)
 
-
-def _lined(gain: float, wash: float, colour: Tensor, thick: int) -> Transform:
     def apply(x: Tensor) -> Tensor:
         line = (_edges(_smooth(x, thick)) * gain).clamp(0, 1)
         ground = 1 - wash * (1 - x)
