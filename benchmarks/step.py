@@ -114,9 +114,10 @@ def measure(variant: str, steps: int, batch: int) -> dict[str, float]:
 def ours(family, adapters, captions, images, sigmas):
     """The product's own roll-out on encodings made once."""
     from dopsd.distill.rollout import rollout
+    from dopsd.models.base import Request
 
-    prompts = family.encode_prompt(captions)
-    contexts = family.encode_context(captions, images, [[] for _ in images])
+    requests = [Request(caption) for caption in captions]
+    prompts, contexts = family.encode_prompt(requests), family.encode_context(requests, images)
     family.release_encoders()
 
     def step(noise):
@@ -131,8 +132,12 @@ def plain(family, adapters, captions, images, sigmas):
     import torch.nn.functional as F
     from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 
-    pipeline = ZImagePipeline(family.scheduler, family.vae, family.text_encoder, family.tokenizer, family.transformer)
+    from dopsd.models.base import Request
 
+    vae = family.parts["vae_decoder"]
+    parts = {name: family.parts[name] for name in ("scheduler", "text_encoder", "tokenizer", "transformer")}
+    pipeline = ZImagePipeline(vae=vae, **parts)
+    requests = [Request(caption) for caption in captions]
     family.transformer.reset_attention_backend()  # the library's default, as published code has it
 
     @torch.no_grad()
@@ -142,7 +147,7 @@ def plain(family, adapters, captions, images, sigmas):
 
     def step(noise):
         prompts = encode_prompt()
-        contexts = family.encode_context(captions, images, [[] for _ in images])
+        contexts = family.encode_context(requests, images)
         x = torch.empty_like(family.encode_images(images)).copy_(noise)
         losses = []
         for sigma, sigma_next in pairwise(sigmas):

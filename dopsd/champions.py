@@ -13,20 +13,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dopsd.config import Settings
+from dopsd.models import family_class, open_base
+from dopsd.models.base import Request
 from dopsd.registry import CHAMPION, Made, Outcome, Registry
 from dopsd.registry.gate import scores_of
 
 if TYPE_CHECKING:
     from dopsd.data.manifest import ConceptTable
 
-_LARGE = 64 * 2**20
 _TRAINING_CODE = (
-    "models", "distill", "data/dataset.py", "data/encoded.py", "data/images.py", "train/checkpoint.py",
+    "models", "distill", "data/dataset.py", "data/encoded.py", "data/images.py", "data/pictures.py",
+    "train/checkpoint.py",
     "train/encode.py", "train/gain.py", "train/objective.py", "train/observer.py", "train/parallel.py",
     "train/trainer.py",
 )  # fmt: skip
 _SCORING_CODE = (
-    "models", "distill", "evaluation/backbones.py", "evaluation/headline.py", "evaluation/metrics.py",
+    "models", "distill", "data/pictures.py", "train/encode.py", "evaluation/backbones.py", "evaluation/headline.py", "evaluation/metrics.py",
     "evaluation/probe.py", "evaluation/prompts.py", "evaluation/scoring.py", "evaluation/suite.py",
 )  # fmt: skip
 
@@ -46,36 +48,18 @@ def _code(parts: Sequence[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def base_fingerprint(settings: Settings, root: Path) -> str:
-    """Hash over the base's files; large ones count by name, size and both ends."""
-    digest = hashlib.sha256()
-    folders = [root / settings.model.path] + ([root / settings.model.vlm] if settings.model.vlm else [])
-    for folder in folders:
-        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-            size = file.stat().st_size
-            digest.update(f"{file.relative_to(folder)}:{size}:".encode())
-            with file.open("rb") as handle:
-                if size <= _LARGE:
-                    digest.update(handle.read())
-                else:
-                    digest.update(handle.read(2**20))
-                    handle.seek(-(2**20), 2)
-                    digest.update(handle.read())
-    return digest.hexdigest()[:16]
-
-
 def settings_hash(settings: Settings) -> str:
     """Hash of the settings that decide what the exported method learns."""
     shown = {"methods", "checkpoint_steps", "preview_steps", "preview_prompts"}
     train = settings.train.model_dump(mode="json", exclude=shown)
     values = {"train": train, "method": settings.train.methods[0], "resolution": settings.data.resolution}
-    model = settings.model.model_dump(mode="json", include={"family", "context_pixels", "dtype"})
-    return _hash({**values, "model": model})
+    return _hash({**values, "model": settings.model.decides_learning()})
 
 
 def made_of(content_hash: str, settings: Settings, root: Path) -> Made:
     """What a version would be made from today. ``content_hash``: of the concept's data."""
-    return Made(content_hash[:32], settings_hash(settings), base_fingerprint(settings, root), method_version())
+    base = open_base(settings.model, root).identity
+    return Made(content_hash[:32], settings_hash(settings), base, method_version())
 
 
 def reasons_to_train(concept: str, table: ConceptTable, settings: Settings, root: Path) -> list[str]:
@@ -108,7 +92,8 @@ def register_version(
     method = settings.train.methods[0]
     registry, made = Registry(root), made_of(table.content_hash, settings, root)
     asked = _asked(holdout_hash, made, settings)
-    base = root / settings.model.path
+    opened = open_base(settings.model, root, teacher=False)
+    base = opened.source.folder
     champion_scores, obstacle = _champion_scores(registry, concept, made, asked, base, evaluate_again)
     stored = sum(f.stat().st_size for f in base.rglob("*") if f.is_file()) <= settings.registry.max_base_gib * 2**30
     files = {
@@ -117,9 +102,12 @@ def register_version(
         "student": run / "adapters" / f"{method}.safetensors",
         "about": run / "adapters" / f"{method}.json",
     } | ({"base": base} if stored else {})
+    side = settings.data.resolution
+    call = family_class(settings.model).call(Request(""), side, side, settings.evaluation.few_steps)
     serving = {
-        "base": settings.model.path.as_posix(), "steps": settings.evaluation.few_steps,
-        "side": settings.data.resolution, "placeholder": settings.data.placeholder,
+        "base": opened.source.name or str(base), "revision": opened.source.revision,
+        "call": {key: value for key, value in call.items() if key != "prompt"},
+        "placeholder": settings.data.placeholder, "edits": family_class(settings.model).edits,
     }  # fmt: skip
     return registry.register(
         concept, run_id, made, scores_of(metrics, method, asked), tags, champion_scores, files, serving,

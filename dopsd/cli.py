@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dopsd.config import Settings, load_settings
-from dopsd.stages import STAGES, StageError, load_base, run_folder
+from dopsd.stages import STAGES, StageError, needs_of, run_folder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,7 +44,7 @@ app = typer.Typer(
     """,
 )
 concept_app = typer.Typer(no_args_is_help=True, help="Concept data sets.")
-base_app = typer.Typer(no_args_is_help=True, help="The embedded base model, emoji-turbo.")
+base_app = typer.Typer(no_args_is_help=True, help="Base models: what one is; emoji-turbo, the embedded one.")
 track_app = typer.Typer(no_args_is_help=True, help="The tracker (MLflow).")
 app.add_typer(concept_app, name="concept")
 app.add_typer(base_app, name="base")
@@ -138,7 +138,15 @@ def show(concept: Concept, params: Params = PARAMS) -> None:
 def sample(
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; may be given several times.")],
     adapter: Annotated[Path | None, typer.Option("--adapter", "-a", help="An adapter in runs/*/adapters.")] = None,
-    steps: Annotated[int, typer.Option("--steps", "-n", min=1)] = 4,
+    reference: Annotated[
+        list[Path] | None,
+        typer.Option("--reference", "-r", help="A picture to edit, for models that edit; may be given several times."),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option("--size", help="Pixels; by itself data.resolution squared.", metavar="WIDTHxHEIGHT"),
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", "-n", min=1, help="By itself evaluation.few_steps.")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNGs.", file_okay=False)] = Path("samples"),
     params: Params = PARAMS,
@@ -148,23 +156,18 @@ def sample(
 
     For example: `dopsd sample -a runs/style-ink/adapters/d-opsd.safetensors -p "a fox in [V] style"`
     """
-    import torch
-
-    from dopsd.distill.adapters import adapter_applied
-    from dopsd.distill.rollout import sample as draw
+    from dopsd.sampling import draw, size_of
     from dopsd.tracking import picture_row
 
     settings = _settings(params, overrides)
     if adapter is not None and not adapter.is_file():
         raise StageError(f"{adapter}: no such adapter; trained ones are in runs/*/adapters")
-    family = load_base(settings, Path())
-    side = settings.data.resolution
-    conditioning = family.encode_prompt(prompt)
-    noise = family.initial_latents(len(prompt), side, side, torch.Generator().manual_seed(seed))
-    with adapter_applied(family.transformer, adapter):
-        images = family.decode(draw(family, conditioning, steps, side, side, noise))
-    for number, image in enumerate(images):
-        _save(image, out / f"{number:02d}.png")
+    steps = steps or settings.evaluation.few_steps
+    width, height = size_of(size, settings)
+    images: list[Image] = []
+    for image in draw(prompt, reference or [], settings, Path(), adapter, steps, width, height, seed):
+        _save(image, out / f"{len(images):02d}.png")
+        images.append(image)
     _save(picture_row(images), out / "grid.png")
     print(f"{len(images)} pictures, {steps} steps, seed {seed} -> {out}")
 
@@ -202,7 +205,8 @@ def concept_add(
     """Check a folder, copy it to `data/concepts/NAME` and put it under DVC."""
     from dopsd.data.concept import add_concept
 
-    table = add_concept(folder, name, Path(), _settings(params, overrides).data, replace)
+    settings = _settings(params, overrides)
+    table = add_concept(folder, name, Path(), settings.data, replace, needs_of(settings))
     print(f"{len(table.rows)} images -> {table.root}")
     print(
         f"next: in {params} add {name} to `concepts` and `{name}: {{}}` to `tuning`, then "
@@ -224,6 +228,14 @@ class Preset(StrEnum):
 
     cpu = "cpu"
     gpu = "gpu"
+
+
+@base_app.command("identify")
+def base_identify(params: Params = PARAMS, overrides: Overrides = None) -> None:
+    """Check the base's files (or fetch them), and write what it is to `runs/base.json`; large ones are read once."""
+    from dopsd.stages import identify_base
+
+    identify_base(_settings(params, overrides), Path())
 
 
 @base_app.command("build")

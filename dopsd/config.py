@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Method = Literal["d-opsd", "sft", "sft-teacher", "off-policy"]
 METHODS: tuple[Method, ...] = ("d-opsd", "sft", "sft-teacher", "off-policy")
 
+ContextName = Literal["vlm", "edit", "edit-reference", "enhanced-prompt"]
+
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -28,18 +30,45 @@ class _Settings(BaseModel):
 
 
 class ModelSettings(_Settings):
-    """The base model: a diffusers folder (with ``vlm/`` beside for the ``vlm`` context), and how it is run."""
+    """The base model, what its teacher is shown, and how it is run."""
 
-    family: Literal["z-image"] = "z-image"
-    path: Path
-    vlm: Path | None = None
-    """Folder of the Qwen3-VL for the ``vlm`` context; ``None`` means ``path/vlm``."""
+    family: str = "z-image"
+    """One of :data:`dopsd.models.FAMILIES`."""
+    path: Annotated[str, Field(min_length=1)]
+    """A diffusers folder, or the hub's name for one (``owner/name``)."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub; ``None``: its main branch."""
+    name: str | None = None
+    """What the model card calls the base: its name on the hub. ``None``: ``path`` where that is such a name."""
+    licence: str | None = None
+    """The base's licence for the model card; ``None``: what its own README says."""
+    context: ContextName | None = None
+    """What the teacher is shown (docs/method.md); ``None``: the family's own."""
+    context_suffix: str | None = None
+    """Added to the caption that the teacher reads; ``None``: the family's own."""
+    context_variant: str = "long"
+    """With ``enhanced-prompt``: which of a row's captions the teacher reads; the student reads the others."""
+    context_pixels: tuple[Positive, Positive] = (512 * 512, 768 * 768)
+    """Least and most pixels of an image that a VLM is shown."""
+    vlm: str | None = None
+    """Folder or hub name of the Qwen3-VL for Z-Image's ``vlm`` context; ``None`` means ``path/vlm``."""
+    vlm_revision: str | None = None
+    vlm_positions: Literal["vlm", "encoder"] = "vlm"
+    """Whose rotary frequencies the VLM's language half has: its own, as published, or the text encoder's."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """``auto``: bfloat16 on CUDA, float32 on a CPU (bfloat16 is far slower on most of them)."""
-    context_pixels: tuple[Positive, Positive] = (512 * 512, 768 * 768)
-    """Least and most pixels of an image in the teacher's context."""
     gradient_checkpointing: bool = False
+
+    @property
+    def teacher_variant(self) -> str | None:
+        """The caption variant that is the teacher's alone; ``None`` where both read the same caption."""
+        return self.context_variant if self.context == "enhanced-prompt" else None
+
+    def decides_learning(self) -> dict[str, Any]:
+        """What of this decides what is learnt, the base's own files apart."""
+        shown = {"path", "revision", "name", "licence", "vlm", "vlm_revision", "device", "gradient_checkpointing"}
+        return self.model_dump(mode="json", exclude=shown)
 
 
 class DataSettings(_Settings):
@@ -209,6 +238,19 @@ class Settings(_Settings):
     compute: ComputeSettings = ComputeSettings()
     registry: RegistrySettings = RegistrySettings()
     tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _frozen_teacher(cls, values: Any) -> Any:
+        """A teacher that only reads more is frozen unless the settings say otherwise: it has nothing to follow."""
+        if not isinstance(values, dict) or not isinstance(values.get("train"), dict):
+            return values
+        model, train = values.get("model"), values["train"]
+        if isinstance(model, dict) and model.get("context") == "enhanced-prompt":
+            teacher = train.get("teacher", {})
+            if isinstance(teacher, dict) and "kind" not in teacher:
+                return values | {"train": train | {"teacher": teacher | {"kind": "frozen"}}}
+        return values
 
     @model_validator(mode="after")
     def _tuning_fits(self) -> Settings:

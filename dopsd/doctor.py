@@ -100,15 +100,21 @@ def _concepts(settings: Settings, root: Path) -> Iterator[Finding]:
 
 
 def _base(settings: Settings, root: Path) -> Iterator[Finding]:
-    path = root / settings.model.path
-    if not (path / "model_index.json").is_file():
-        yield Finding("base model", f"{path}: none", "fault", "check model.path, or `dopsd base build` for emoji-turbo")
+    """The base is looked at where it lies, as every stage would before it loads anything; nothing is fetched."""
+    from dopsd.models import ModelError, open_base, teaching_of
+
+    try:
+        context = teaching_of(settings.model).context
+        if not (root / settings.model.path).expanduser().is_dir() and "/" in settings.model.path:
+            advice = "no folder here; a name on the hub is fetched when it is first needed"
+            yield Finding("base model", settings.model.path, "note", advice)
+            return
+        base = open_base(settings.model, root)
+    except ModelError as error:
+        yield Finding("base model", str(error), "fault", "`dopsd base build` makes emoji-turbo anew")
         return
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    yield Finding("base model", f"{path}, {size / 2**20:.0f} MiB")
-    vlm = root / settings.model.vlm if settings.model.vlm else path / "vlm"
-    if not vlm.is_dir():
-        yield Finding("teacher's VLM", f"{vlm}: none", "fault", "set model.vlm to a folder of the Qwen3-VL that fits")
+    size = sum(file.stat().st_size for file in base.source.folder.rglob("*") if file.is_file())
+    yield Finding("base model", f"{settings.model.family} in {base.source.folder}, {size / 2**20:.0f} MiB, {context}")
 
 
 def _dvc(_: Settings, root: Path) -> Iterator[Finding]:

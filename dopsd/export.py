@@ -1,7 +1,7 @@
 """A trained adapter as files that other tools load, a model card beside them, and the proof that they load.
 
-- ``pytorch_lora_weights.safetensors``: diffusers, ``ZImagePipeline.load_lora_weights(folder)``
-- ``comfyui_lora.safetensors``: ComfyUI and tools that read its names (``diffusion_model.*`` with ``.alpha``)
+- ``pytorch_lora_weights.safetensors``: diffusers, ``pipeline.load_lora_weights(folder)``
+- ``comfyui_lora.safetensors``: ComfyUI and tools that read its names, which differ from family to family
 - ``README.md``: the model card
 
 Tools disagree on the scale of an adapter whose alpha is not its rank (some take 1 where no alpha is stored). So the
@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from dopsd.distill.adapters import adapter_applied, read_adapter
 from dopsd.distill.rollout import sample
-from dopsd.models.base import Family
+from dopsd.models.base import Family, Request
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 COMFYUI_FILE = "comfyui_lora.safetensors"
@@ -45,43 +46,52 @@ class Card:
 
     concept: str
     base: str
+    """Its name on the hub, or what its folder is called; never a path."""
     method: str
     steps: int
     """Few steps: how many the adapter was trained for and is to be sampled with."""
-    resolution: int
     placeholder: str
     prompt: str
     """An example prompt."""
+    call: Mapping[str, object]
+    """Keywords of the pipeline's call for that prompt, the prompt itself and pictures left out."""
     images: int
     data_hash: str
     training: Mapping[str, str]
     """Settings worth knowing, as text."""
     columns: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
-    base_licence: str = "see the base model"
+    licence: str | None = None
+    """The base's; ``None`` where nobody said."""
+    licence_listed: bool = False
+    """Whether that is an identifier which hubs know (``apache-2.0``), and not a licence's own name."""
+    edits: bool = False
+    """Whether a picture is edited, and not one made from text alone."""
+    unseen: bool = False
+    """Whether the rows are of prompts that were not trained on."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures that the trained student drew, and all it takes to draw them again elsewhere."""
+    """A picture that the trained student drew, and all it takes to draw it again elsewhere."""
 
-    prompts: tuple[str, ...]
+    request: Request
     noise: Tensor
-    """``[B, C, h, w]``, on the CPU."""
+    """``[1, C, h, w]``, on the CPU."""
     steps: int
     height: int
     width: int
-    images: tuple[Image, ...]
+    image: Image
 
 
-def export_adapter(adapter: Path, out: Path, card: Card) -> Path:
+def export_adapter(adapter: Path, out: Path, card: Card, family: type[Family]) -> Path:
     """Write the files for ``adapter`` into the folder ``out``, replacing it as a whole; returns ``out``."""
     tensors, rank, scale = _scaled(adapter)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     _write_diffusers(partial, tensors, rank)
-    _write_comfyui(partial, tensors, rank)
+    save_file(dict(family.comfyui_lora(tensors, rank)), partial / COMFYUI_FILE, metadata={"format": "pt"})
     (partial / CARD_FILE).write_text(render_card(card, rank=rank, scale=scale))
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
@@ -99,21 +109,13 @@ def _scaled(adapter: Path) -> tuple[dict[str, Tensor], int, float]:
 
 
 def _write_diffusers(folder: Path, tensors: Mapping[str, Tensor], rank: int) -> None:
-    from diffusers.pipelines.z_image import ZImagePipeline
-
+    """The names that every pipeline's ``load_lora_weights`` reads, with alpha in the header: a tensor of it would be
+    refused."""
     modules = sorted({key.rsplit(".", 2)[0] for key in tensors})
     config = {"r": rank, "lora_alpha": rank, "target_modules": modules, "lora_dropout": 0.0, "bias": "none"}
-    ZImagePipeline.save_lora_weights(
-        folder, transformer_lora_layers=dict(tensors), weight_name=DIFFUSERS_FILE,
-        transformer_lora_adapter_metadata=config,
-    )  # fmt: skip
-
-
-def _write_comfyui(folder: Path, tensors: Mapping[str, Tensor], rank: int) -> None:
-    named = {f"diffusion_model.{key}": value.contiguous() for key, value in tensors.items()}
-    modules = {key.rsplit(".", 2)[0] for key in named}
-    named |= {f"{module}.alpha": torch.tensor(float(rank)) for module in modules}
-    save_file(named, folder / COMFYUI_FILE, metadata={"format": "pt"})
+    header = {"format": "pt", "lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in config.items()})}
+    named = {f"transformer.{key}": value.contiguous() for key, value in tensors.items()}
+    save_file(named, folder / DIFFUSERS_FILE, metadata=header)
 
 
 def render_card(card: Card, **more: object) -> str:
@@ -132,18 +134,22 @@ def render_card(card: Card, **more: object) -> str:
 
 
 def draw_student(
-    family: Family, adapter: Path, prompts: Sequence[str], steps: int, height: int, width: int, seed: int
-) -> Drawn:
-    """What the trained student draws for ``prompts``; the family needs its text encoder."""
-    conditioning = family.encode_prompt(prompts)
-    noise = family.initial_latents(len(prompts), height, width, torch.Generator().manual_seed(seed))
+    family: Family, adapter: Path, asked: Sequence[tuple[Request, int, int]], steps: int, seed: int
+) -> list[Drawn]:
+    """What the trained student draws for each (request, height, width), one picture at a time."""
+    encoded = family.encode_prompt([request for request, *_ in asked])
+    family.release_encoders()
+    generator, drawn = torch.Generator().manual_seed(seed), []
     with adapter_applied(family.transformer, adapter):
-        latents = sample(family, conditioning, steps, height, width, noise)
-    return Drawn(tuple(prompts), noise.cpu(), steps, height, width, tuple(family.decode(latents)))
+        for (request, height, width), conditioning in zip(asked, encoded, strict=True):
+            noise = family.initial_latents(1, height, width, generator)
+            (image,) = family.decode(sample(family, [conditioning], steps, height, width, noise))
+            drawn.append(Drawn(request, noise.cpu(), steps, height, width, image))
+    return drawn
 
 
 def check_export(
-    base: Path, export: Path, drawn: Drawn, *, file: str = DIFFUSERS_FILE,
+    base: Path, export: Path, drawn: Sequence[Drawn], family: type[Family], *, file: str = DIFFUSERS_FILE,
     dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
 ) -> dict[str, float]:  # fmt: skip
     """Load ``export`` with plain diffusers on ``base`` and compare with the student, image against image.
@@ -151,21 +157,21 @@ def check_export(
     Returns mean differences in levels of 255: ``change`` (what the adapter changes) and ``difference`` (from the
     student). Raises :class:`ExportError` where the adapter is not there, changes nothing, or draws something else.
     """
-    from diffusers.pipelines.z_image import ZImagePipeline
+    from diffusers import DiffusionPipeline
 
-    pipeline = ZImagePipeline.from_pretrained(base, dtype=dtype).to(device)
+    pipeline = DiffusionPipeline.from_pretrained(base, torch_dtype=dtype, use_safetensors=True).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    before = _draw(pipeline, drawn)
+    before = _draw(pipeline, drawn, family)
     pipeline.load_lora_weights(export, weight_name=file)
     if not pipeline.get_active_adapters():
         raise ExportError(
             f"{export / file}: diffusers loads it as nothing; the names of its tensors do not fit the base"
         )
-    after = _draw(pipeline, drawn)
+    after = _draw(pipeline, drawn, family)
     change = max(_difference(a, b) for a, b in zip(before, after, strict=True))
     if change == 0:
         raise ExportError(f"{export / file}: loaded, but the pictures are those of the base; was anything trained?")
-    difference = max(_difference(a, b) for a, b in zip(after, drawn.images, strict=True))
+    difference = max(_difference(a, one.image) for a, one in zip(after, drawn, strict=True))
     if difference > _ROUNDING.get(dtype, _ROUNDING[torch.bfloat16]):
         raise ExportError(
             f"{export / file}: plain diffusers draws other pictures than the trained student (mean difference "
@@ -174,15 +180,10 @@ def check_export(
     return {"change": change, "difference": difference}
 
 
-def _draw(pipeline: object, drawn: Drawn) -> list[Image]:
-    assert callable(pipeline)
+def _draw(pipeline: Any, drawn: Sequence[Drawn], family: type[Family]) -> list[Image]:
     return [
-        pipeline(
-            prompt=prompt, height=drawn.height, width=drawn.width, num_inference_steps=drawn.steps, guidance_scale=0.0,
-            latents=drawn.noise[i : i + 1].clone(),
-        ).images[0]
-        for i, prompt in enumerate(drawn.prompts)
-    ]  # fmt: skip
+        pipeline(**family.call(one.request, one.height, one.width, one.steps, one.noise)).images[0] for one in drawn
+    ]
 
 
 def _difference(a: Image, b: Image) -> float:

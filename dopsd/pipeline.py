@@ -58,8 +58,8 @@ def _stages(root: Path) -> dict[str, Any]:
 
 
 def _filled(text: str, concept: str, settings: Settings) -> str:
-    """DVC's two templates that stages use."""
-    return text.replace("${item.concept}", concept).replace("${model.path}", settings.model.path.as_posix())
+    """DVC's template that stages use."""
+    return text.replace("${item.concept}", concept)
 
 
 def _lookup(values: Any, key: str) -> Any:

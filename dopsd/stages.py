@@ -18,12 +18,15 @@ from dopsd.config import Method, Settings
 
 if TYPE_CHECKING:
     from dopsd.data.manifest import ConceptTable
+    from dopsd.data.needs import Needs
     from dopsd.emoji_turbo.pictures import World
-    from dopsd.models.base import Family
+    from dopsd.models import Base
+    from dopsd.models.base import Family, Request
     from dopsd.tracking import Tracker
 
 EMBEDDED_BASE = Path("data/base/emoji-turbo")
 WORLD = Path("data/world")
+BASE = Path("runs/base.json")
 PREVIEWS = 6
 """How many held-out prompts are previewed during training where the settings name none."""
 
@@ -53,33 +56,41 @@ def validate(concept: str, settings: Settings, root: Path) -> None:
     )
 
 
+def identify_base(settings: Settings, root: Path) -> None:
+    """The base's files -> ``runs/base.json``: what the stages that use it depend on. The same base, the same file."""
+    from dopsd.models import open_base
+
+    base = open_base(settings.model, root)
+    _write_json(root / BASE, {"name": base.source.shown, "components": dict(sorted(base.identities.items()))})
+    print(f"base: {base.source.shown} is {settings.model.family}, {base.identity[:12]}")
+
+
 def encode(concept: str, settings: Settings, root: Path) -> None:
     """The data set and the base's encoders -> ``encoded/``: prompts, teacher contexts, target latents, once."""
     from dopsd.data.encoded import Encoded, write_encoded
     from dopsd.train.crew import SpreadEncoders, crew
-    from dopsd.train.encode import BATCH, encode_concept, encode_texts
+    from dopsd.train.encode import BATCH, Ask, encode_concept, encode_previews, encode_prompts
 
     run = run_folder(concept, root)
     table, holdout = read_concept(concept, settings, root)
     if _read_json(run / "validated.json", "validate")["content_hash"] != table.content_hash:
         raise StageError(f"data/concepts/{concept} changed since it was validated; run `dopsd validate` again")
-    unseen = holdout or table
-    previews = settings.train.preview_prompts or tuple(row.captions[0][1] for row in unseen.rows[:PREVIEWS])
-    replay = settings.train.replay.prompts
+    replay = settings.train.replay.prompts if settings.train.replay.weight > 0 else ()
     cache = cache_of(root)
-    with crew(settings.model, settings.compute, root, encoders=True) as helpers:
+    with crew(settings.model, settings.compute, root) as helpers:
         family = load_base(settings, root)
         if helpers is not None:
             family = cast("Family", SpreadEncoders(family, helpers, BATCH))
         encoded = Encoded(
             examples=tuple(encode_concept(family, table, settings, cache)),
-            previews=tuple(zip(previews, encode_texts(family, previews, cache), strict=True)),
-            replay=tuple(zip(replay, encode_texts(family, replay, cache), strict=True)),
+            previews=tuple(encode_previews(family, holdout or table, settings, cache, PREVIEWS)),
+            replay=tuple(zip(replay, encode_prompts(family, [Ask(text) for text in replay], cache), strict=True)),
             images=len(table.rows),
             content_hash=table.content_hash,
         )
     write_encoded(run / "encoded", encoded)
-    print(f"encode: {len(encoded.examples)} examples and {len(previews) + len(replay)} prompts -> {run / 'encoded'}")
+    prompts = len(encoded.previews) + len(replay)
+    print(f"encode: {len(encoded.examples)} examples and {prompts} prompts -> {run / 'encoded'}")
 
 
 def train(concept: str, settings: Settings, root: Path) -> None:
@@ -94,8 +105,7 @@ def train(concept: str, settings: Settings, root: Path) -> None:
     training = _begin_training(run, settings, encoded.content_hash)
     with _tracker(concept, settings, root) as tracker:
         _describe(tracker, concept, settings, root, encoded.content_hash, images=encoded.images)
-    job = Job(f"{concept}-{training['training']}", encoded, settings.train, settings.model, root,
-              settings.data.resolution)  # fmt: skip
+    job = Job(f"{concept}-{training['training']}", encoded, settings.train, settings.model, root)
 
     @contextmanager
     def observe(method: Method) -> Iterator[Tracker]:
@@ -125,7 +135,7 @@ def evaluate(concept: str, settings: Settings, root: Path) -> None:
     run = run_folder(concept, root)
     table, holdout = read_concept(concept, settings, root)
     subjects = _subjects(run / "adapters")
-    with crew(settings.model, settings.compute, root, encoders=False) as helpers:
+    with crew(settings.model, settings.compute, root) as helpers:
         metrics = evaluate_subjects(
             load_base(settings, root), table, holdout, world_of(settings, root), subjects, settings, cache_of(root),
             run / "evaluation", crew=helpers,
@@ -152,18 +162,20 @@ def report(concept: str, settings: Settings, root: Path) -> None:
 def register(concept: str, settings: Settings, root: Path) -> None:
     """The first method's adapter -> ``export/``: files for diffusers and ComfyUI, model card; loaded and compared."""
     from dopsd.export import check_export, draw_student, export_adapter
+    from dopsd.models import family_class, open_base
 
     run = run_folder(concept, root)
     method = settings.train.methods[0]
     adapter = run / "adapters" / f"{method}.safetensors"
     table, _ = read_concept(concept, settings, root)
-    export = export_adapter(adapter, run / "export", _card(concept, settings, table, run))
-    family = load_base(settings, root)
-    dtype, device, side = family.dtype, family.device, settings.data.resolution
-    prompts = [row.captions[0][1] for row in table.rows[:2]]
-    drawn = draw_student(family, adapter, prompts, settings.evaluation.few_steps, side, side, settings.evaluation.seed)
-    del family  # a large base fits once
-    compared = check_export(root / settings.model.path, export, drawn, dtype=dtype, device=device)
+    base, family = open_base(settings.model, root, teacher=False), family_class(settings.model)
+    asked = _asked_of(table, settings, 2)
+    export = export_adapter(adapter, run / "export", _card(concept, settings, table, run, base, asked[0]), family)
+    loaded = load_base(settings, root, teacher=False)
+    dtype, device = loaded.dtype, loaded.device
+    drawn = draw_student(loaded, adapter, asked, settings.evaluation.few_steps, settings.evaluation.seed)
+    del loaded  # a large base fits once
+    compared = check_export(base.source.folder, export, drawn, family, dtype=dtype, device=device)
     with _tracker(concept, settings, root) as tracker:
         tracker.metrics(0, {f"export/{key}": value for key, value in compared.items()})
         tracker.artifact(export, "export")
@@ -175,9 +187,23 @@ def register(concept: str, settings: Settings, root: Path) -> None:
         _register_version(concept, settings, root, table, run)
 
 
+def _asked_of(table: ConceptTable, settings: Settings, count: int) -> list[tuple[Request, int, int]]:
+    """The first rows as a person would ask for them: request, height, width."""
+    from dopsd.data.pictures import bucket_of, references_of
+    from dopsd.train.encode import Ask
+
+    asked = []
+    for row in table.rows[:count]:
+        text = row.student_captions(settings.model.teacher_variant)[0]
+        width, height = bucket_of(row, settings.data.resolution, settings.data.max_pixels)
+        asked.append((Ask(text, references_of(row, settings.data.max_pixels)).request(), height, width))
+    return asked
+
+
 def _register_version(concept: str, settings: Settings, root: Path, table: ConceptTable, run: Path) -> None:
     """A version in the registry, judged; the outcome is kept in ``registered.json``."""
     from dopsd.champions import register_version
+    from dopsd.models import open_base
     from dopsd.registry import CHAMPION, RegistryAway
     from dopsd.tracking import git_tags, run_id
 
@@ -188,7 +214,7 @@ def _register_version(concept: str, settings: Settings, root: Path, table: Conce
     about = _read_json(run / "validated.json", "validate")
     metrics = _read_json(run / "evaluation" / "metrics.json", "evaluate")
     tags = git_tags(root) | {"dopsd.training": training, "dopsd.data.hash": table.content_hash,
-                             "dopsd.base": settings.model.path.as_posix()}  # fmt: skip
+                             "dopsd.base": open_base(settings.model, root, teacher=False).source.shown}  # fmt: skip
 
     def evaluate_again(adapter: Path, base_folder: Path) -> dict[str, Any]:
         from dopsd.evaluation.suite import Subject
@@ -196,8 +222,8 @@ def _register_version(concept: str, settings: Settings, root: Path, table: Conce
 
         _, holdout = read_concept(concept, settings, root)
         subjects = [Subject("base", None), Subject(CHAMPION, adapter)]
-        model = settings.model.model_copy(update={"path": base_folder, "vlm": None})
-        base = load_base(settings.model_copy(update={"model": model}), root)
+        model = settings.model.model_copy(update={"path": str(base_folder), "revision": None})
+        base = load_base(settings.model_copy(update={"model": model}), root, teacher=False)
         world, cache = world_of(settings, root), cache_of(root)
         folder = adapter.parent / "evaluation"
         return evaluate_subjects(base, table, holdout, world, subjects, settings, cache, folder)
@@ -239,14 +265,14 @@ STAGES: dict[str, Stage] = {
 }
 
 
-def load_base(settings: Settings, root: Path, encoders: bool = True) -> Family:
-    """The base model, without the libraries' own progress bars."""
+def load_base(settings: Settings, root: Path, teacher: bool = True) -> Family:
+    """The base model, without the libraries' own progress bars; its parts are loaded when they are used."""
     from diffusers.utils import logging
 
     from dopsd.models import load_family
 
     logging.disable_progress_bar()
-    return load_family(settings.model, root, encoders)
+    return load_family(settings.model, root, teacher)
 
 
 # --- what goes in -----------------------------------------------------------------------------------------------------
@@ -255,7 +281,15 @@ def load_base(settings: Settings, root: Path, encoders: bool = True) -> Family:
 def read_concept(concept: str, settings: Settings, root: Path) -> tuple[ConceptTable, ConceptTable | None]:
     from dopsd.data.schema import validate_dataset
 
-    return validate_dataset(root / "data" / "concepts" / concept, concept, settings.data)
+    return validate_dataset(root / "data" / "concepts" / concept, concept, settings.data, needs_of(settings))
+
+
+def needs_of(settings: Settings) -> Needs:
+    """What the base's context asks of the data. Raises ``ModelError`` for a family or context that there is not."""
+    from dopsd.data.needs import Needs
+    from dopsd.models import references_rule
+
+    return Needs(references_rule(settings.model), settings.model.teacher_variant)
 
 
 def cache_of(root: Path) -> Any:
@@ -336,21 +370,30 @@ def _describe(
     tracker.tags(git_tags(root) | flow_tags())
 
 
-def _card(concept: str, settings: Settings, table: ConceptTable, run: Path) -> Any:
+def _card(
+    concept: str, settings: Settings, table: ConceptTable, run: Path, base: Base, asked: tuple[Request, int, int]
+) -> Any:
     from dopsd.evaluation.table import table_as_text
     from dopsd.export import Card
+    from dopsd.models import family_class, licence_of
 
-    train = settings.train
+    train, (request, height, width) = settings.train, asked
+    call = family_class(settings.model).call(request, height, width, settings.evaluation.few_steps)
+    licence = settings.model.licence or licence_of(base.source)
     trained = _read_json(run / "adapters" / f"{train.methods[0]}.json", "train")
     columns, rows = table_as_text(_read_json(run / "evaluation" / "metrics.json", "evaluate"))
     return Card(
         concept=concept,
-        base=settings.model.path.as_posix(),
+        base=settings.model.name or base.source.shown,
+        licence=licence,
+        licence_listed=licence in _LISTED_LICENCES,
         method=train.methods[0],
         steps=settings.evaluation.few_steps,
-        resolution=settings.data.resolution,
         placeholder=settings.data.placeholder,
-        prompt=table.rows[0].captions[0][1],
+        prompt=request.caption,
+        call={key: value for key, value in call.items() if key not in ("prompt", "image")},
+        edits=bool(request.references),
+        unseen=_read_json(run / "validated.json", "validate")["holdout_images"] > 0,
         images=len(table.rows),
         data_hash=table.content_hash,
         training={
@@ -364,6 +407,10 @@ def _card(concept: str, settings: Settings, table: ConceptTable, run: Path) -> A
         columns=columns,
         rows=rows,
     )
+
+
+_LISTED_LICENCES = ("apache-2.0", "mit", "openrail", "creativeml-openrail-m", "cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0")
+"""Identifiers that a hub takes as a licence; any other is given as the name of one."""
 
 
 def _read_json(path: Path, made_by: str) -> dict[str, Any]:

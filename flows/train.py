@@ -29,7 +29,7 @@ from dopsd.config import Settings, load_settings
 from dopsd.data.concept import RemoteAway
 from dopsd.pipeline import inputs_hash, outputs_hash
 from dopsd.registry import RegistryAway
-from dopsd.stages import STAGES, is_registered, run_folder
+from dopsd.stages import STAGES, identify_base, is_registered, run_folder
 from dopsd.train.errors import LaunchError
 
 from . import artifacts
@@ -155,6 +155,7 @@ def dopsd(
 def tune_all(concepts: Sequence[str], settings: Settings, root: Path) -> Any:
     """Tune several concepts side by side; one that fails does not stop the others, but the run fails in the end."""
     _name_flow_run()
+    identify_base(settings, root.resolve())
     futures = {concept: tune.submit(concept, settings, str(root.resolve())) for concept in concepts}
     wait(list(futures.values()))
     said, failed = {}, []

@@ -133,7 +133,7 @@ def test_sample_draws_with_and_without_an_adapter(inside: Path, tmp_path: Path) 
         (["report", "-c", "nothing"], "run stage validate first"),
         (["show", "-c", "nothing"], "make demo CONCEPT=nothing"),
         (["sample", "-p", "x", "-a", "no.safetensors"], "no.safetensors: no such adapter"),
-        (["sample", "-p", "x", "--set", "model.path=no/where"], "no base model there"),
+        (["sample", "-p", "x", "--set", "model.path=no/where/at/all"], "no such folder"),
         (["concept", "add", "no/where", "--name", "x"], "not a DVC project"),
     ],
 )

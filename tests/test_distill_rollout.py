@@ -86,8 +86,8 @@ def test_a_rollout_ends_where_plain_euler_and_the_pipeline_itself_end(family):
             x = x + (sigmas[k + 1] - sigmas[k]) * family.predict_velocity(x, sigmas[k], prompts)
     sampled = sample(family, prompts, STEPS, tiny.SIDE, tiny.SIDE, noise)
     pipeline = ZImagePipeline(
-        scheduler=family.scheduler, vae=family.vae, text_encoder=family.text_encoder, tokenizer=family.tokenizer,
-        transformer=family.transformer,
+        vae=family.parts["vae_decoder"],
+        **{name: family.parts[name] for name in ("scheduler", "text_encoder", "tokenizer", "transformer")},
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     truth = pipeline(

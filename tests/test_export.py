@@ -26,14 +26,17 @@ from dopsd.export import (
     render_card,
 )
 from dopsd.models import Family, load_family
+from dopsd.models.base import Request
+from dopsd.models.z_image import ZImage
 from tests import tiny
 
 CARD = Card(
-    concept="style-ink", base="data/base/emoji-turbo", method="d-opsd", steps=4, resolution=64, placeholder="[V]",
-    prompt='a "fox" in [V] style', images=16, data_hash="f" * 64, training={"learning rate": "3e-4"},
+    concept="style-ink", base="maker/emoji-turbo", method="d-opsd", steps=4, placeholder="[V]",
+    prompt='a "fox" in [V] style', call={"height": 64, "width": 64, "num_inference_steps": 4, "guidance_scale": 0.0},
+    licence="apache-2.0", licence_listed=True, images=16, data_hash="f" * 64, training={"learning rate": "3e-4"},
     columns=("model", "style"), rows=(("base", ".1"), ("d-opsd", ".9")),
 )  # fmt: skip
-PROMPTS = ("a fox in [V] style", "a red boat in [V] style")
+ASKED = [(Request("a fox in [V] style"), 64, 64), (Request("a red boat in [V] style"), 48, 96)]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def family(base: Path) -> Family:
-    return load_family(ModelSettings(path=base, device="cpu", context_pixels=(4096, 4096)))
+    return load_family(ModelSettings(path=str(base), device="cpu", context_pixels=(4096, 4096)))
 
 
 def _adapter(path: Path, family: Family, lora: LoraSettings, size: float = 0.5) -> Path:
@@ -75,15 +78,15 @@ def test_plain_diffusers_draws_the_students_pictures(
     base: Path, family: Family, tmp_path: Path, alpha: float | None, targets: tuple[str, ...] | None, file: str
 ) -> None:
     adapter = _adapter(tmp_path / "a.safetensors", family, LoraSettings(rank=4, alpha=alpha, targets=targets))
-    out = export_adapter(adapter, tmp_path / "export", CARD)
-    compared = check_export(base, out, draw_student(family, adapter, PROMPTS, 4, 64, 64, seed=3), file=file)
+    out = export_adapter(adapter, tmp_path / "export", CARD, ZImage)
+    compared = check_export(base, out, draw_student(family, adapter, ASKED, 4, seed=3), ZImage, file=file)
     assert compared["change"] > 2, "the adapter is to be seen"
     assert compared["difference"] < 0.25
 
 
 def test_files_name_their_scale(family: Family, tmp_path: Path) -> None:
     adapter = _adapter(tmp_path / "a.safetensors", family, LoraSettings(rank=4, alpha=8.0))
-    out = export_adapter(adapter, tmp_path / "export", CARD)
+    out = export_adapter(adapter, tmp_path / "export", CARD, ZImage)
     assert {path.name for path in out.iterdir()} == {DIFFUSERS_FILE, COMFYUI_FILE, CARD_FILE}
     trained, diffusers, comfyui = (load_file(p) for p in (adapter, out / DIFFUSERS_FILE, out / COMFYUI_FILE))
     assert set(diffusers) == {f"transformer.{key}" for key in trained}
@@ -104,34 +107,35 @@ def test_files_name_their_scale(family: Family, tmp_path: Path) -> None:
 
 def test_an_export_that_does_nothing_is_an_error(base: Path, family: Family, tmp_path: Path) -> None:
     adapter = _adapter(tmp_path / "a.safetensors", family, LoraSettings(rank=4), size=0.0)
-    out = export_adapter(adapter, tmp_path / "export", CARD)
+    out = export_adapter(adapter, tmp_path / "export", CARD, ZImage)
     with pytest.raises(ExportError, match="pictures are those of the base"):
-        check_export(base, out, draw_student(family, adapter, PROMPTS[:1], 2, 64, 64, seed=0))
+        check_export(base, out, draw_student(family, adapter, ASKED[:1], 2, seed=0), ZImage)
 
 
 def test_an_export_whose_names_do_not_fit_is_an_error(base: Path, family: Family, tmp_path: Path) -> None:
     adapter = _adapter(tmp_path / "a.safetensors", family, LoraSettings(rank=4))
-    drawn = draw_student(family, adapter, PROMPTS[:1], 2, 64, 64, seed=0)
+    drawn = draw_student(family, adapter, ASKED[:1], 2, seed=0)
     save_file({f"base_model.model.{k}": v for k, v in load_file(adapter).items()}, tmp_path / DIFFUSERS_FILE)
     with pytest.raises(ExportError, match="loads it as nothing"):
-        check_export(base, tmp_path, drawn)
+        check_export(base, tmp_path, drawn, ZImage)
 
 
 def test_an_export_with_another_scale_is_an_error(base: Path, family: Family, tmp_path: Path) -> None:
     adapter = _adapter(tmp_path / "a.safetensors", family, LoraSettings(rank=4))
-    drawn = draw_student(family, adapter, PROMPTS[:1], 4, 64, 64, seed=0)
-    out = export_adapter(adapter, tmp_path / "export", CARD)
+    drawn = draw_student(family, adapter, ASKED[:1], 4, seed=0)
+    out = export_adapter(adapter, tmp_path / "export", CARD, ZImage)
     halved = {k: v * (0.5 if "lora_B" in k else 1) for k, v in load_file(out / DIFFUSERS_FILE).items()}
     save_file(halved, out / DIFFUSERS_FILE)
     with pytest.raises(ExportError, match="other pictures than the trained student"):
-        check_export(base, out, drawn)
+        check_export(base, out, drawn, ZImage)
 
 
 def test_the_card_is_markdown_with_valid_front_matter() -> None:
     text = render_card(CARD, rank=4, scale=2.0)
     _, front, body = text.split("---\n", 2)
     about = yaml.safe_load(front)
-    assert about["base_model"] == "data/base/emoji-turbo"
+    assert about["base_model"] == "maker/emoji-turbo"
+    assert about["license"] == "apache-2.0"
     assert about["instance_prompt"] == 'a "fox" in [V] style'
     assert "| base | .1 |" in body
     assert "|---|---|\n| base" in body

@@ -84,7 +84,7 @@ def _settings(root: Path, *overrides: str) -> Settings:
 def _job(root: Path, name: str, *overrides: str) -> Job:
     settings = _settings(root, *overrides)
     encoded = read_encoded(root / "runs/blots/encoded")
-    return Job(name, encoded, settings.train, settings.model, root, settings.data.resolution)
+    return Job(name, encoded, settings.train, settings.model, root)
 
 
 class _Watcher(tiny.Recorder):

@@ -18,13 +18,15 @@ from dopsd.distill.adapters import adapter_parameters, add_adapters, save_adapte
 from dopsd.emoji_turbo import architecture
 from dopsd.export import CARD_FILE, DIFFUSERS_FILE, Card, draw_student, export_adapter
 from dopsd.models import load_family
+from dopsd.models.base import Request
+from dopsd.models.z_image import ZImage
 from dopsd.registry import CHAMPION, Made, Registry, RegistryAway
 from dopsd.registry.gate import judge, scores_of
 from tests import tiny
 
 SETTINGS = RegistrySettings(min_retention=0.9, tolerance=0.02)
 MADE = Made(data="d1", settings="s1", base="b1", method="m1")
-CARD = Card(concept="style-ink", base="b", method="d-opsd", steps=2, resolution=64, placeholder="[V]", prompt="p",
+CARD = Card(concept="style-ink", base="b", method="d-opsd", steps=2, placeholder="[V]", prompt="p", call={},
             images=4, data_hash="d1", training={})  # fmt: skip
 
 
@@ -91,7 +93,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("trained")
     parts = tiny.tiny_parts()
     architecture.save_folder(folder / "base", **{k: parts[k] for k in ("vae", "tokenizer", "vlm", "transformer")})
-    family = load_family(ModelSettings(path=folder / "base", device="cpu", context_pixels=(4096, 4096)))
+    family = load_family(ModelSettings(path=str(folder / "base"), device="cpu", context_pixels=(4096, 4096)))
     lora = LoraSettings(rank=4)
     pair = add_adapters(family.transformer, lora, family.lora_targets, seed=0, kind="frozen")
     generator = torch.Generator().manual_seed(1)
@@ -101,8 +103,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     save_adapter(folder / "d-opsd.safetensors", family.transformer, "student", lora)
     pair.remove()
     (folder / "d-opsd.json").write_text("{}\n")
-    export = export_adapter(folder / "d-opsd.safetensors", folder / "export", CARD)
-    drawn = draw_student(family, folder / "d-opsd.safetensors", ["a fox in [V] style"], 2, 64, 64, seed=0)
+    export = export_adapter(folder / "d-opsd.safetensors", folder / "export", CARD, ZImage)
+    asked = [(Request("a fox in [V] style"), 64, 64)]
+    drawn = draw_student(family, folder / "d-opsd.safetensors", asked, 2, seed=0)
     files = {
         "adapter": export / DIFFUSERS_FILE, "card": export / CARD_FILE, "student": folder / "d-opsd.safetensors",
         "about": folder / "d-opsd.json", "base": folder / "base",
@@ -129,7 +132,8 @@ def _register(
     **made: str,
 ):  # fmt: skip
     champion = registry.champion("style-ink")
-    serving = {"base": "data/base", "steps": 2, "side": 64}
+    call = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 0.0}
+    serving = {"base": "data/base", "revision": None, "call": call}
     return registry.register(
         "style-ink", run or _run(registry, tmp_path), Made(**{**MADE.__dict__, **made}), mine, {"dopsd.base": "tiny"},
         champion[2] if champion else None, trained["files"], serving, SETTINGS, obstacle,
@@ -225,7 +229,7 @@ print(json.dumps([np.asarray(i).tolist() for i in (images[0], again[0])]))
     picture, other = (np.array(p, np.uint8) for p in json.loads(done.stdout.splitlines()[-1]))
     assert picture.shape == (64, 64, 3)
     assert np.abs(picture.astype(int) - other).mean() > 1, "another seed, another picture"
-    theirs = np.asarray(trained["drawn"].images[0].convert("RGB")).astype(int)
+    theirs = np.asarray(trained["drawn"][0].image.convert("RGB")).astype(int)
     assert np.abs(picture.astype(int) - theirs).mean() < 0.5, "from the same noise, the student's picture"
 
 

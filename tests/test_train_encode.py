@@ -1,5 +1,7 @@
 """Encoding: once per content, never a caller's caption changed, one example per image and caption."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -7,7 +9,8 @@ from PIL import Image
 from dopsd.config import Settings
 from dopsd.data.cache import EncodingCache
 from dopsd.data.manifest import ConceptTable, Row
-from dopsd.train.encode import encode_concept, encode_texts
+from dopsd.models.base import Request
+from dopsd.train.encode import Ask, encode_concept, encode_prompts
 from tests import tiny
 
 
@@ -20,13 +23,13 @@ class Counting:
     def __getattr__(self, name):
         return getattr(self._family, name)
 
-    def encode_prompt(self, captions):
-        self.asked += [("prompt", caption) for caption in captions]
-        return self._family.encode_prompt(captions)
+    def encode_prompt(self, requests):
+        self.asked += [("prompt", request.caption) for request in requests]
+        return self._family.encode_prompt(requests)
 
-    def encode_context(self, captions, targets, references):
-        self.asked += [("context", caption) for caption in captions]
-        return self._family.encode_context(captions, targets, references)
+    def encode_context(self, requests, targets):
+        self.asked += [("context", request.caption) for request in requests]
+        return self._family.encode_context(requests, targets)
 
     def encode_images(self, images):
         self.asked += [("latents", image.size) for image in images]
@@ -64,11 +67,12 @@ def test_captions_are_never_changed_and_encode_as_the_pipeline_does(counted, tmp
     """The templating of a prompt list in place made published code encode doubly templated text."""
     texts = list(tiny.CAPTIONS)
     cache = EncodingCache(tmp_path)
-    encoded = encode_texts(counted, texts, cache)
-    assert texts == list(tiny.CAPTIONS)
-    again = encode_texts(counted, texts, EncodingCache(tmp_path / "other"))
+    asks = [Ask(text) for text in texts]
+    encoded = encode_prompts(counted, asks, cache)
+    assert [ask.caption for ask in asks] == list(tiny.CAPTIONS)
+    again = encode_prompts(counted, asks, EncodingCache(tmp_path / "other"))
     for first, second, text in zip(encoded, again, texts, strict=True):
-        alone = counted.encode_prompt([text])[0]
+        alone = counted.encode_prompt([Request(text)])[0]
         assert torch.equal(first["caption"], second["caption"])
         torch.testing.assert_close(first["caption"], alone["caption"], rtol=1e-4, atol=1e-5)
 
@@ -101,8 +105,10 @@ def test_nothing_is_encoded_twice_and_only_what_changed_again(counted, tmp_path)
     encode_concept(counted, table, SETTINGS, cache)
     assert sorted(kind for kind, _ in counted.asked) == ["context"] * 2 + ["latents"] + ["prompt"] * 2
     counted.asked.clear()
-    larger = SETTINGS.model_copy(update={"model": SETTINGS.model.model_copy(update={"context_pixels": (4096, 9000)})})
-    encode_concept(counted, table, larger, cache)
+    larger = tiny.tiny_family()
+    larger.teaching = replace(larger.teaching, pixels=(4096, 9000))
+    counted = Counting(larger)
+    encode_concept(counted, table, SETTINGS, cache)
     assert {kind for kind, _ in counted.asked} == {"context"}
 
 

@@ -8,7 +8,9 @@ from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 from PIL import Image
 
 from dopsd.emoji_turbo import architecture, pretrain
-from dopsd.models.z_image import ModelError, load
+from dopsd.config import ModelSettings
+from dopsd.models import ModelError, load_family
+from dopsd.models.base import Request
 from tests.tiny import CAPTIONS, SIDE, tiny_family, tiny_parts
 
 
@@ -38,32 +40,31 @@ def test_the_four_step_grid_is_shift_three(family):
 
 
 def test_asking_for_a_grid_leaves_the_familys_scheduler_alone(family):
-    before = family.scheduler.sigmas.clone()
+    before = family.parts["scheduler"].sigmas.clone()
     family.sigmas(4, SIDE, SIDE)
-    assert torch.equal(family.scheduler.sigmas, before)
+    assert torch.equal(family.parts["scheduler"].sigmas, before)
 
 
 def test_a_context_does_not_depend_on_what_shares_its_batch(family, pictures):
-    captions = list(CAPTIONS[:3])
-    together = family.encode_context(captions, pictures, [[], [], []])
-    assert captions == list(CAPTIONS[:3])
-    for caption, picture, batched in zip(captions, pictures, together, strict=True):
-        (alone,) = family.encode_context([caption], [picture], [[]])
+    requests = [Request(text) for text in CAPTIONS[:3]]
+    together = family.encode_context(requests, pictures)
+    for request, picture, batched in zip(requests, pictures, together, strict=True):
+        (alone,) = family.encode_context([request], [picture])
         torch.testing.assert_close(batched["caption"], alone["caption"], rtol=1e-4, atol=1e-5)
 
 
 def test_a_context_depends_on_its_picture_and_on_its_caption(family, pictures):
-    (a,) = family.encode_context([CAPTIONS[0]], [pictures[0]], [[]])
-    (b,) = family.encode_context([CAPTIONS[0]], [pictures[1]], [[]])
-    (c,) = family.encode_context([CAPTIONS[2]], [pictures[0]], [[]])
+    (a,) = family.encode_context([Request(CAPTIONS[0])], [pictures[0]])
+    (b,) = family.encode_context([Request(CAPTIONS[0])], [pictures[1]])
+    (c,) = family.encode_context([Request(CAPTIONS[2])], [pictures[0]])
     assert (a["caption"] - b["caption"]).abs().max() > 1e-3
     assert a["caption"].shape != c["caption"].shape or (a["caption"] - c["caption"]).abs().max() > 1e-3
 
 
 def test_references_come_before_the_target(family, pictures):
-    (one,) = family.encode_context([CAPTIONS[0]], [pictures[0]], [[]])
-    (two,) = family.encode_context([CAPTIONS[0]], [pictures[0]], [[pictures[1]]])
-    (swapped,) = family.encode_context([CAPTIONS[0]], [pictures[1]], [[pictures[0]]])
+    (one,) = family.encode_context([Request(CAPTIONS[0])], [pictures[0]])
+    (two,) = family.encode_context([Request(CAPTIONS[0], (pictures[1],))], [pictures[0]])
+    (swapped,) = family.encode_context([Request(CAPTIONS[0], (pictures[0],))], [pictures[1]])
     image_tokens = (SIDE // 16) ** 2 + 2
     assert len(two["caption"]) == len(one["caption"]) + image_tokens
     assert (two["caption"] - swapped["caption"]).abs().max() > 1e-3
@@ -71,7 +72,7 @@ def test_references_come_before_the_target(family, pictures):
 
 def test_a_context_that_is_too_long_is_refused_not_cut(family, pictures):
     with pytest.raises(ModelError, match="tokens long"):
-        family.encode_context(["fox " * 1100], [pictures[0]], [[]])
+        family.encode_context([Request("fox " * 1100)], [pictures[0]])
 
 
 def test_the_language_half_is_the_text_encoder(family, pictures):
@@ -91,22 +92,20 @@ def test_a_folder_round_trip_keeps_the_family(tmp_path, pictures):
         tmp_path / "base", vae=parts["vae"], tokenizer=parts["tokenizer"], vlm=parts["vlm"],
         transformer=parts["transformer"],
     )  # fmt: skip
-    loaded = load(
-        tmp_path / "base", vlm=None, device=torch.device("cpu"), dtype=torch.float32, context_pixels=(4096, 4096)
-    )
+    loaded = load_family(ModelSettings(path=str(tmp_path / "base"), device="cpu", context_pixels=(4096, 4096)), tmp_path)
     pipeline = ZImagePipeline.from_pretrained(tmp_path / "base", torch_dtype=torch.float32)
     states, _ = pipeline.encode_prompt([CAPTIONS[0]], do_classifier_free_guidance=False)
-    torch.testing.assert_close(loaded.encode_prompt([CAPTIONS[0]])[0]["caption"], states[0], rtol=1e-4, atol=1e-5)
-    (context,) = loaded.encode_context([CAPTIONS[0]], [pictures[0]], [[]])
-    (original,) = tiny_family().encode_context([CAPTIONS[0]], [pictures[0]], [[]])
+    torch.testing.assert_close(loaded.encode_prompt([Request(CAPTIONS[0])])[0]["caption"], states[0], rtol=1e-4, atol=1e-5)
+    (context,) = loaded.encode_context([Request(CAPTIONS[0])], [pictures[0]])
+    (original,) = tiny_family().encode_context([Request(CAPTIONS[0])], [pictures[0]])
     torch.testing.assert_close(context["caption"], original["caption"], rtol=0.02, atol=0.02)  # half precision
     names = {p.name for p in (tmp_path / "base" / "vlm").glob("*.safetensors")}
     assert names == {"model.safetensors"}
 
 
 def test_a_missing_base_is_one_clear_line(tmp_path):
-    with pytest.raises(ModelError, match=r"no base model there .*model\.path"):
-        load(tmp_path, vlm=None, device=torch.device("cpu"), dtype=torch.float32, context_pixels=(1, 2))
+    with pytest.raises(ModelError, match=r"^model\.path: .* an empty folder; .*$"):
+        load_family(ModelSettings(path=str(tmp_path), device="cpu"), tmp_path)
 
 
 def test_the_build_cuts_pictures_as_the_image_processor_does(pictures):

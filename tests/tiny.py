@@ -19,9 +19,10 @@ from diffusers.models import AutoencoderKL, ZImageTransformer2DModel
 from PIL import Image
 
 from dopsd.config import Method, TrainSettings
-from dopsd.data.dataset import Example
+from dopsd.data.dataset import Example, Preview
 from dopsd.emoji_turbo import architecture
-from dopsd.models.base import Conditioning
+from dopsd.models.base import Conditioning, Parts, Teaching
+from dopsd.models.loading import use_plain_attention
 from dopsd.models.z_image import ZImage
 from dopsd.train.trainer import TrainResult, train
 
@@ -63,12 +64,22 @@ def tiny_parts(seed: int = 0) -> dict[str, Any]:
 
 def tiny_family(seed: int = 0) -> ZImage:
     """The Z-Image family over random weights."""
+    parts = tiny_parts(seed)
+    use_plain_attention(parts["transformer"])
+    modules = {("vision" if name == "vlm" else name): part for name, part in parts.items()}
     return ZImage(
-        **tiny_parts(seed),
-        image_processor=architecture.make_image_processor(),
-        context_pixels=(SIDE * SIDE, SIDE * SIDE),
+        Parts.of(image_processor=architecture.make_image_processor(), **modules),
+        Teaching("vlm", pixels=(SIDE * SIDE, SIDE * SIDE)),
+        torch.device("cpu"),
+        torch.float32,
         fingerprint=f"tiny-{seed}",
     )
+
+
+@cache
+def tiny_family_of_grids() -> ZImage:
+    """One that is asked for noise levels alone, made once."""
+    return tiny_family()
 
 
 def random_conditioning(tokens: int, generator: torch.Generator) -> Conditioning:
@@ -148,8 +159,8 @@ def run_tiny(
     """Train the tiny family on the tiny examples in ``folder/train`` and ``folder/adapters``."""
     family, prompts = tiny_family(), tiny_prompts()
     return train(
-        family, examples if examples is not None else tiny_examples(), [("a fox", prompts[0])], prompts, settings,
-        method, folder / "train", folder / "adapters", observer or Recorder(), SIDE, SIDE,
+        family, examples if examples is not None else tiny_examples(), [Preview("a fox", prompts[0], SIDE, SIDE)],
+        prompts, settings, method, folder / "train", folder / "adapters", observer or Recorder(),
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..config import DataSettings
 from .manifest import ConceptTable, concept_files
+from .needs import Needs
 from .schema import validate_dataset
 
 CONCEPTS = Path("data") / "concepts"
@@ -26,7 +27,9 @@ class ConceptError(ValueError):
     """A data set that cannot be added; one line a person can act on."""
 
 
-def add_concept(folder: Path, name: str, root: Path, settings: DataSettings, replace: bool = False) -> ConceptTable:
+def add_concept(
+    folder: Path, name: str, root: Path, settings: DataSettings, replace: bool = False, needs: Needs = Needs()
+) -> ConceptTable:
     """Check ``folder``, copy it to ``root/data/concepts/name`` and ``dvc add`` it. Returns the table there.
 
     A folder that lies there already is checked and put under DVC where it is. ``replace`` overwrites another data set
@@ -43,7 +46,7 @@ def add_concept(folder: Path, name: str, root: Path, settings: DataSettings, rep
     if os.path.lexists(target) and not in_place and not replace:
         raise ConceptError(f"{target} is there already; choose another name or pass --replace")
     _recover(target)
-    table, held_out = validate_dataset(folder, name, settings)
+    table, held_out = validate_dataset(folder, name, settings, needs)
     partial = None if in_place else _copy(folder, name, target, settings, (table, held_out))
     with _undone_on_failure(target, partial):
         _dvc_add(root, target)

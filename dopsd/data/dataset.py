@@ -32,6 +32,16 @@ class Example:
     caption: str
 
 
+@dataclass(frozen=True)
+class Preview:
+    """A prompt that the student draws while it trains. ``height``, ``width``: pixels."""
+
+    caption: str
+    conditioning: Conditioning
+    height: int
+    width: int
+
+
 class BucketSampler(Iterator[list[int]]):
     """An endless sequence of full batches of indices, all of one size each.
 

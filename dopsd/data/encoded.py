@@ -1,7 +1,7 @@
 """What stage encode leaves for stage train: a folder that is read without any encoder.
 
-``tensors.safetensors`` holds ``example/<n>/prompt/<name>``, ``example/<n>/context/<name>``, ``latents/<image>``,
-``preview/<n>/<name>`` and ``replay/<n>/<name>``; ``index.json`` says what they belong to.
+``tensors.safetensors`` holds ``example/<n>/prompt:<name>``, ``example/<n>/context:<name>``, ``latents:<image>``,
+``preview/<n>:<name>`` and ``replay/<n>:<name>``; ``index.json`` says what they belong to.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .cache import Conditioning
-from .dataset import Example
+from .dataset import Example, Preview
 
+SEPARATOR = ":"
+"""Between what a tensor belongs to and its own name, which its family chose."""
 TENSORS, INDEX = "tensors.safetensors", "index.json"
 
 
@@ -31,8 +33,7 @@ class Encoded:
     """All that training needs to know of a concept."""
 
     examples: tuple[Example, ...]
-    previews: tuple[tuple[str, Conditioning], ...]
-    """Preview prompts with what the student sees of them."""
+    previews: tuple[Preview, ...]
     replay: tuple[tuple[str, Conditioning], ...]
     """Prompts of the base's own domain."""
     images: int
@@ -48,9 +49,10 @@ def write_encoded(folder: Path, encoded: Encoded) -> None:
         _put(tensors, f"example/{number}/context", example.context)
         if example.latents is not None:
             _put(tensors, "latents", {str(example.image_index): example.latents})
-    for kind, texts in (("preview", encoded.previews), ("replay", encoded.replay)):
-        for number, (_, conditioning) in enumerate(texts):
-            _put(tensors, f"{kind}/{number}", conditioning)
+    for number, preview in enumerate(encoded.previews):
+        _put(tensors, f"preview/{number}", preview.conditioning)
+    for number, (_, conditioning) in enumerate(encoded.replay):
+        _put(tensors, f"replay/{number}", conditioning)
     index = {
         "content_hash": encoded.content_hash,
         "images": encoded.images,
@@ -58,7 +60,7 @@ def write_encoded(folder: Path, encoded: Encoded) -> None:
             {"caption": e.caption, "image_index": e.image_index, "height": e.height, "width": e.width}
             for e in encoded.examples
         ],
-        "preview": [text for text, _ in encoded.previews],
+        "preview": [{"caption": p.caption, "height": p.height, "width": p.width} for p in encoded.previews],
         "replay": [text for text, _ in encoded.replay],
     }
     partial = folder.with_name(folder.name + ".partial")
@@ -81,7 +83,7 @@ def read_encoded(folder: Path) -> Encoded:
         raise EncodedError(f"{folder}: damaged ({error}); run stage encode again") from None
     groups: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        group, _, name = key.rpartition("/")
+        group, _, name = key.partition(SEPARATOR)
         groups.setdefault(group, {})[name] = value
     latents = groups.get("latents", {})
     examples = tuple(
@@ -95,7 +97,9 @@ def read_encoded(folder: Path) -> Encoded:
     )
     return Encoded(
         examples=examples,
-        previews=tuple((text, groups[f"preview/{number}"]) for number, text in enumerate(index["preview"])),
+        previews=tuple(
+            Preview(conditioning=groups[f"preview/{number}"], **about) for number, about in enumerate(index["preview"])
+        ),
         replay=tuple((text, groups[f"replay/{number}"]) for number, text in enumerate(index["replay"])),
         images=index["images"],
         content_hash=index["content_hash"],
@@ -105,4 +109,4 @@ def read_encoded(folder: Path) -> Encoded:
 def _put(tensors: dict[str, Tensor], prefix: str, conditioning: Mapping[str, Tensor]) -> None:
     for name, value in conditioning.items():
         # equal captions share one tensor in memory, and safetensors refuses that
-        tensors[f"{prefix}/{name}"] = value.detach().cpu().clone().contiguous()
+        tensors[f"{prefix}{SEPARATOR}{name}"] = value.detach().cpu().clone().contiguous()

@@ -71,6 +71,14 @@ class Row:
     source: str
     line: int
 
+    def caption(self, variant: str | None) -> str | None:
+        """The caption of that name; ``None`` where there is none."""
+        return dict(self.captions).get(variant) if variant is not None else None
+
+    def student_captions(self, teacher_variant: str | None) -> list[str]:
+        """The captions that the student reads: all but the one that is the teacher's alone."""
+        return [text for variant, text in self.captions if variant != teacher_variant]
+
 
 @dataclass(frozen=True)
 class ConceptTable:

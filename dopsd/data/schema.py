@@ -22,6 +22,7 @@ from ..config import DataSettings
 from .duplicates import near_duplicates
 from .images import ImageError, ImageFacts, inspect_image
 from .manifest import HOLDOUT, ConceptTable, DataError, Fault, Row, hash_content, read_table
+from .needs import Needs, faults_of, leaked_references
 from .records import is_text, leaves, shown
 
 MAX_ASPECT = 4.0
@@ -54,11 +55,13 @@ def validate_holdout(folder: Path, name: str, settings: DataSettings) -> Concept
     return validate_concept(part, f"{name}/{HOLDOUT}", settings, require_placeholder=False, min_images=1)
 
 
-def validate_dataset(folder: Path, name: str, settings: DataSettings) -> tuple[ConceptTable, ConceptTable | None]:
+def validate_dataset(
+    folder: Path, name: str, settings: DataSettings, needs: Needs = Needs()
+) -> tuple[ConceptTable, ConceptTable | None]:
     """Check a concept folder and its held-out part together: (training table, held-out table or ``None``).
 
-    A picture that is in both would make the evaluation worthless: that is a fault too, for near copies as well.
-    Raises :class:`DataError` with the faults of both parts.
+    ``needs``: what the teacher's context asks of the rows. A picture that is in both parts would make the evaluation
+    worthless: that is a fault too, for near copies as well. Raises :class:`DataError` with the faults of both parts.
     """
     faults: list[Fault] = []
     parts: list[_Checked] = []
@@ -66,11 +69,18 @@ def validate_dataset(folder: Path, name: str, settings: DataSettings) -> tuple[C
         if part != folder and not os.path.lexists(part):
             break
         try:
-            parts.append(_validate(part, title, settings, part == folder, None if part == folder else 1))
+            checked = _validate(part, title, settings, part == folder, None if part == folder else 1)
+            parts.append(checked)
+            faults += faults_of(checked.table, checked.facts, checked.references, needs, str(part))
         except DataError as error:
             faults += error.faults
     if len(parts) == 2 and not faults:
-        faults += _leaked(parts[0], parts[1], folder, settings.near_duplicate_bits)
+        train, held_out = parts
+        faults += _leaked(train, held_out, folder, settings.near_duplicate_bits)
+        faults += leaked_references(
+            train.table, train.references, held_out.table, held_out.facts, str(folder / HOLDOUT),
+            settings.near_duplicate_bits,
+        )  # fmt: skip
     if faults:
         raise DataError(faults)
     return parts[0].table, parts[1].table if len(parts) == 2 else None
@@ -81,6 +91,8 @@ class _Checked:
     table: ConceptTable
     facts: tuple[ImageFacts, ...]
     """Of each row's picture."""
+    references: tuple[tuple[ImageFacts, ...], ...]
+    """Of each row's references."""
 
 
 def _validate(
@@ -95,7 +107,9 @@ def _validate(
         raise DataError(faults)
     rows = tuple(_row(root, cells) for cells in frame.to_dict("records"))
     listed = [(facts[name].sha256, row.captions, references) for name, row, references in _hashed(frame, rows, facts)]
-    return _Checked(ConceptTable(name, root, rows, hash_content(listed)), tuple(facts[name] for name in frame["image"]))
+    references = tuple(tuple(facts[name] for name in json.loads(cell)) for cell in frame["references"])
+    table = ConceptTable(name, root, rows, hash_content(listed))
+    return _Checked(table, tuple(facts[name] for name in frame["image"]), references)
 
 
 def _hashed(frame: pd.DataFrame, rows: tuple[Row, ...], facts: Mapping[str, ImageFacts]) -> list[tuple[str, Row, Any]]:

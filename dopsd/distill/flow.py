@@ -37,16 +37,3 @@ def add_noise(x0: Tensor, eps: Tensor, sigma: Tensor | float) -> Tensor:
 def velocity_target(x0: Tensor, eps: Tensor) -> Tensor:
     """What flow matching regresses: ``eps - x0``."""
     return eps - x0
-
-
-def warp(uniform: Tensor, grid: Tensor) -> Tensor:
-    """Uniform ``[B]`` in [0, 1] to noise levels distributed as a model family's fine sampling grid is.
-
-    ``grid`` ``[N + 1]`` falls from 1 to 0 and its entry ``i`` stands for the unshifted level ``1 - i / N``; between
-    entries the map is linear. So flow matching sees the levels that the pipeline's shift would put there.
-    """
-    intervals = len(grid) - 1
-    grid = grid.to(uniform.device)
-    position = (1 - uniform) * intervals
-    left = position.floor().clamp(0, intervals - 1).long()
-    return torch.lerp(grid[left], grid[left + 1], (position - left).to(grid.dtype))

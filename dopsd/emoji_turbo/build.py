@@ -19,7 +19,8 @@ from types import MappingProxyType
 import torch
 from accelerate import PartialState
 
-from dopsd.models.z_image import load
+from dopsd.config import ModelSettings
+from dopsd.models import load_family
 
 from . import architecture as arch
 from .captions import PLACEHOLDER, caption, caption_variants, subject_captions
@@ -155,12 +156,12 @@ def make_parts(budget: Preset, world: World, device: torch.device) -> Parts:
 
 def warm_start(parts: Parts, folder: Path) -> None:
     """Put everything of a finished base of the same sizes into ``parts``."""
-    family = load(folder, vlm=None, device=parts.device, dtype=torch.float32, context_pixels=(64 * 64, 128 * 128))
-    parts.vae.load_state_dict(family.vae.state_dict())
-    assert family.vlm is not None, "a finished base has one"
-    parts.vlm.load_state_dict(family.vlm.state_dict())
-    parts.transformer.load_state_dict(family.transformer.state_dict())
-    parts.tokenizer = family.tokenizer
+    loaded = load_family(ModelSettings(path=str(folder), device="cpu", dtype="float32"), folder).parts
+    parts.vae.encoder.load_state_dict(loaded["vae_encoder"].encoder.state_dict())
+    parts.vae.decoder.load_state_dict(loaded["vae_decoder"].decoder.state_dict())
+    parts.vlm.load_state_dict(loaded["vision"].state_dict())
+    parts.transformer.load_state_dict(loaded["transformer"].state_dict())
+    parts.tokenizer = loaded["tokenizer"]
 
 
 def corpus(world: World) -> list[str]:

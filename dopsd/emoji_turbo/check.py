@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.models import AutoencoderKL
 from PIL import Image
 from torch import Tensor
+
+from dopsd.config import ModelSettings
+from dopsd.models.base import Family, Request
 
 from .batches import DEFAULT_STYLE
 from .captions import caption, concept_caption
@@ -25,7 +29,6 @@ from .vae import psnr
 if TYPE_CHECKING:
     from dopsd.evaluation.backbones import FeatureStore
     from dopsd.evaluation.probe import StyleProbe
-    from dopsd.models.z_image import ZImage
 
 SEEDS = (0, 1, 2)
 PROMPTS = 60
@@ -50,16 +53,17 @@ def check(root: Path) -> list[Line]:
     """Measure ``data/base/emoji-turbo`` against ``data/world``; prints nothing, writes ``docs/base-check.json``."""
     from dopsd.evaluation.backbones import FeatureStore, load_backbone
     from dopsd.evaluation.probe import round_trip, train_probe
-    from dopsd.models.z_image import load
+    from dopsd.models import load_family
 
     world = World.load(root / "data" / "world")
     base = root / "data" / "base" / "emoji-turbo"
-    family = load(base, vlm=None, device=torch.device("cpu"), dtype=torch.float32, context_pixels=(64 * 64, 128 * 128))
+    family = load_family(ModelSettings(path=str(base), device="cpu", context_pixels=(64 * 64, 128 * 128)), root)
     features = FeatureStore(load_backbone(), root / ".cache" / "features.safetensors")
     evaluated = list(world.known)[:: max(1, len(world.known) // PROMPTS)][:PROMPTS]
     probe = train_probe(world, evaluated, features, round_trip(family, 64, 32), seed=0)
     judge = _Judge(world, evaluated, features, probe)
-    lines = _reconstruction(family, world) + _drawing(family, judge) + _teaching(family, judge)
+    vae = AutoencoderKL.from_pretrained(base / "vae", use_safetensors=True).float()
+    lines = _reconstruction(vae, world) + _drawing(family, judge) + _teaching(family, judge)
     features.save()
     out = root / "docs" / "base-check.json"
     out.parent.mkdir(exist_ok=True)
@@ -98,25 +102,25 @@ class _Judge:
         return [world_picture(self.world, style, i) for i in self.evaluated]
 
 
-def _reconstruction(family: ZImage, world: World) -> list[Line]:
+def _reconstruction(vae: AutoencoderKL, world: World) -> list[Line]:
     lines = []
     for style in (*BASE_STYLES, *NEW_STYLES):
-        value = psnr(family.vae, world.pictures[style][list(world.held_out)])
+        value = psnr(vae, world.pictures[style][list(world.held_out)])
         aim = 24.0 if style == "ink" else 28.0
         lines.append(Line(f"VAE PSNR on held-out things, {style} (dB)", value, 0.0, f">= {aim:g}", value >= aim))
     return lines
 
 
-def _drawing(family: ZImage, judge: _Judge) -> list[Line]:
+def _drawing(family: Family, judge: _Judge) -> list[Line]:
     """Text only: is the right thing drawn, in the right style? Techniques are no styles of the probe's."""
     lines = []
     for technique in TECHNIQUES:
-        prompts = family.encode_prompt([caption(judge.world.labels[i], technique) for i in judge.evaluated])
+        prompts = family.encode_prompt([Request(caption(judge.world.labels[i], technique)) for i in judge.evaluated])
         top = judge.concept(judge.real(technique), technique)
         drawn = [judge.concept(_draw(family, prompts, FEW_STEPS, seed), technique) / max(top, 1e-9) for seed in SEEDS]
         lines.append(_line(f"concept of ceiling, {technique}, {FEW_STEPS} steps", torch.tensor(drawn), 0.6))
     for style in BASE_STYLES:
-        prompts = family.encode_prompt([caption(judge.world.labels[i], style) for i in judge.evaluated])
+        prompts = family.encode_prompt([Request(caption(judge.world.labels[i], style)) for i in judge.evaluated])
         few = [_draw(family, prompts, FEW_STEPS, seed) for seed in SEEDS]
         many = [_draw(family, prompts, 32, SEEDS[0])]
         ceiling = judge.real(style)
@@ -132,7 +136,7 @@ def _drawing(family: ZImage, judge: _Judge) -> list[Line]:
     return lines
 
 
-def _teaching(family: ZImage, judge: _Judge) -> list[Line]:
+def _teaching(family: Family, judge: _Judge) -> list[Line]:
     """Shown one picture of a style it has never seen, does the base draw other things in that style?"""
     lines = []
     for style in NEW_STYLES:
@@ -140,8 +144,8 @@ def _teaching(family: ZImage, judge: _Judge) -> list[Line]:
         real = judge.real(style)
         ceiling = judge.style(real, style)
         shown = real[1:] + real[:1]  # another thing of the style
-        alone = family.encode_prompt(captions)
-        context = family.encode_context(captions, shown, [[] for _ in shown])
+        requests = [Request(text) for text in captions]
+        alone, context = family.encode_prompt(requests), family.encode_context(requests, shown)
         taught = torch.tensor([judge.style(_draw(family, context, FEW_STEPS, s), style) / ceiling for s in SEEDS])
         untaught = torch.tensor([judge.style(_draw(family, alone, FEW_STEPS, s), style) / ceiling for s in SEEDS])
         lines.append(_line(f"style {style} of ceiling, shown one picture", taught, 0.5))
@@ -155,7 +159,7 @@ def _line(name: str, values: Tensor, aim: float) -> Line:
     return Line(name, mean, float(values.std()), f">= {aim:g}", mean >= aim)
 
 
-def _draw(family: ZImage, conditioning: Sequence, steps: int, seed: int) -> list[Image.Image]:
+def _draw(family: Family, conditioning: Sequence, steps: int, seed: int) -> list[Image.Image]:
     from dopsd.distill.rollout import sample
 
     images: list[Image.Image] = []

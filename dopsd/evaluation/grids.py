@@ -40,6 +40,9 @@ class Gallery:
             truths = [_tile(p.truth) for p in asked if p.truth is not None]
             if truths:
                 self._tiles[split, "real", 0] = truths
+            shown = [_tile(p.references[0].load()) for p in asked if p.references]
+            if shown and len(shown) == len(asked):
+                self._tiles[split, "reference", 0] = shown
         self._settings = settings
 
     def add(self, split: str, model: str, steps: int, images: Sequence[Image.Image]) -> None:
@@ -53,7 +56,7 @@ class Gallery:
         for name, split in (("few_step", "concept"), ("kept", "kept")):
             rows = [
                 (model, self._tiles[split, model, steps])
-                for model, steps in [("real", 0), *((model, self._few) for model in self._models)]
+                for model, steps in [("reference", 0), ("real", 0), *((model, self._few) for model in self._models)]
                 if (split, model, steps) in self._tiles
             ]
             if rows:

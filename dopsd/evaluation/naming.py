@@ -7,16 +7,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-REFERENCES = ("base", "teacher", "decoded", "real")
+REFERENCES = ("base", "teacher", "decoded", "real", "reference")
 """Rows of the table that are not tuned models."""
 
 COLORS = {
-    "real": "#6b7280", "decoded": "#6b7280", "base": "#8a8a8a", "teacher": "#e69f00", "d-opsd": "#0072b2",
+    "reference": "#6b7280", "real": "#6b7280", "decoded": "#6b7280", "base": "#8a8a8a", "teacher": "#e69f00",
+    "d-opsd": "#0072b2",
     "sft": "#d55e00", "sft-compute": "#b5548c", "sft-teacher": "#009e73", "off-policy": "#56b4e9",
 }  # fmt: skip
 """One colour per model everywhere (Okabe and Ito's set, told apart with every kind of colour vision)."""
 NAMES = {
-    "real": "truth", "decoded": "truth, decoded", "base": "base, untuned", "teacher": "teacher",
+    "reference": "reference", "real": "truth", "decoded": "truth, decoded", "base": "base, untuned",
+    "teacher": "teacher",
     "d-opsd": "D-OPSD", "sft": "SFT",
     "sft-compute": "SFT, equal compute", "sft-teacher": "SFT on teacher's samples", "off-policy": "off-policy",
 }  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
@@ -19,8 +19,10 @@ from PIL import Image
 from dopsd.config import Settings
 from dopsd.data.images import bucket_size, fit_image, load_image
 from dopsd.data.manifest import ConceptTable, Row
+from dopsd.data.pictures import Picture, bucket_of, references_of
 from dopsd.emoji_turbo.captions import caption
 from dopsd.emoji_turbo.pictures import BASE_STYLES, World
+from dopsd.train.encode import Ask
 
 from .backbones import picture_key
 from .probe import world_picture
@@ -45,7 +47,7 @@ class Prompt:
     """One request. ``number`` decides its noise: the same for every model and number of steps.
 
     ``truth``: the right picture, ``height x width``. ``concept``: its index in the world. ``style``: the world's style
-    that is asked for.
+    that is asked for. ``row``: the data's row that it comes from; ``references``: what is to be edited.
     """
 
     text: str
@@ -55,6 +57,13 @@ class Prompt:
     truth: Image.Image | None = None
     concept: int | None = None
     style: str | None = None
+    row: Row | None = None
+    references: tuple[Picture, ...] = ()
+
+    @property
+    def ask(self) -> Ask:
+        """What the models are told."""
+        return Ask(self.text, self.references)
 
 
 def read_kind(table: ConceptTable, world: World | None) -> Kind:
@@ -84,24 +93,30 @@ def concept_prompts(
     table: ConceptTable, holdout: ConceptTable | None, world: World | None, kind: Kind, settings: Settings
 ) -> list[Prompt]:
     """At most ``max_prompts`` held-out rows in a seeded order; else the settings' prompts, else the data's captions."""
-    side = settings.data.resolution
-    if holdout is None or not holdout.rows:
-        texts = settings.evaluation.prompts or tuple(row.captions[0][1] for row in table.rows)
-        texts = texts[: settings.evaluation.max_prompts]
-        return [Prompt(text, number, side, side) for number, text in enumerate(texts)]
-    order = np.random.default_rng(settings.evaluation.seed).permutation(len(holdout.rows))
-    rows = [holdout.rows[i] for i in order[: settings.evaluation.max_prompts]]
+    side, limit, teachers = settings.data.resolution, settings.data.max_pixels, settings.model.teacher_variant
+    extra = settings.evaluation.prompts
+    if (holdout is None or not holdout.rows) and extra:
+        if any(row.references for row in table.rows):
+            raise EvaluationError("evaluation.prompts: they have no pictures to edit; add holdout/ to the data set")
+        return [Prompt(text, i, side, side) for i, text in enumerate(extra[: settings.evaluation.max_prompts])]
+    known = table if holdout is None or not holdout.rows else holdout
+    order = np.random.default_rng(settings.evaluation.seed).permutation(len(known.rows))
+    rows = [known.rows[i] for i in (order if known is holdout else range(len(order)))]
     places = _places(world, kind.style)
     prompts = []
-    for number, row in enumerate(rows):
-        picture = load_image(row.image, settings.data.max_pixels)
+    for number, row in enumerate(rows[: settings.evaluation.max_prompts]):
+        picture = load_image(row.image, limit)
         width, height = bucket_size(*picture.size, side)
-        concept = places.get(picture_key(picture))
-        truth = fit_image(picture, (width, height))
-        prompts.append(Prompt(row.captions[0][1], number, height, width, truth, concept, kind.style))
+        prompt = Prompt(
+            row.student_captions(teachers)[0], number, height, width, row=row, references=references_of(row, limit)
+        )
+        if known is holdout:
+            truth, concept = fit_image(picture, (width, height)), places.get(picture_key(picture))
+            prompt = replace(prompt, truth=truth, concept=concept, style=kind.style)
+        prompts.append(prompt)
     if kind.style is not None and not all(prompt.concept is not None for prompt in prompts):
         # then candidates and probe would be wrong for some prompts: say so instead of scoring them
-        return [Prompt(p.text, p.number, p.height, p.width, p.truth) for p in prompts]
+        return [replace(prompt, concept=None, style=None) for prompt in prompts]
     return prompts
 
 
@@ -135,15 +150,29 @@ def training_pictures(table: ConceptTable, settings: Settings) -> list[Image.Ima
     return [fit_image(picture, bucket_size(*picture.size, side)) for picture in pictures]
 
 
-def teacher_rows(table: ConceptTable, prompts: Sequence[Prompt], seed: int) -> list[int]:
-    """Which training picture the teacher is shown for each prompt: drawn by ``seed``, never the prompt's own truth
-    (held-out pictures are no training pictures), and not the picture that has the prompt as a caption."""
-    draw = np.random.default_rng(seed + 2)
-    chosen = []
+def teacher_asks(table: ConceptTable, prompts: Sequence[Prompt], settings: Settings, context: str) -> list[Ask] | None:
+    """What the teacher is told for each prompt; ``None`` where it can be told nothing that the student is not.
+
+    Of a concept it is shown another training picture, drawn by the seed: never the prompt's own truth, and not the
+    picture that has the prompt as a caption. An edit it is shown done: there is no other picture of that one. With
+    ``enhanced-prompt`` it reads the row's own long caption.
+    """
+    limit, teachers = settings.data.max_pixels, settings.model.teacher_variant
+    if context == "enhanced-prompt":
+        long = [prompt.row.caption(teachers) if prompt.row else None for prompt in prompts]
+        return [Ask(text, p.references) for p, text in zip(prompts, long, strict=True) if text] if all(long) else None
+    if context == "edit-reference":
+        rows = [prompt.row for prompt in prompts if prompt.row is not None]
+        return [Ask(p.text, p.references, Picture(row.image, limit, (p.width, p.height)))
+                for p, row in zip(prompts, rows, strict=True)]  # fmt: skip
+    draw = np.random.default_rng(settings.evaluation.seed + 2)
+    asks = []
     for prompt in prompts:
         others = [i for i, row in enumerate(table.rows) if not _captioned(row, prompt.text)]
-        chosen.append(int(draw.choice(others or range(len(table.rows)))))
-    return chosen
+        row = table.rows[int(draw.choice(others or range(len(table.rows))))]
+        shown = Picture(row.image, limit, bucket_of(row, settings.data.resolution, limit))
+        asks.append(Ask(prompt.text, (), shown))
+    return asks
 
 
 def _captioned(row: Row, text: str) -> bool:

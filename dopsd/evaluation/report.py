@@ -124,9 +124,9 @@ def _pairs(metrics: Mapping[str, Any], index: Mapping[str, Any], tiles: Tiles) -
 def _grid(
     metrics: Mapping[str, Any], index: Mapping[str, Any], tiles: Tiles, split: str
 ) -> tuple[list[str], list[tuple[str, list[Markup]]]]:
-    """Prompts and rows (model, pictures) of one split, the truth first."""
+    """Prompts and rows (model, pictures) of one split, what was edited and the truth first."""
     few = metrics["few_steps"]
-    keys = [(split, "real", 0), *((split, model, few) for model in metrics["models"])]
+    keys = [(split, "reference", 0), (split, "real", 0), *((split, model, few) for model in metrics["models"])]
     rows = [(key[1], [_tile(image) for image in tiles[key]]) for key in keys if key in tiles]
     return index["prompts"].get(split, []), rows
 

@@ -31,11 +31,11 @@ from dopsd.distill.rollout import sample
 from dopsd.emoji_turbo.pictures import World
 from dopsd.models.base import Conditioning, Family
 from dopsd.train.crew import Crew
-from dopsd.train.encode import encode_texts
+from dopsd.train.encode import encode_contexts, encode_prompts
 from dopsd.train.trainer import Observer
 
 from . import headline, prompts
-from .backbones import FeatureStore, load_backbone, picture_key
+from .backbones import FeatureStore, load_backbone
 from .grids import Gallery
 from .probe import StyleProbe, decoded, round_trip, train_probe
 from .prompts import EvaluationError, Kind, Prompt
@@ -92,6 +92,9 @@ def evaluate(
     if "base" not in names or len(set(names)) < len(names):
         raise EvaluationError(f"evaluate: expected the subject base once and no name twice, got {', '.join(names)}")
     plan = _plan(family, table, holdout, world, settings, cache, with_teacher="teacher" in names)
+    if "teacher" not in plan.conditioning:
+        subjects = [subject for subject in subjects if subject.name != "teacher"]
+        names = [subject.name for subject in subjects]
     evaluated = sorted({p.concept for p in [*plan.concept, *plan.kept] if p.concept is not None})
     probe = _probe(family, world, evaluated, store, settings)
     family.release_encoders()
@@ -123,29 +126,16 @@ def _plan(
     kind = prompts.read_kind(table, world)
     concept = prompts.concept_prompts(table, holdout, world, kind, settings)
     kept = prompts.kept_prompts(world, concept, settings)
-    training = prompts.training_pictures(table, settings)
     conditioning = {
-        "concept": encode_texts(family, [p.text for p in concept], cache),
-        "kept": encode_texts(family, [p.text for p in kept], cache),
+        "concept": encode_prompts(family, [p.ask for p in concept], cache),
+        "kept": encode_prompts(family, [p.ask for p in kept], cache),
     }
     if with_teacher:
-        chosen = prompts.teacher_rows(table, concept, settings.evaluation.seed)
-        pictures = [training[i] for i in chosen]
-        conditioning["teacher"] = _contexts(family, [p.text for p in concept], pictures, cache)
-    return _Plan(kind, concept, kept, conditioning, training, [row.captions[0][1] for row in table.rows])
-
-
-def _contexts(
-    family: Family, texts: Sequence[str], pictures: Sequence[Image.Image], cache: EncodingCache
-) -> list[Conditioning]:
-    def encode(missing: list[int]) -> list[Conditioning]:
-        return family.encode_context([texts[i] for i in missing], [pictures[i] for i in missing], [[]] * len(missing))
-
-    keys = [
-        cache.key("evaluation-context", family.fingerprint, text, picture_key(picture))
-        for text, picture in zip(texts, pictures, strict=True)
-    ]
-    return cache.get_or_encode(keys, encode, 8)
+        asks = prompts.teacher_asks(table, concept, settings, family.teaching.context)
+        if asks is not None:
+            conditioning["teacher"] = encode_contexts(family, asks, cache)
+    captions = [row.student_captions(settings.model.teacher_variant)[0] for row in table.rows]
+    return _Plan(kind, concept, kept, conditioning, prompts.training_pictures(table, settings), captions)
 
 
 def _probe(

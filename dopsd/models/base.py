@@ -1,75 +1,242 @@
 """What the method asks of a model, and no more: the one seam between the two.
 
-Adding a model is one file beside this one and one line in :mod:`dopsd.models`; nothing else asks which family it has.
+A family is one file beside this one and one line in :mod:`dopsd.models`; nothing outside of this folder asks which
+family it has. All that is specific to a model is a class attribute or a method here: its pipeline's call, its noise
+grid, the names in its adapter files, what it can be shown.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any, ClassVar, Literal, cast
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
+
+from dopsd.config import ContextName
+
+from .sources import ModelError, Source
+
+__all__ = ["Conditioning", "ContextName", "Family", "ModelError", "Part", "Parts", "Request"]
 
 Conditioning = Mapping[str, Tensor]
 """What the transformer is told besides latents and noise level: named tensors of one example, without a batch axis.
 Opaque to everything but its family; savable as safetensors."""
 
+Part = Literal[
+    "tokenizer", "text_encoder", "vision", "image_processor", "vae_encoder", "vae_decoder", "transformer", "scheduler"
+]
+ENCODERS: tuple[Part, ...] = ("text_encoder", "vision", "vae_encoder")
+"""What is no longer needed once everything is encoded."""
 
-class Family(Protocol):
-    """A few-step text-to-image model, its own sign, time and packing conventions hidden.
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asks for: a caption and, where the family edits, the pictures to start from, in order."""
+
+    caption: str
+    references: tuple[Image, ...] = ()
+
+
+class Parts:
+    """A base model's components: each is loaded when it is first asked for, and freed by :meth:`release`.
+
+    So a stage holds what it uses and nothing else: encoding never reads the transformer, training no text encoder.
+    """
+
+    def __init__(self, loaders: Mapping[Part, Loader], configs: Mapping[str, Mapping[str, Any]]) -> None:
+        """``configs``: the configurations of the folder's components, known without loading any."""
+        self._loaders, self.configs = dict(loaders), configs
+        self._loaded: dict[Part, Any] = {}
+
+    @classmethod
+    def of(cls, configs: Mapping[str, Mapping[str, Any]] | None = None, **modules: Any) -> Parts:
+        """Parts that are there already; ``vae`` stands for both of its halves."""
+        known = {name: dict(modules[name].config) for name in ("vae", "transformer") if name in modules}
+        if "vae" in modules:
+            modules |= dict.fromkeys(("vae_encoder", "vae_decoder"), modules.pop("vae"))
+        loaders = {cast(Part, name): _holder(module) for name, module in modules.items()}
+        return cls(loaders, known | dict(configs or {}))
+
+    def __contains__(self, name: Part) -> bool:
+        return name in self._loaders
+
+    def __getitem__(self, name: Part) -> Any:
+        if name not in self._loaded:
+            self._loaded[name] = self._loaders[name](self)
+        return self._loaded[name]
+
+    def loaded(self) -> set[Part]:
+        """What is in memory now."""
+        return set(self._loaded)
+
+    def release(self, names: Collection[Part]) -> None:
+        """Free these parts; asked for again, they are loaded again."""
+        for name in names:
+            self._loaded.pop(name, None)
+
+
+Loader = Callable[[Parts], Any]
+"""Makes a part; it may ask for others."""
+
+
+def _holder(module: Any) -> Loader:
+    return lambda _: module
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """How the teacher is shown its picture: the context's name and the text after the caption."""
+
+    context: ContextName
+    suffix: str = ""
+    pixels: tuple[int, int] = (512 * 512, 768 * 768)
+    """Least and most pixels of a picture shown to a VLM."""
+    positions: Literal["vlm", "encoder"] = "vlm"
+    vlm: str = ""
+    """Identity of the VLM, where there is one beside the base."""
+
+
+class Family(ABC):
+    """A few-step image model, its own sign, time and packing conventions hidden.
 
     Latents are ``float32 [B, C, h, w]``; sigma is the noise level in [0, 1]; velocity is ``dx/dsigma = eps - x0``.
     """
 
-    transformer: Any
-    """A module that carries the adapters (diffusers' ``ModelMixin`` and ``PeftAdapterMixin``)."""
-    lora_targets: tuple[str, ...]
+    pipeline: ClassVar[str]
+    """The class that ``model_index.json`` must name."""
+    components: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Component of the folder to the classes it may have there."""
+    refused: ClassVar[Mapping[str, str]] = {}
+    """Pipelines that look alike and are not this model, with what to say of them."""
+    says_distilled: ClassVar[bool] = False
+    """Whether ``model_index.json`` says if this is the distilled model; then it must be."""
+    few_steps: ClassVar[int]
+    """How many steps the published model is drawn with."""
+    contexts: ClassVar[tuple[ContextName, ...]]
+    """What its teacher can be shown; the first is the default."""
+    suffixes: ClassVar[Mapping[ContextName, str]] = {}
+    """What is added to the caption that the teacher reads."""
+    edits: ClassVar[bool] = False
+    """Whether a request may have references."""
+    multiple: ClassVar[int] = 16
+    """Pixels that both sides must be multiples of."""
+    lora_targets: ClassVar[tuple[str, ...]]
     """Name patterns (regular expressions for the end of a module's name) of the layers that LoRA adapts by default."""
-    fingerprint: str
-    """Hash of the encoders' weights and templates: part of the key of every cached encoding."""
 
-    @property
-    def device(self) -> torch.device:
-        """Where the transformer is."""
-        ...
+    def __init__(
+        self, parts: Parts, teaching: Teaching, device: torch.device, dtype: torch.dtype, fingerprint: str
+    ) -> None:
+        """``fingerprint``: hash of the encoders' weights and templates, part of the key of every cached encoding."""
+        self.parts, self.teaching, self.device, self.dtype, self.fingerprint = (
+            parts, teaching, device, dtype, fingerprint,
+        )  # fmt: skip
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the transformer computes in."""
-        ...
+    # --- from a folder ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def loaders(
+        cls, base: Source, vlm: Source | None, teaching: Teaching, device: torch.device, dtype: torch.dtype
+    ) -> Mapping[Part, Loader]:
+        """How each part is loaded, from a folder that was checked."""
+
+    @classmethod
+    def needs_vlm(cls, teaching: Teaching) -> bool:
+        """Whether the teacher sees by a VLM that is no component of the base."""
+        return False
+
+    # --- what the pipeline does ---------------------------------------------------------------------------------------
+
+    @staticmethod
+    @abstractmethod
+    def call(request: Request, height: int, width: int, num_steps: int, noise: Tensor | None = None) -> dict[str, Any]:
+        """Keywords of the family's own diffusers pipeline for one picture; ``noise`` ``[1, C, h, w]`` as here."""
+
+    @staticmethod
+    @abstractmethod
+    def comfyui_lora(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+        """An adapter under the names that ComfyUI loads for this family; alpha equals rank."""
+
+    @abstractmethod
+    def shift(self, levels: Sequence[float], num_steps: int, height: int, width: int) -> Tensor:
+        """Unshifted noise levels to those of the pipeline's grid of ``num_steps`` for that size: ``float32 [N]``."""
 
     def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
         """The pipeline's own grid for images of that many pixels: ``float32 [num_steps + 1]``, from 1 down to 0."""
-        ...
+        return torch.cat([self.shift(self.unshifted(num_steps), num_steps, height, width), torch.zeros(1)])
 
-    def encode_prompt(self, captions: Sequence[str]) -> list[Conditioning]:
-        """What inference sees. Never changes ``captions``."""
-        ...
+    @staticmethod
+    def unshifted(num_steps: int) -> list[float]:
+        """The pipeline's levels before its shift, from 1 down to ``1 / num_steps``."""
+        return np.linspace(1.0, 1 / num_steps, num_steps).tolist()
 
-    def encode_context(
-        self, captions: Sequence[str], targets: Sequence[Image], references: Sequence[Sequence[Image]]
-    ) -> list[Conditioning]:
-        """What the teacher sees: caption and target image (and references, where the family edits)."""
-        ...
+    def levels(self, uniform: Tensor, num_steps: int, height: int, width: int) -> Tensor:
+        """Uniform ``[N]`` in [0, 1) to noise levels for flow matching, distributed as the few-step grid's shift says.
 
+        The shift is that of ``num_steps``: klein's depends on the number of steps, and a fine grid's would put half of
+        all levels below 0.03.
+        """
+        return self.shift(uniform.double().clamp(min=1e-6).tolist(), num_steps, height, width)
+
+    # --- the method's questions ---------------------------------------------------------------------------------------
+
+    @property
+    def transformer(self) -> Any:
+        """The module that carries the adapters (diffusers' ``ModelMixin`` and ``PeftAdapterMixin``)."""
+        return self.parts["transformer"]
+
+    @abstractmethod
+    def encode_prompt(self, requests: Sequence[Request]) -> list[Conditioning]:
+        """What inference sees. Raises :class:`ModelError` where a caption is longer than is read."""
+
+    @abstractmethod
+    def encode_context(self, requests: Sequence[Request], targets: Sequence[Image]) -> list[Conditioning]:
+        """What the teacher sees: the request and its target picture, as :attr:`teaching` says.
+
+        Raises :class:`ModelError` where an example is too long, rather than cutting its caption off.
+        """
+
+    @property
+    def context_key(self) -> tuple[str, ...]:
+        """All that decides a context besides the request, the target and the encoders themselves."""
+        return tuple(str(value) for value in astuple(self.teaching))
+
+    @abstractmethod
     def encode_images(self, images: Sequence[Image]) -> Tensor:
-        """Clean latents ``[B, C, h, w]`` of images of one size (the posterior's mean). Only the baselines need it."""
-        ...
+        """Clean latents ``float32 [B, C, h, w]`` of images of one size (the posterior's mean)."""
 
+    @abstractmethod
     def initial_latents(self, batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
         """Standard normal latents for images of ``height x width`` pixels, drawn on the generator's device."""
-        ...
 
+    @abstractmethod
     def predict_velocity(self, latents: Tensor, sigma: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
         """``dx/dsigma`` as float32 ``[B, C, h, w]``; ``sigma`` is a scalar or ``[B]``."""
-        ...
 
+    @abstractmethod
     def decode(self, latents: Tensor) -> list[Image]:
         """Latents to pictures."""
-        ...
 
     def release_encoders(self) -> None:
         """Free text encoder, VLM and VAE encoder: after encoding, only transformer and decoder are needed."""
-        ...
+        self.parts.release(ENCODERS)
+
+
+def shift_levels(scheduler: Any, levels: Sequence[float], mu: float | None) -> Tensor:
+    """Noise levels as diffusers' flow-matching scheduler shifts them: ``float32 [N]``; the scheduler is left alone."""
+    fresh = type(scheduler).from_config(scheduler.config)
+    fresh.set_timesteps(sigmas=list(levels), mu=mu)
+    return fresh.sigmas[:-1].to(torch.float32)
+
+
+def check_lengths(lengths: Sequence[int], requests: Sequence[Request], limit: int, what: str, advice: str) -> None:
+    """Raise :class:`ModelError` for the first request that is longer than is read: its end would be cut off unseen."""
+    for length, request in zip(lengths, requests, strict=True):
+        if length > limit:
+            start = " ".join(request.caption.split())[:60]
+            raise ModelError(f"{what} of {start!r} is {length} tokens long, at most {limit} are read: {advice}")

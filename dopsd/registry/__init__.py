@@ -223,7 +223,10 @@ def _save_model(folder: Path, files: Mapping[str, Path], serving: Mapping[str, A
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
-    options = ParamSchema([ParamSpec("seed", "long", 0), ParamSpec("steps", "long", 0)])
+    options = ParamSchema([ParamSpec(name, "long", 0) for name in ("seed", "steps", "height", "width")])
+    asked = Schema([ColSpec("string")])
+    if serving.get("edits"):
+        asked = Schema([ColSpec("string", "prompt"), ColSpec("string", "image", required=False)])
 
     with tempfile.TemporaryDirectory(prefix="dopsd-files-") as place:
         artifacts = {}
@@ -242,6 +245,6 @@ def _save_model(folder: Path, files: Mapping[str, Path], serving: Mapping[str, A
                 python_model=str(_SERVING),
                 artifacts=artifacts,
                 model_config=dict(serving),
-                signature=ModelSignature(inputs=Schema([ColSpec("string")]), params=options),
+                signature=ModelSignature(inputs=asked, params=options),
                 pip_requirements=[f"{package}=={installed(package).partition('+')[0]}" for package in _NEEDS],
             )

@@ -17,7 +17,7 @@ from dopsd.train.launch import connect_ray, resources
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from dopsd.models.base import Conditioning, Family
+    from dopsd.models.base import Conditioning, Family, Request
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -26,7 +26,7 @@ R = TypeVar("R")
 class Crew:
     """``size`` Ray actors that hold a family each."""
 
-    def __init__(self, model: ModelSettings, compute: ComputeSettings, root: Path, encoders: bool) -> None:
+    def __init__(self, model: ModelSettings, compute: ComputeSettings, root: Path) -> None:
         connect_ray(compute)
         import ray
         from ray.util.placement_group import placement_group
@@ -41,7 +41,7 @@ class Crew:
             num_cpus=asked["CPU"], num_gpus=asked.get("GPU", 0), memory=asked.get("memory"),
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._places),
         )  # fmt: skip
-        self._members = [actor.remote(model, root.resolve(), encoders) for _ in range(self.size)]
+        self._members = [actor.remote(model, root.resolve()) for _ in range(self.size)]
 
     def map(self, function: Callable[[Family, T], R], items: Iterable[T]) -> Iterator[R]:
         """``function(family, item)`` for each item, in order; it must be one that can be imported by name."""
@@ -75,12 +75,12 @@ def members(compute: ComputeSettings) -> int:
 
 
 @contextmanager
-def crew(model: ModelSettings, compute: ComputeSettings, root: Path, encoders: bool) -> Iterator[Crew | None]:
+def crew(model: ModelSettings, compute: ComputeSettings, root: Path) -> Iterator[Crew | None]:
     """A crew where ``compute`` asks for more than one worker, else none: then this process does it all."""
     if members(compute) == 1:
         yield None
         return
-    made = Crew(model, compute, root, encoders)
+    made = Crew(model, compute, root)
     try:
         yield made
     finally:
@@ -90,10 +90,10 @@ def crew(model: ModelSettings, compute: ComputeSettings, root: Path, encoders: b
 class _Member:
     """What one actor is. It loads the base by itself, from the same path as here."""
 
-    def __init__(self, model: ModelSettings, root: Path, encoders: bool) -> None:
+    def __init__(self, model: ModelSettings, root: Path) -> None:
         from dopsd.models import load_family
 
-        self._family = load_family(model, root, encoders)
+        self._family = load_family(model, root)
 
     def do(self, function: Callable[[Family, Any], Any], item: Any) -> Any:
         return function(self._family, item)
@@ -110,28 +110,26 @@ class SpreadEncoders:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._family, name)
 
-    def encode_prompt(self, captions: Sequence[str]) -> list[Conditioning]:
+    def encode_prompt(self, requests: Sequence[Request]) -> list[Conditioning]:
         """As :meth:`~dopsd.models.base.Family.encode_prompt`."""
-        return self._spread(_encode_prompts, list(captions))
+        return self._spread(_encode_prompts, list(requests))
 
-    def encode_context(
-        self, captions: Sequence[str], targets: Sequence[Image], references: Sequence[Sequence[Image]]
-    ) -> list[Conditioning]:
+    def encode_context(self, requests: Sequence[Request], targets: Sequence[Image]) -> list[Conditioning]:
         """As :meth:`~dopsd.models.base.Family.encode_context`."""
-        return self._spread(_encode_contexts, list(zip(captions, targets, references, strict=True)))
+        return self._spread(_encode_contexts, list(zip(requests, targets, strict=True)))
 
     def _spread(self, function: Callable[[Family, list[Any]], list[Conditioning]], inputs: list[Any]) -> Any:
         parts = [inputs[start : start + self._batch] for start in range(0, len(inputs), self._batch)]
         return [encoding for part in self._crew.map(function, parts) for encoding in part]
 
 
-def _encode_prompts(family: Family, captions: list[str]) -> list[Conditioning]:
-    return [_on_cpu(encoding) for encoding in family.encode_prompt(captions)]
+def _encode_prompts(family: Family, requests: list[Request]) -> list[Conditioning]:
+    return [_on_cpu(encoding) for encoding in family.encode_prompt(requests)]
 
 
-def _encode_contexts(family: Family, rows: list[Any]) -> list[Conditioning]:
-    captions, targets, references = (list(column) for column in zip(*rows, strict=True))
-    return [_on_cpu(encoding) for encoding in family.encode_context(captions, targets, references)]
+def _encode_contexts(family: Family, rows: list[tuple[Request, Image]]) -> list[Conditioning]:
+    requests, targets = zip(*rows, strict=True)
+    return [_on_cpu(encoding) for encoding in family.encode_context(requests, targets)]
 
 
 def _on_cpu(encoding: Conditioning) -> Conditioning:

@@ -5,21 +5,36 @@ Nothing is encoded in a training step. The target latents serve the baselines an
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
-from pathlib import Path
-
-from PIL import Image
+from dataclasses import dataclass
 
 from dopsd.config import Settings
 from dopsd.data.cache import EncodingCache
-from dopsd.data.dataset import Example
-from dopsd.data.images import bucket_size, fit_image, load_image
+from dopsd.data.dataset import Example, Preview
 from dopsd.data.manifest import ConceptTable, Row
-from dopsd.models.base import Conditioning, Family
+from dopsd.data.pictures import Picture, bucket_of, references_of
+from dopsd.models.base import Conditioning, Family, Request
 
 BATCH = 8
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Something to encode: a caption with its references, and for the teacher the target picture it is shown."""
+
+    caption: str
+    references: tuple[Picture, ...] = ()
+    target: Picture | None = None
+
+    def request(self) -> Request:
+        """With its pictures decoded."""
+        return Request(self.caption, tuple(picture.load() for picture in self.references))
+
+    @property
+    def identity(self) -> list[str]:
+        """All of its own that decides an encoding."""
+        pictures = [*self.references, *([self.target] if self.target else [])]
+        return [self.caption, *(picture.identity for picture in pictures)]
 
 
 def _together(family: Family) -> int:
@@ -27,31 +42,61 @@ def _together(family: Family) -> int:
     return BATCH * getattr(family, "lanes", 1)
 
 
-def encode_texts(family: Family, texts: Sequence[str], cache: EncodingCache) -> list[Conditioning]:
-    """What inference sees of each text, in order; ``texts`` is left as it is."""
-    keys = [cache.key("prompt", family.fingerprint, text) for text in texts]
-    return cache.get_or_encode(
-        keys, lambda missing: family.encode_prompt([texts[i] for i in missing]), _together(family), "prompts"
-    )
+def encode_prompts(family: Family, asks: Sequence[Ask], cache: EncodingCache) -> list[Conditioning]:
+    """What inference sees of each, in order."""
+
+    def encode(missing: list[int]) -> list[Conditioning]:
+        return family.encode_prompt([asks[i].request() for i in missing])
+
+    keys = [cache.key("prompt", family.fingerprint, *ask.identity) for ask in asks]
+    return cache.get_or_encode(keys, encode, _together(family), "prompts")
+
+
+def encode_contexts(family: Family, asks: Sequence[Ask], cache: EncodingCache) -> list[Conditioning]:
+    """What the teacher sees of each, in order. One without a target is what inference would see of it."""
+    shown = [number for number, ask in enumerate(asks) if ask.target is not None]
+    read = [number for number, ask in enumerate(asks) if ask.target is None]
+
+    def encode(missing: list[int]) -> list[Conditioning]:
+        chosen = [asks[shown[i]] for i in missing]
+        targets = [ask.target.load() for ask in chosen if ask.target is not None]
+        return family.encode_context([ask.request() for ask in chosen], targets)
+
+    keys = [cache.key("context", family.fingerprint, *family.context_key, *asks[i].identity) for i in shown]
+    found = dict(zip(shown, cache.get_or_encode(keys, encode, _together(family), "teacher contexts"), strict=True))
+    found |= dict(zip(read, encode_prompts(family, [asks[i] for i in read], cache), strict=True))
+    return [found[number] for number in range(len(asks))]
+
+
+def teacher_ask(caption: str, row: Row, target: Picture, settings: Settings) -> Ask:
+    """What the teacher is asked for a row: its picture, or with ``enhanced-prompt`` the caption that is its alone."""
+    references = references_of(row, settings.data.max_pixels)
+    long = row.caption(settings.model.teacher_variant)
+    return Ask(caption, references, target) if long is None else Ask(long, references)
 
 
 def encode_concept(family: Family, table: ConceptTable, settings: Settings, cache: EncodingCache) -> list[Example]:
-    """One :class:`Example` per image and caption variant, in the table's order.
-
-    Images are fitted to their aspect bucket; the context's key covers the bytes of image and references.
-    """
-    targets = _Targets(table.rows, settings.data.resolution, settings.data.max_pixels)
-    pairs = [(index, text) for index, row in enumerate(table.rows) for _, text in row.captions]
-    prompts = encode_texts(family, [text for _, text in pairs], cache)
-    contexts = _contexts(family, pairs, targets, settings.model.context_pixels, cache)
+    """One :class:`Example` per image and caption variant, in the table's order; images are fitted to their bucket."""
+    data = settings.data
+    sizes = [bucket_of(row, data.resolution, data.max_pixels) for row in table.rows]
+    targets = [Picture(row.image, data.max_pixels, size) for row, size in zip(table.rows, sizes, strict=True)]
+    pairs = [
+        (index, text)
+        for index, row in enumerate(table.rows)
+        for text in row.student_captions(settings.model.teacher_variant)
+    ]
+    asks = [Ask(text, references_of(table.rows[index], data.max_pixels)) for index, text in pairs]
+    prompts = encode_prompts(family, asks, cache)
+    taught = [teacher_ask(text, table.rows[index], targets[index], settings) for index, text in pairs]
+    contexts = encode_contexts(family, taught, cache)
     latents = _latents(family, targets, cache)
     return [
         Example(
             prompt=prompts[number],
             context=contexts[number],
             latents=latents[index]["latents"],
-            height=targets.sizes[index][1],
-            width=targets.sizes[index][0],
+            height=sizes[index][1],
+            width=sizes[index][0],
             image_index=index,
             caption=text,
         )
@@ -59,56 +104,30 @@ def encode_concept(family: Family, table: ConceptTable, settings: Settings, cach
     ]
 
 
-class _Targets:
-    """The rows' images: content hashes and bucket sizes at once, pixels when they are asked for."""
-
-    def __init__(self, rows: Sequence[Row], resolution: int, max_pixels: int) -> None:
-        self.rows, self._max_pixels = rows, max_pixels
-        self.sizes = [bucket_size(*self._read(row.image).size, resolution) for row in rows]
-        self.identities = [
-            f"{width}x{height}:" + ":".join(map(_file_hash, (row.image, *row.references)))
-            for row, (width, height) in zip(rows, self.sizes, strict=True)
-        ]
-
-    def _read(self, path: Path) -> Image.Image:
-        return load_image(path, self._max_pixels)
-
-    def image(self, index: int) -> Image.Image:
-        return fit_image(self._read(self.rows[index].image), self.sizes[index])
-
-    def references(self, index: int) -> list[Image.Image]:
-        return [self._read(path) for path in self.rows[index].references]
+def encode_previews(
+    family: Family, table: ConceptTable, settings: Settings, cache: EncodingCache, count: int
+) -> list[Preview]:
+    """What is drawn while it trains: the settings' prompts, or else the first rows of ``table`` at their own sizes."""
+    data, texts = settings.data, settings.train.preview_prompts
+    if texts:
+        asks, sizes = [Ask(text) for text in texts], [(data.resolution, data.resolution)] * len(texts)
+    else:
+        rows = table.rows[:count]
+        captions = [row.student_captions(settings.model.teacher_variant)[0] for row in rows]
+        asks = [Ask(text, references_of(row, data.max_pixels)) for text, row in zip(captions, rows, strict=True)]
+        sizes = [bucket_of(row, data.resolution, data.max_pixels) for row in rows]
+    conditionings = encode_prompts(family, asks, cache)
+    return [
+        Preview(ask.caption, conditioning, height, width)
+        for ask, conditioning, (width, height) in zip(asks, conditionings, sizes, strict=True)
+    ]
 
 
-def _contexts(
-    family: Family,
-    pairs: Sequence[tuple[int, str]],
-    targets: _Targets,
-    context_pixels: tuple[int, int],
-    cache: EncodingCache,
-) -> list[Conditioning]:
-    def encode(missing: list[int]) -> list[Conditioning]:
-        chosen = [pairs[i] for i in missing]
-        return family.encode_context(
-            [text for _, text in chosen],
-            [targets.image(index) for index, _ in chosen],
-            [targets.references(index) for index, _ in chosen],
-        )
-
-    size = json.dumps(context_pixels)
-    keys = [cache.key("context", family.fingerprint, size, targets.identities[index], text) for index, text in pairs]
-    return cache.get_or_encode(keys, encode, _together(family), "teacher contexts")
-
-
-def _latents(family: Family, targets: _Targets, cache: EncodingCache) -> list[Conditioning]:
+def _latents(family: Family, targets: Sequence[Picture], cache: EncodingCache) -> list[Conditioning]:
     """Clean latents ``[C, h, w]`` per image, one at a time: neighbours may be of different sizes."""
 
     def encode(missing: list[int]) -> list[Conditioning]:
-        return [{"latents": family.encode_images([targets.image(index)])[0].cpu()} for index in missing]
+        return [{"latents": family.encode_images([targets[index].load()])[0].cpu()} for index in missing]
 
-    keys = [cache.key("latents", family.fingerprint, identity) for identity in targets.identities]
+    keys = [cache.key("latents", family.fingerprint, target.identity) for target in targets]
     return cache.get_or_encode(keys, encode, BATCH, "target latents")
-
-
-def _file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -28,8 +28,6 @@ class Job:
     model: ModelSettings
     root: Path
     """What relative paths are relative to, on the machine that trains."""
-    side: int
-    """Pixels of the previews."""
 
 
 Observe = Callable[[Method], AbstractContextManager[Observer]]
@@ -40,14 +38,14 @@ def run_job(
     job: Job, folder: Path, adapters: Path, observe: Observe, on_saved: Callable[[], None] = lambda: None
 ) -> dict[Method, TrainResult]:
     """Train every method of ``job`` in ``folder/<method>``; what is finished there is not done again."""
-    family = load_family(job.model, job.root, encoders=False)
+    family = load_family(job.model, job.root)
     how, results = job.train, {}
     replay = [conditioning for _, conditioning in job.encoded.replay]
     for method in job.train.methods:
         with observe(method) as observer, MachineLoad(observer):
             result = train(
                 family, job.encoded.examples, job.encoded.previews, replay, how, method, folder / method, adapters,
-                observer, job.side, job.side, on_saved,
+                observer, on_saved,
             )  # fmt: skip
         results[method] = result
         if result.stopped == "max_minutes":

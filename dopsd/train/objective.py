@@ -16,12 +16,8 @@ from dopsd.config import Method, TrainSettings
 from dopsd.data.dataset import Example
 from dopsd.distill import baselines
 from dopsd.distill.adapters import AdapterPair
-from dopsd.distill.flow import warp
 from dopsd.distill.rollout import Velocity, rollout
 from dopsd.models.base import Conditioning, Family
-
-_FINE = 1000
-"""Entries of the fine grid whose distribution of noise levels flow matching draws from."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ class Objective:
         height, width = examples[0].height, examples[0].width
         if self._method in ("sft", "sft-teacher"):
             uniform = torch.cat([draw.level for draw in draws if draw.level is not None])
-            sigma = warp(uniform, self._grid(_FINE, height, width)).to(noise.device)
+            sigma = self._family.levels(uniform, self._settings.rollout_steps, height, width).to(noise.device)
             loss = baselines.flow_matching(
                 self._predict, self._adapters, self._latents(draws, noise), noise, sigma, prompts,
                 weight=weight, backward=backward,

@@ -17,10 +17,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dopsd.data.dataset import Example
+from dopsd.data.dataset import Example, Preview
 from dopsd.distill.adapters import AdapterPair, Selection
 from dopsd.distill.rollout import sample
-from dopsd.models.base import Conditioning, Family
+from dopsd.models.base import Family
 
 
 class Observer(Protocol):
@@ -75,37 +75,47 @@ class Previews:
     """Fixed noise, fixed prompts: what the student (and its teacher) make of them, step by step.
 
     The student gets the preview prompts. The teacher is shown training examples (one per image), as in training: its
-    pictures are what the student is being taught.
+    pictures are what the student is being taught. Each is drawn at its own size, ``batch_size`` of one size at a time.
     """
 
     def __init__(
-        self, family: Family, prompts: Sequence[tuple[str, Conditioning]], examples: Sequence[Example],
-        num_steps: int, height: int, width: int, seed: int,
+        self, family: Family, prompts: Sequence[Preview], examples: Sequence[Example], num_steps: int, batch_size: int,
+        seed: int,
     ) -> None:  # fmt: skip
-        self._family, self._num_steps, self._size = family, num_steps, (height, width)
+        self._family, self._num_steps, self._batch_size, self._seed = family, num_steps, batch_size, seed
         self._student = list(prompts)
         by_image = {example.image_index: example for example in reversed(examples)}
         taught = [by_image[index] for index in sorted(by_image)][: len(self._student)]
-        self._teacher = [(example.caption, example.context) for example in taught]
-        generator = torch.Generator().manual_seed(seed)
-        self._noise = [family.initial_latents(1, height, width, generator) for _ in self._student]
+        self._teacher = [Preview(e.caption, e.context, e.height, e.width) for e in taught]
 
     def show(self, step: int, adapters: AdapterPair, teacher: bool, folder: Path, observer: Observer) -> None:
         """Sample, save and hand over the pictures of this step. Draws nothing from the run's own generator."""
-        who: list[tuple[str, Selection, list[tuple[str, Conditioning]]]] = [("student", "student", self._student)]
+        who: list[tuple[str, Selection, list[Preview]]] = [("student", "student", self._student)]
         if teacher:
             who.append(("teacher", adapters.teacher, self._teacher))
         for name, selection, prompts in who:
             if not prompts:
                 continue
             with adapters.select(selection):
-                latents = sample(
-                    self._family, [conditioning for _, conditioning in prompts], self._num_steps, *self._size,
-                    noise=torch.cat(self._noise[: len(prompts)]),
-                )  # fmt: skip
-            images = self._family.decode(latents)
+                images = self._draw(prompts)
             _save_strip(folder / f"{name}-{step:06d}.png", images)
-            observer.images(step, f"preview/{name}", images, [caption for caption, _ in prompts])
+            observer.images(step, f"preview/{name}", images, [prompt.caption for prompt in prompts])
+
+    def _draw(self, prompts: Sequence[Preview]) -> list[Image.Image]:
+        generator = torch.Generator().manual_seed(self._seed)
+        noise = [self._family.initial_latents(1, p.height, p.width, generator) for p in prompts]
+        images: dict[int, Image.Image] = {}
+        sizes = sorted({(p.height, p.width) for p in prompts})
+        for size in sizes:
+            rows = [number for number, p in enumerate(prompts) if (p.height, p.width) == size]
+            for start in range(0, len(rows), self._batch_size):
+                part = rows[start : start + self._batch_size]
+                latents = sample(
+                    self._family, [prompts[row].conditioning for row in part], self._num_steps, *size,
+                    noise=torch.cat([noise[row] for row in part]),
+                )  # fmt: skip
+                images |= dict(zip(part, self._family.decode(latents), strict=True))
+        return [images[number] for number in range(len(prompts))]
 
 
 def _save_strip(path: Path, images: Sequence[Image.Image]) -> None:

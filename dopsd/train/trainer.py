@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dopsd.config import Method, TrainSettings
-from dopsd.data.dataset import BucketSampler, Example
+from dopsd.data.dataset import BucketSampler, Example, Preview
 from dopsd.distill.adapters import STUDENT, add_adapters, save_adapter
 from dopsd.distill.rollout import sample
 from dopsd.models.base import Conditioning, Family
@@ -92,21 +92,18 @@ def learning_rate(settings: TrainSettings, step: int, ends: Sequence[int]) -> fl
 def train(
     family: Family,
     examples: Sequence[Example],
-    previews: Sequence[tuple[str, Conditioning]],
+    previews: Sequence[Preview],
     replay: Sequence[Conditioning],
     settings: TrainSettings,
     method: Method,
     folder: Path,
     adapters: Path,
     observer: Observer,
-    height: int,
-    width: int,
     on_saved: Callable[[], None] = lambda: None,
 ) -> TrainResult:
     """Train ``method`` on encoded ``examples``; adapters end up as ``adapters/<label>.safetensors`` (and ``.json``).
 
-    ``previews`` are captions with what the student sees of them, ``replay`` encoded prompts of the base's own domain;
-    ``height`` and ``width`` (pixels) are those of the previews. Every process calls ``on_saved`` after each checkpoint.
+    ``replay``: encoded prompts of the base's own domain. Every process calls ``on_saved`` after each checkpoint.
     Raises :class:`TrainError` before any work where settings and data do not fit each other. The family's transformer
     is given back without adapters.
     """
@@ -117,7 +114,8 @@ def train(
         run = _Run(family, examples, replay, settings, method, folder, observer, identity, saved)
         try:
             saved, stopped = run.until_stopped(
-                Previews(family, previews, examples, settings.rollout_steps, height, width, settings.seed + 1), on_saved
+                Previews(family, previews, examples, settings.rollout_steps, settings.batch_size, settings.seed + 1),
+                on_saved,
             )
         finally:
             run.close()
