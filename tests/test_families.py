@@ -8,14 +8,12 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
-from dopsd.config import ModelSettings
 from dopsd.distill.rollout import sample
 from dopsd.models import load_family
 from dopsd.models.base import Family, Request
-from tests import published
+from tests.family_folders import NAMES, settings_of, write_families
 
 CAPTIONS = ("a fox", "a red boat in [V] style at dawn", "an owl")
 SIZES = ((128, 128), (96, 160))
@@ -24,25 +22,13 @@ SIZES = ((128, 128), (96, 160))
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     """A stand-in of each published layout."""
-    root = tmp_path_factory.mktemp("published")
-    z_image = published.write_z_image_turbo(root / "z-image")
-    return {
-        "z-image": z_image,
-        "vlm": published.write_qwen3_vl(root / "vlm", z_image),
-        "flux2-klein": published.write_klein(root / "klein", "4b"),
-        "krea-2": published.write_krea2_turbo(root / "krea"),
-    }
+    return write_families(tmp_path_factory.mktemp("published"))
 
 
 @pytest.fixture(scope="module")
 def families(folders) -> dict[str, Family]:
     """Each loaded as the settings say; parts stay loaded, so that the pipelines share them."""
-    pixels = {"context_pixels": (64 * 64, 64 * 64), "device": "cpu"}
-    vlm = {"vlm": str(folders["vlm"])}
-    return {
-        name: load_family(ModelSettings(family=name, path=str(folders[name]), **pixels, **(vlm if name == "z-image" else {})))
-        for name in ("z-image", "flux2-klein", "krea-2")
-    }
+    return {name: load_family(settings_of(name, folders)) for name in NAMES}
 
 
 def pipeline_of(family: Family) -> Any:
@@ -60,17 +46,8 @@ def pipeline_of(family: Family) -> Any:
     return pipeline
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (height // 8, width // 8, 3), generator=generator, dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy()).resize((width, height), Image.Resampling.BICUBIC)
-
-
 def noise_of(family: Family, batch: int, height: int, width: int, seed: int = 0) -> Tensor:
     return family.initial_latents(batch, height, width, torch.Generator().manual_seed(seed))
-
-
-NAMES = ("z-image", "flux2-klein", "krea-2")
 
 
 @pytest.mark.parametrize("name", NAMES)

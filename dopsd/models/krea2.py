@@ -69,6 +69,7 @@ class Krea2(Family):
         r"transformer_blocks\.\d+\.ff\.(gate|up|down)",
         r"text_fusion\..*\.attn\.to_(q|k|v|gate|out\.0)",
         r"text_fusion\..*\.ff\.(gate|up|down)",
+        r"text_fusion\.projector",
     )
 
     @classmethod

@@ -1,0 +1,318 @@
+"""Published models at their true widths with random weights, and D-OPSD's step on them: ours, and written plainly.
+
+Part of ``benchmarks/true_size.py``, which says how to run it. Nothing is downloaded: modules are built on the device
+from the published configurations and filled with numbers of the scale that trained weights have, so that time and
+memory are the real model's while the pictures are noise. ``scale="tiny"`` keeps everything but the widths.
+
+Plainly: text encoder, VLM and autoencoder stay on the device and run in every step, gradient checkpointing is on, and
+one backward follows the K steps of the roll-out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from PIL import Image
+from torch import Tensor, nn
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model, Qwen3VLConfig, Qwen3VLModel
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # where the project is not installed
+
+from dopsd.distill.adapters import AdapterPair  # noqa: E402
+from dopsd.distill.rollout import Velocity, rollout  # noqa: E402
+from dopsd.models import qwen_vl  # noqa: E402
+from dopsd.models.base import Conditioning, Family, Parts, Teaching  # noqa: E402
+from dopsd.models.flux2_klein import LAYERS, Flux2Klein  # noqa: E402
+from dopsd.models.loading import frozen, use_plain_attention  # noqa: E402
+from dopsd.models.z_image import ZImage, context_states  # noqa: E402
+
+Config = dict[str, Any]
+Encode = Callable[[], tuple[list[Conditioning], list[Conditioning]]]
+"""Conditionings of one example: what the student sees, what the teacher sees."""
+Step = Callable[[Tensor], Tensor]
+"""Noise to the loss, gradients left in the student's parameters."""
+
+FAMILIES: dict[str, type[Family]] = {"z-image-turbo": ZImage, "klein-4b": Flux2Klein}
+TRUE = {
+    "z-image-turbo": {"caption": 96, "context": 608, "patches": 48},
+    "klein-4b": {"caption": 512, "context": 512},
+}
+"""Tokens of a caption and of a context; patches along a side of the picture that the VLM is shown (four a token)."""
+TINY = {
+    "z-image-turbo": {"caption": 12, "context": 20, "patches": 4},
+    "klein-4b": {"caption": 24, "context": 24},
+}
+
+_TINY_TEXT = {
+    "head_dim": 32, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 400,
+}  # fmt: skip
+_TINY: dict[str, dict[str, Config]] = {
+    "z-image-turbo": {
+        "transformer": {
+            "dim": 64, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "axes_dims": [8, 12, 12],
+            "cap_feat_dim": 64,
+        },
+        "text_encoder": _TINY_TEXT | {"hidden_size": 64, "num_hidden_layers": 4, "max_window_layers": 4},
+        "vae": {"block_out_channels": [32] * 4},
+    },
+    "klein-4b": {
+        "transformer": {
+            "attention_head_dim": 32, "axes_dims_rope": [8] * 4, "num_attention_heads": 2, "joint_attention_dim": 96,
+            "num_layers": 1, "num_single_layers": 2,
+        },
+        "text_encoder": _TINY_TEXT | {"hidden_size": 32},
+        "vae": {"block_out_channels": [32] * 4},
+    },
+}  # fmt: skip
+_TINY_VISION = {
+    "deepstack_visual_indexes": [1, 2, 3], "depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2,
+    "out_hidden_size": 64,
+}  # fmt: skip
+_TINY_IDS = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
+_FIRST_WORD = 10
+"""Token ids from here on are words in either scale."""
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def configurations(model: str, scale: str) -> dict[str, Config]:
+    """The published configurations by part, and under ``vlm`` the one of the VLM; narrowed for ``scale="tiny"``."""
+    place = ROOT / "tests" / "published_configs.py"
+    # by its path, because other libraries install a package called tests
+    spec = importlib.util.spec_from_file_location("published_configs", place)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    published, vlm = module.PUBLISHED[model], module.PUBLISHED["qwen3-vl-4b"]["model"]
+    if scale == "true":
+        return published | {"vlm": vlm}
+    narrow = {part: published[part] | changes for part, changes in _TINY[model].items()}
+    text = vlm["text_config"] | _TINY["z-image-turbo"]["text_encoder"]
+    text |= {"rope_scaling": text["rope_scaling"] | {"mrope_section": [6, 5, 5]}}
+    vlm = vlm | _TINY_IDS | {"text_config": text, "vision_config": vlm["vision_config"] | _TINY_VISION}
+    return published | narrow | {"vlm": vlm}
+
+
+def make_family(model: str, scale: str, device: torch.device, dtype: torch.dtype) -> Family:
+    """The project's own family over random weights; as in a run, a part is in memory from its first use on."""
+    configs, kind = configurations(model, scale), FAMILIES[model]
+
+    def transformer(_: Parts) -> Any:
+        made = _diffusers_part(configs["transformer"], device, dtype)
+        return use_plain_attention(made) if device.type == "cpu" else made
+
+    def vae(_: Parts) -> Any:
+        return _diffusers_part(configs["vae"], device, dtype)
+
+    def text_encoder(_: Parts) -> Any:
+        config = dict(configs["text_encoder"])
+        if kind is Flux2Klein:  # without the layers above the last state that is used, as the family loads it
+            config |= {"num_hidden_layers": max(LAYERS) + 1, "layer_types": None}
+        return build(lambda: Qwen3Model(Qwen3Config.from_dict(config)), device, dtype)
+
+    loaders: dict[Any, Any] = {
+        "transformer": transformer, "vae_encoder": vae, "vae_decoder": vae, "text_encoder": text_encoder,
+        "vision": lambda parts: _vision(configs["vlm"], parts["text_encoder"], device, dtype),
+        "scheduler": lambda _: diffusers.FlowMatchEulerDiscreteScheduler.from_config(configs["scheduler"]),
+    }  # fmt: skip
+    context = kind.contexts[0]
+    teaching = Teaching(context, kind.suffixes.get(context, ""))
+    return kind(Parts(loaders, configs), teaching, device, dtype, fingerprint="random")
+
+
+def build(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> Any:
+    """A module made on the device and in that type at once: no copy passes through the host."""
+    with torch.device(device), _default_dtype(dtype):
+        module = make()
+    fill(module.named_parameters())
+    return frozen(module, device)
+
+
+@torch.no_grad()
+def fill(parameters: Iterator[tuple[str, Tensor]]) -> None:
+    """Layers that keep the scale of what they are given, norms of 1, no biases: nothing overflows or dies out."""
+    for name, value in parameters:
+        if value.ndim > 1:
+            value.normal_(std=math.prod(value.shape[1:]) ** -0.5)
+        else:
+            value.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _diffusers_part(config: Config, device: torch.device, dtype: torch.dtype) -> Any:
+    kind = getattr(diffusers, config["_class_name"])
+    known = {key: value for key, value in config.items() if key in inspect.signature(kind).parameters}
+    return build(lambda: kind(**known), device, dtype)
+
+
+def _vision(config: Config, text_encoder: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The VLM over the text encoder's own tensors, as :func:`dopsd.models.qwen_vl.load_with` puts them together."""
+    with init_empty_weights(include_buffers=False):
+        settings = Qwen3VLConfig.from_dict(config)
+        settings._attn_implementation = "sdpa"
+        vlm = Qwen3VLModel(settings)
+    seen = {key: torch.empty(value.shape, device=device, dtype=dtype) for key, value in vlm.visual.named_parameters()}
+    fill(iter(seen.items()))
+    vlm.visual.load_state_dict(seen, strict=False, assign=True)
+    qwen_vl.share_language_half(vlm, text_encoder)
+    return frozen(vlm, device)
+
+
+# --- conditionings ----------------------------------------------------------------------------------------------------
+
+
+def sizes_of(model: str, scale: str) -> dict[str, int]:
+    """Tokens and patches of one example."""
+    return {"true": TRUE, "tiny": TINY}[scale][model]
+
+
+def random_encodings(family: Family, sizes: dict[str, int], side: int) -> tuple[list[Conditioning], list[Conditioning]]:
+    """What the cache of encodings holds for one example."""
+    like = {"device": family.device, "dtype": family.dtype}
+    config = family.parts.configs["transformer"]
+    width = config["cap_feat_dim" if isinstance(family, ZImage) else "joint_attention_dim"]
+    prompt = {"caption": torch.randn(sizes["caption"], width, **like)}
+    context = {"caption": torch.randn(sizes["context"], width, **like)}
+    if isinstance(family, Flux2Klein):
+        cells = side // family.cell
+        context["reference/0"] = torch.randn(config["in_channels"], cells, cells, **like)
+    return [prompt], [context]
+
+
+def noise_picture(side: int) -> Image.Image:
+    """A target."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def word_ids(family: Family, rows: int, tokens: int) -> Tensor:
+    """Random token ids that are words."""
+    words = family.parts.configs["text_encoder"]["vocab_size"]
+    return torch.randint(_FIRST_WORD, min(words, 100_000), (rows, tokens), device=family.device)
+
+
+def plain_encoders(family: Family, sizes: dict[str, int], side: int) -> Encode:
+    """Every encoder of the published code, resident; the call runs them on one example."""
+    target, words = noise_picture(side), word_ids(family, 1, sizes["caption"])
+    family.parts["vae_encoder"]  # resident before the first step
+    if isinstance(family, ZImage):
+        return _z_image_encoders(family, sizes, target, words)
+    config = family.parts.configs["text_encoder"]
+    # with its head, and all of its layers: the pipeline's own class runs them
+    encoder = build(lambda: Qwen3ForCausalLM(Qwen3Config.from_dict(dict(config))), family.device, family.dtype)
+
+    @torch.no_grad()
+    def caption() -> Tensor:
+        states = _states(encoder, words)
+        return torch.cat([states[layer] for layer in LAYERS], dim=-1)[0]
+
+    def encode() -> tuple[list[Conditioning], list[Conditioning]]:
+        # twice: the teacher's caption has a suffix
+        prompt, context = caption(), caption()
+        return [{"caption": prompt}], [{"caption": context, "reference/0": family.encode_images([target])[0]}]
+
+    return encode
+
+
+def _z_image_encoders(family: ZImage, sizes: dict[str, int], target: Image.Image, words: Tensor) -> Encode:
+    encoder, vlm, config = family.parts["text_encoder"], family.parts["vision"], family.parts["vision"].config
+    seen, patches = config.vision_config, sizes["patches"]
+    grid = torch.tensor([[1, patches, patches]], device=family.device)
+    shown = patches**2 // seen.spatial_merge_size**2
+    ids = word_ids(family, 1, sizes["context"])
+    ids[:, 1], ids[:, 2 : 2 + shown], ids[:, 2 + shown] = (
+        config.vision_start_token_id, config.image_token_id, config.vision_end_token_id,
+    )  # fmt: skip
+    inputs = {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == config.image_token_id).int(),
+    }  # fmt: skip
+    values = seen.in_channels * seen.temporal_patch_size * seen.patch_size**2
+    pixels = torch.randn(patches**2, values, device=family.device, dtype=family.dtype)
+
+    @torch.no_grad()
+    def encode() -> tuple[list[Conditioning], list[Conditioning]]:
+        prompt = _states(encoder, words)[-2][0]
+        context = context_states(vlm, inputs, pixels, grid)[0]
+        family.encode_images([target])  # for the shape of the noise, as the recipe does
+        return [{"caption": prompt}], [{"caption": context}]
+
+    return encode
+
+
+def _states(encoder: Any, ids: Tensor) -> Sequence[Tensor]:
+    mask = torch.ones_like(ids)
+    return encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
+
+
+@torch.no_grad()
+def encode_captions(family: Family, rows: int, tokens: int) -> Tensor:
+    """The forward of ``family.encode_prompt`` on random ids, for which no tokenizer is needed."""
+    states = _states(family.parts["text_encoder"], word_ids(family, rows, tokens))
+    if isinstance(family, ZImage):
+        return states[-2]
+    return torch.cat([states[layer] for layer in LAYERS], dim=-1)
+
+
+# --- the step ---------------------------------------------------------------------------------------------------------
+
+
+def predictor(family: Family) -> Velocity:
+    """A forward as the training loop makes it: one autocast region each."""
+
+    def predict(latents: Tensor, sigma: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=family.dtype == torch.bfloat16):
+            return family.predict_velocity(latents, sigma, conditioning)
+
+    return predict
+
+
+def ours(predict: Velocity, adapters: AdapterPair, sigmas: Tensor, encode: Encode) -> Step:
+    """The product's own roll-out on encodings made once."""
+    prompts, contexts = encode()
+    return lambda noise: rollout(predict, adapters, noise, sigmas, prompts, contexts, teacher=adapters.teacher)[1]
+
+
+def plain(predict: Velocity, adapters: AdapterPair, sigmas: Tensor, encode: Encode) -> Step:
+    """Everything in every step, one backward at its end."""
+
+    def step(noise: Tensor) -> Tensor:
+        prompts, contexts = encode()
+        x, losses = noise, []
+        for sigma, sigma_next in pairwise(sigmas):
+            with adapters.select(adapters.teacher), torch.no_grad():
+                target = predict(x, sigma, contexts)
+            with adapters.select("student"):
+                u = predict(x, sigma, prompts)
+            losses.append(F.mse_loss(u, target))
+            x = (x + (sigma_next - sigma) * u).detach()
+        loss = torch.stack(losses).mean()
+        with adapters.select("student"):
+            loss.backward()
+        return loss.detach()
+
+    return step
