@@ -28,8 +28,9 @@ _TRAINING_CODE = (
     "train/trainer.py",
 )  # fmt: skip
 _SCORING_CODE = (
-    "models", "distill", "data/pictures.py", "train/encode.py", "evaluation/backbones.py", "evaluation/headline.py", "evaluation/metrics.py",
-    "evaluation/probe.py", "evaluation/prompts.py", "evaluation/scoring.py", "evaluation/suite.py",
+    "models", "distill", "data/pictures.py", "train/encode.py", "evaluation/backbones.py", "evaluation/headline.py",
+    "evaluation/metrics.py", "evaluation/probe.py", "evaluation/prompts.py", "evaluation/scoring.py",
+    "evaluation/suite.py",
 )  # fmt: skip
 
 

@@ -88,6 +88,8 @@ class LoraSettings(_Settings):
     rank: Positive = 64
     alpha: Rate | None = None
     """``None`` means ``rank`` (scale 1), which every tool reads alike."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """How A starts (B is zero): uniform within ``1 / sqrt(fan in)``, or normal with deviation ``1 / rank``."""
     targets: tuple[str, ...] | None = None
     """Name patterns of linear layers; ``None`` means the family's own. Every pattern must match something."""
 
@@ -138,6 +140,17 @@ class TrainSettings(_Settings):
     preview_prompts: tuple[str, ...] = ()
     sft_compute_factor: Rate | None = None
     """SFT is also shown at this many times D-OPSD's steps; ``None``: what :meth:`sft_steps_at_equal_compute` counts."""
+
+    def bill(self) -> str:
+        """What is going to be trained, in words; why that is twice the work where SFT is shown at equal compute."""
+        parts = []
+        for method in self.methods:
+            steps = f"{method}, {self.max_steps} steps"
+            if method == "sft":
+                steps += (f", then on to {self.sft_steps_at_equal_compute()} for equal compute: as much work again as "
+                          "d-opsd, and only to compare (train.methods: [d-opsd] leaves it out)")  # fmt: skip
+            parts.append(steps)
+        return f"{'; '.join(parts)}; {self.batch_size * self.accumulation} images a step"
 
     def sft_steps_at_equal_compute(self) -> int:
         """How many SFT steps cost as much as ``max_steps`` of D-OPSD, where a backward pass costs two forwards.

@@ -105,6 +105,7 @@ def train(concept: str, settings: Settings, root: Path) -> None:
     training = _begin_training(run, settings, encoded.content_hash)
     with _tracker(concept, settings, root) as tracker:
         _describe(tracker, concept, settings, root, encoded.content_hash, images=encoded.images)
+    print(f"train: {settings.train.bill()}")
     job = Job(f"{concept}-{training['training']}", encoded, settings.train, settings.model, root)
 
     @contextmanager

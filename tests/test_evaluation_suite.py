@@ -286,8 +286,9 @@ def test_the_shipped_evaluation_asks_nothing_that_replay_would_learn(concept):
 
 
 def cell(**values: list[float]) -> Cell:
-    count = len(next(iter(values.values())))
-    return Cell({key: np.array(value) for key, value in values.items()}, torch.zeros(count, 1))
+    """Two prompts' scores, three times over: six are the fewest on which a gap is measured."""
+    repeated = {key: np.tile(np.array(value), 3) for key, value in values.items()}
+    return Cell(repeated, torch.zeros(len(next(iter(repeated.values()))), 1))
 
 
 def test_headline_numbers_are_the_ratios_they_claim():
@@ -303,7 +304,7 @@ def test_headline_numbers_are_the_ratios_they_claim():
     numbers = headline.headline(cells, ["base", "teacher", "d-opsd"], 4, 32, 1, Bootstrap(0), omitted)["d-opsd"]
     assert numbers.values["gap_closed_style"] == pytest.approx((0.7 - 0.1) / (0.9 - 0.1))
     assert "gap_closed_truth" not in numbers.values
-    assert "no better than the base" in omitted["gap_closed_truth"]
+    assert "not measurably better than the base" in omitted["gap_closed_truth"]
     assert numbers.values["sharpness_vs_base"] == pytest.approx(1.25)
     assert numbers.values["kept_style"] == pytest.approx(0.9)
     assert numbers.values["kept_cosine"] == pytest.approx(1)
@@ -315,8 +316,38 @@ def test_headline_numbers_are_the_ratios_they_claim():
     assert high == pytest.approx(0.75)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_noise_is_no_success(seed):
+    """Random weights: base, teacher and student differ by chance alone, and no gap may come of it."""
+    draw = np.random.default_rng(seed)
+
+    def chance(count: int) -> Cell:
+        return Cell({"train_similarity": 0.25 + 0.01 * draw.standard_normal(count)}, torch.zeros(count, 1))
+
+    for count in (2, 5, 40):
+        cells = {("concept", model, 4): chance(count) for model in ("base", "teacher", "d-opsd")}
+        cells["concept", "teacher", 4].values["train_similarity"] -= 0.004  # chance has it now on one side, now the other
+        omitted: dict[str, str] = {}
+        numbers = headline.headline(cells, ["base", "teacher", "d-opsd"], 4, 4, count, Bootstrap(0), omitted)["d-opsd"]
+        assert "gap_closed_style" not in numbers.values, (seed, count)
+        metrics = {
+            "models": ["base", "teacher", "d-opsd"], "few_steps": 4, "most_steps": 4, "omitted": omitted,
+            "style_score": "train_similarity", "intervals": {"headline": {"d-opsd": numbers.intervals}},
+            "headline": {"d-opsd": numbers.values},
+        }  # fmt: skip
+        assert verdict(metrics)[0].startswith("Nothing can be said of whether D-OPSD learnt the new style:")
+
+
+def test_a_gap_whose_interval_holds_nothing_is_not_learnt(run):
+    metrics = json.loads(json.dumps(run[1]))
+    metrics["headline"]["d-opsd"] = {"gap_closed_style": 0.81, "sharpness_vs_base": 1.0}
+    metrics["intervals"]["headline"]["d-opsd"] = {"gap_closed_style": [-0.09, 1.6]}
+    assert verdict(metrics)[0] == "D-OPSD hardly learnt the new style, stays sharp."
+
+
 def test_the_verdict_follows_the_numbers(run):
     metrics = json.loads(json.dumps(run[1]))
+    metrics["intervals"]["headline"]["d-opsd"] = {"gap_closed_style": [0.7, 1.1], "gap_closed_truth": [0.6, 1.0]}
     good = {"gap_closed_style": 0.9, "gap_closed_truth": 0.8, "sharpness_vs_base": 1.0}
     good |= {"kept_lowest": 0.97, "kept_style": 0.97}
     metrics["headline"]["d-opsd"] = good

@@ -242,7 +242,7 @@ def add_adapters(
     transformer.requires_grad_(False)
     for name in (TEACHER, STUDENT) if kind == "ema" else (STUDENT,):
         _inject(transformer, name, modules, settings.rank, settings.alpha or settings.rank, dtype)
-        _initialise(transformer, name, seed)
+        _initialise(transformer, name, seed, settings.init)
     return AdapterPair(transformer, kind, matched)
 
 
@@ -268,15 +268,19 @@ def _inject(
 
 
 @torch.no_grad()
-def _initialise(transformer: nn.Module, name: str, seed: int) -> None:
-    """A uniform within ``1 / sqrt(fan in)`` (kaiming, as peft), B zero; drawn on the CPU: devices agree."""
+def _initialise(transformer: nn.Module, name: str, seed: int, init: str) -> None:
+    """A uniform within ``1 / sqrt(fan in)`` (kaiming), or normal with deviation ``1 / rank`` (gaussian), as peft draws
+    both; B zero. Drawn on the CPU: devices agree."""
     generator = torch.Generator().manual_seed(seed)
     for key, parameter in adapter_parameters(transformer, name).items():
         if key.endswith("lora_B.weight"):
             parameter.zero_()
         else:
-            bound = parameter.shape[1] ** -0.5
-            parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+            drawn, bound = torch.empty(parameter.shape), parameter.shape[1] ** -0.5
+            if init == "gaussian":
+                parameter.copy_(drawn.normal_(std=1 / len(drawn), generator=generator))
+            else:
+                parameter.copy_(drawn.uniform_(-bound, bound, generator=generator))
 
 
 def remove_adapters(transformer: nn.Module, names: Sequence[str]) -> None:

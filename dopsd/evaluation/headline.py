@@ -16,6 +16,8 @@ from .scoring import Bootstrap, Cell, Scorer, Values, interval
 KEPT_SCORES = ("style", "cosine", "concept_top1", "concept_top5", "structure")
 """Of these the lowest ratio is ``kept_lowest``; all of them are better when higher."""
 RETAINED_SCORES = ("style", "train_similarity", "cosine", "sharpness")
+MIN_PROMPTS = 6
+"""On fewer prompts chance alone too often puts a model between the base and its teacher."""
 _LEAST = 0.05
 """Below this a score is nothing that could be retained: a ratio of two such values would be noise."""
 
@@ -89,10 +91,14 @@ def _gap(numbers: Numbers, cells: Cells, model: str, few: int, bootstrap: Bootst
             omitted[name] = "there is no true picture to compare with"
             continue
         a, b, c = (cell.values[key] for cell in (base, teacher, tuned))
-        if b.mean() - a.mean() <= 1e-6:
-            omitted[name] = f"the teacher is no better than the base in {key}, so there is no gap to close"
+        if len(a) < MIN_PROMPTS:
+            omitted[name] = f"{len(a)} prompts are too few to tell a gap from chance; {MIN_PROMPTS} are needed"
             continue
         low, high, mine = (bootstrap.means(values) for values in (a, b, c))
+        least, _ = interval(high - low)
+        if b.mean() - a.mean() <= 1e-6 or not least > 0:
+            omitted[name] = f"the teacher is not measurably better than the base in {key}: there is no gap to close"
+            continue
         numbers.add(name, (c.mean() - a.mean()) / (b.mean() - a.mean()), _divide(mine - low, high - low))
 
 

@@ -54,7 +54,11 @@ def verdict(metrics: Mapping[str, Any]) -> tuple[str, list[str]]:
     gaps = [found[key].level for key in ("gap_closed_style", "gap_closed_truth") if key in found]
     what = "subject" if metrics.get("kind") == "subject" else "style"
     if not gaps:
-        return f"{name} was tuned; without a teacher to compare with, judge by the pictures.", sentences
+        reason = metrics.get("omitted", {}).get("gap_closed_style") or "there is no teacher to compare with"
+        return (
+            f"Nothing can be said of whether {name} learnt the new {what}: {reason}. Judge by the pictures.",
+            sentences,
+        )
     sharp = found["sharpness_vs_base"].level if "sharpness_vs_base" in found else "unknown"
     kept = found["kept_lowest"].level if "kept_lowest" in found else "unknown"
     if all(level == "good" for level in gaps):
@@ -79,6 +83,8 @@ def _finding(metrics: Mapping[str, Any], model: str, key: str, value: float) -> 
     between = "" if low is None else f"{low:.2f} to {high:.2f}"
     aim = AIMS[key]
     level: Level = "good" if value >= aim else "fair" if value >= aim - 0.25 else "poor"
+    if key.startswith("gap_closed") and not (low or 0) > 0:
+        level = "poor"  # its interval holds 0: what it shows may be chance
     rivals = tuple(
         (other, f"{metrics['headline'][other][key]:.2f}")
         for other in metrics["models"]

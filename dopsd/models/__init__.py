@@ -66,9 +66,7 @@ def teaching_of(model: ModelSettings) -> Teaching:
         raise ModelError(f"model.context: {model.family} cannot be taught by {context}; it can by "
                          f"{', '.join(family.contexts)}")  # fmt: skip
     if model.context_suffix is not None and context == "enhanced-prompt":
-        raise ModelError(
-            "model.context_suffix: enhanced-prompt takes the row's caption as it is; remove the suffix"
-        )
+        raise ModelError("model.context_suffix: enhanced-prompt takes the row's caption as it is; remove the suffix")
     suffix = family.suffixes.get(context, "") if model.context_suffix is None else model.context_suffix
     return Teaching(context, suffix, model.context_pixels, model.vlm_positions)
 
