@@ -35,7 +35,7 @@ def pipeline_of(family: Family) -> Any:
     """The family's pipeline over the very same modules: a re-loaded one differs in the last bits."""
     parts = family.parts
     vae = parts["vae_decoder"]
-    if vae.encoder is None:
+    if isinstance(vae.encoder, torch.nn.Identity):
         vae.encoder = parts["vae_encoder"].encoder
     about = {k: v for k, v in parts.configs["index"].items() if k in ("is_distilled", "patch_size")}
     if "text_encoder_select_layers" in parts.configs["index"]:

@@ -50,9 +50,9 @@ def frozen(module: Any, device: torch.device) -> Any:
 
 
 def _half(vae: Any, keep: Literal["encoder", "decoder"]) -> Any:
-    """The autoencoder without the half that is not used."""
+    """The autoencoder without the half that is not used (an empty module: some classes count its layers)."""
     for name in {"encoder", "decoder"} - {keep}:
-        setattr(vae, name, None)
+        setattr(vae, name, torch.nn.Identity())
     return vae
 
 
