@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..config import DataSettings
 from .duplicates import near_duplicates
 from .images import ImageError, ImageFacts, inspect_image
 from .manifest import HOLDOUT, ConceptTable, DataError, Fault, Row, hash_content, read_table
-from .needs import Needs, faults_of, leaked_references
+from .needs import Needs, Seen, leaked_references, unmet
 from .records import is_text, leaves, shown
 
 MAX_ASPECT = 4.0
@@ -41,7 +41,10 @@ def validate_concept(
 
     ``min_images``: ``None`` means the settings' own. Raises :class:`DataError` with every fault that was found.
     """
-    return _validate(folder, name, settings, require_placeholder, min_images).table
+    part = _validate(folder, name, settings, require_placeholder, min_images)
+    if part.faults:
+        raise DataError(part.faults)
+    return part.table()
 
 
 def validate_holdout(folder: Path, name: str, settings: DataSettings) -> ConceptTable | None:
@@ -63,58 +66,72 @@ def validate_dataset(
     ``needs``: what the teacher's context asks of the rows. A picture that is in both parts would make the evaluation
     worthless: that is a fault too, for near copies as well. Raises :class:`DataError` with the faults of both parts.
     """
-    faults: list[Fault] = []
-    parts: list[_Checked] = []
-    for part, title in ((folder, name), (folder / HOLDOUT, f"{name}/{HOLDOUT}")):
-        if part != folder and not os.path.lexists(part):
-            break
-        try:
-            checked = _validate(part, title, settings, part == folder, None if part == folder else 1)
-            parts.append(checked)
-            faults += faults_of(checked.table, checked.facts, checked.references, needs, str(part))
-        except DataError as error:
-            faults += error.faults
-    if len(parts) == 2 and not faults:
+    parts = [_validate(folder, name, settings, True, None, needs)]
+    if os.path.lexists(folder / HOLDOUT):
+        parts.append(_validate(folder / HOLDOUT, f"{name}/{HOLDOUT}", settings, False, 1, needs))
+    faults = [fault for part in parts for fault in part.faults]
+    if len(parts) == 2:
         train, held_out = parts
-        faults += _leaked(train, held_out, folder, settings.near_duplicate_bits)
-        faults += leaked_references(
-            train.table, train.references, held_out.table, held_out.facts, str(folder / HOLDOUT),
-            settings.near_duplicate_bits,
-        )  # fmt: skip
+        bits = settings.near_duplicate_bits
+        faults += _leaked(train.rows, held_out.rows, held_out.folder, bits)
+        faults += leaked_references(train.rows, held_out.rows, str(held_out.folder), bits)
     if faults:
         raise DataError(faults)
-    return parts[0].table, parts[1].table if len(parts) == 2 else None
+    return parts[0].table(), parts[1].table() if len(parts) == 2 else None
 
 
 @dataclass(frozen=True)
-class _Checked:
-    table: ConceptTable
-    facts: tuple[ImageFacts, ...]
-    """Of each row's picture."""
-    references: tuple[tuple[ImageFacts, ...], ...]
-    """Of each row's references."""
+class _Part:
+    """One folder, measured and judged: its rows as far as they could be read, and what is wrong with them."""
+
+    folder: Path
+    name: str
+    frame: pd.DataFrame
+    rows: tuple[Seen, ...]
+    faults: tuple[Fault, ...]
+
+    def table(self) -> ConceptTable:
+        """The rows of a folder without faults."""
+        root = Path(os.path.abspath(self.folder))
+        rows = tuple(_row(root, cells) for cells in self.frame.to_dict("records"))
+        listed = [
+            (_sha256(seen.target), row.captions, [_sha256(facts) for _, facts in seen.references])
+            for seen, row in zip(self.rows, rows, strict=True)
+        ]
+        return ConceptTable(self.name, root, rows, hash_content(listed))
+
+
+def _sha256(facts: ImageFacts | None) -> str:
+    return facts.sha256 if facts else ""
 
 
 def _validate(
-    folder: Path, name: str, settings: DataSettings, require_placeholder: bool, min_images: int | None
-) -> _Checked:
+    folder: Path,
+    name: str,
+    settings: DataSettings,
+    require_placeholder: bool,
+    min_images: int | None,
+    needs: Needs | None = None,
+) -> _Part:
     root = Path(os.path.abspath(folder))
     frame = read_table(root, name)
     facts = _measure(frame, root, settings)
+    rows = tuple(_seen(cells, facts) for cells in frame.to_dict("records"))
+    frame["unmet"] = [json.dumps(_unmet(*pair, needs)) for pair in zip(rows, frame.to_dict("records"), strict=True)]
     needed = settings.min_images if min_images is None else min_images
-    faults = _judge(frame, folder, settings, require_placeholder, needed)
-    if faults:
-        raise DataError(faults)
-    rows = tuple(_row(root, cells) for cells in frame.to_dict("records"))
-    listed = [(facts[name].sha256, row.captions, references) for name, row, references in _hashed(frame, rows, facts)]
-    references = tuple(tuple(facts[name] for name in json.loads(cell)) for cell in frame["references"])
-    table = ConceptTable(name, root, rows, hash_content(listed))
-    return _Checked(table, tuple(facts[name] for name in frame["image"]), references)
+    return _Part(folder, name, frame, rows, tuple(_judge(frame, folder, settings, require_placeholder, needed)))
 
 
-def _hashed(frame: pd.DataFrame, rows: tuple[Row, ...], facts: Mapping[str, ImageFacts]) -> list[tuple[str, Row, Any]]:
-    references = [[facts[name].sha256 for name in json.loads(cell)] for cell in frame["references"]]
-    return list(zip(frame["image"], rows, references, strict=True))
+def _seen(cells: Mapping[str, Any], facts: Mapping[str, ImageFacts]) -> Seen:
+    name = cells["image"] if isinstance(cells["image"], str) else None
+    references = tuple((reference, facts.get(reference)) for reference in json.loads(cells["references"]))
+    return Seen(cells["source"], int(cells["row"]), name, facts.get(name) if name is not None else None, references)
+
+
+def _unmet(row: Seen, cells: Mapping[str, Any], needs: Needs | None) -> list[tuple[str, str]]:
+    captions = json.loads(cells["captions"]) if isinstance(cells["captions"], str) else None
+    unread = [column for column, _ in json.loads(cells["problems"])]
+    return [] if needs is None else [(column, shown(said)) for column, said in unmet(row, captions, unread, needs)]
 
 
 def _row(root: Path, cells: Mapping[str, Any]) -> Row:
@@ -123,18 +140,23 @@ def _row(root: Path, cells: Mapping[str, Any]) -> Row:
     return Row(root / cells["image"], captions, references, cells["source"], cells["row"])
 
 
-def _leaked(train: _Checked, held_out: _Checked, folder: Path, max_bits: int) -> list[Fault]:
+def _leaked(train: Sequence[Seen], held_out: Sequence[Seen], folder: Path, max_bits: int) -> list[Fault]:
     """Held-out pictures that are copies of training pictures."""
     faults = []
-    shift = len(train.facts)
-    hashes = [facts.sha256 for facts in train.facts]
-    near = near_duplicates([facts.fingerprint for facts in (*train.facts, *held_out.facts)], max_bits)
-    for index, (row, facts) in enumerate(zip(held_out.table.rows, held_out.facts, strict=True)):
-        match = hashes.index(facts.sha256) if facts.sha256 in hashes else near.get(shift + index, (shift, 0))[0]
-        if match < shift:
-            twin = train.table.rows[match].image.relative_to(train.table.root)
-            problem = f"{row.image.name} is held-out truth but a copy of the training picture {twin}; remove one"
-            faults.append(Fault(str(folder / HOLDOUT / row.source), row.line, "image", problem))
+    known = [(row.name, row.target) for row in train if row.target is not None]
+    truths = [(row, row.target) for row in held_out if row.target is not None]
+    hashes = [facts.sha256 for _, facts in known]
+    near = near_duplicates([facts.fingerprint for _, facts in [*known, *truths]], max_bits)
+    for index, (row, facts) in enumerate(truths):
+        match = (
+            hashes.index(facts.sha256) if facts.sha256 in hashes else near.get(len(known) + index, (len(known), 0))[0]
+        )
+        if match < len(known):
+            twin = os.path.normpath(str(known[match][0]))
+            problem = (
+                f"{Path(str(row.name)).name} is held-out truth but a copy of the training picture {twin}; remove one"
+            )
+            faults.append(Fault(str(folder / row.source), row.line or None, "image", problem))
     return faults
 
 
@@ -258,6 +280,7 @@ def concept_schema(settings: DataSettings, require_placeholder: bool, min_images
             ),
             "image_problem": pa.Column(checks=each(lambda problem: not problem, "bad_image")),
             "reference_problems": pa.Column(checks=each(lambda cell: cell == "[]", "bad_reference")),
+            "unmet": pa.Column(checks=each(lambda cell: cell == "[]", "unmet")),
             "pixels": pa.Column(float, nullable=True, checks=each(lambda pixels: pixels >= area, "too_small")),
             "aspect": pa.Column(float, nullable=True, checks=each(lambda aspect: aspect <= MAX_ASPECT, "too_long")),
             "copy_of": pa.Column(checks=each(lambda copy: not copy, "duplicate")),
@@ -320,6 +343,7 @@ _MESSAGES: dict[str, Callable[[Mapping[str, Any], DataSettings], _Said]] = {
     ],
     "unclean_caption": _say_unclean,
     "bad_reference": lambda cells, _: [("references", wrong) for wrong in json.loads(cells["reference_problems"])],
+    "unmet": lambda cells, _: [(column, problem) for column, problem in json.loads(cells["unmet"])],
 }
 
 _TABLE_MESSAGES: dict[str, Callable[[pd.DataFrame, DataSettings, int], str]] = {

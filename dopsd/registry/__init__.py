@@ -240,6 +240,7 @@ def _save_model(folder: Path, files: Mapping[str, Path], serving: Mapping[str, A
             artifacts[key] = str(target)
         with warnings.catch_warnings():  # the signature is given; MLflow would also guess it from an example
             warnings.filterwarnings("ignore", ".*An input example was not provided", UserWarning)
+            warnings.filterwarnings("ignore", ".*Add type hints to the .predict", UserWarning)
             mlflow.pyfunc.save_model(
                 path=str(folder),
                 python_model=str(_SERVING),
