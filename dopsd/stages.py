@@ -102,7 +102,7 @@ def train(concept: str, settings: Settings, root: Path) -> None:
 
     run = run_folder(concept, root)
     encoded = read_encoded(run / "encoded")
-    training = _begin_training(run, settings, encoded.content_hash)
+    training = _begin_training(run, settings, encoded.content_hash, root)
     with _tracker(concept, settings, root) as tracker:
         _describe(tracker, concept, settings, root, encoded.content_hash, images=encoded.images)
     print(f"train: {settings.train.bill()}")
@@ -326,9 +326,10 @@ def _remove_others(adapters: Path, wanted: set[str]) -> None:
             file.unlink()
 
 
-def _begin_training(run: Path, settings: Settings, content_hash: str) -> dict[str, str]:
+def _begin_training(run: Path, settings: Settings, content_hash: str, root: Path) -> dict[str, str]:
     """Name this training after all that decides it. A run of other code is set aside: it must not be resumed."""
     from dopsd.champions import method_version
+    from dopsd.models import open_base
     from dopsd.train.checkpoint import set_aside
 
     code = method_version()
@@ -338,8 +339,8 @@ def _begin_training(run: Path, settings: Settings, content_hash: str) -> dict[st
         for folder in sorted(p for p in (run / "train").iterdir() if p.is_dir() and p.suffix != ".previous"):
             print(f"train: the code of training changed; the old run is now {set_aside(folder)}")
     decides = [
-        settings.train.model_dump(mode="json", exclude={"methods"}), settings.model.model_dump(mode="json"),
-        settings.data.model_dump(mode="json"), content_hash, code,
+        settings.train.model_dump(mode="json", exclude={"methods"}), settings.model.decides_learning(),
+        open_base(settings.model, root).identity, settings.data.model_dump(mode="json"), content_hash, code,
     ]  # fmt: skip
     name = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
     training = {"training": name, "code": code}

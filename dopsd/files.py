@@ -1,0 +1,68 @@
+"""Files that are there whole or not at all, and whose bytes are the same whenever their content is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+PARTIAL = ".partial"
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to; it takes its place when the block ends well, and is gone when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A fresh folder beside ``path`` that takes its place, with all that was there, when the block ends well."""
+    partial = path.with_name(path.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """``value`` as readable JSON."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Safetensors, with the header in a fixed order.
+
+    The library writes its metadata in an order that changes from process to process: two equal trainings would give
+    files with equal tensors and other bytes, and whoever compares files would call them different.
+    """
+    from safetensors.torch import save_file
+
+    with whole_file(path) as partial:
+        save_file(dict(tensors), partial, metadata=dict(metadata) if metadata else None)
+        _order_header(partial)
+
+
+def _order_header(path: Path) -> None:
+    """Sort the keys of a safetensors header where it lies; what follows it stays."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        ordered = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(ordered) > length:
+            raise ValueError(f"{path}: a header of {length} bytes cannot hold {len(ordered)}")
+        file.seek(8)
+        file.write(ordered.ljust(length))
