@@ -172,6 +172,36 @@ def sample(
     print(f"{len(images)} pictures, {steps} steps, seed {seed} -> {out}")
 
 
+@app.command()
+def gain(
+    concept: Concept,
+    images: Annotated[
+        int | None,
+        typer.Option("--images", min=1, help="Samples of each way and seed; by itself train.teacher.gain_images."),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many noises each is drawn from.")] = 3,
+    params: Params = PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Measure, without training, which way of showing the teacher its picture would teach most on this base and data.
+
+    Compared are the contexts that the base can be taught by and the data is fit for, and for Z-Image both
+    `model.vlm_positions`. The gain is the share of the student's distance to the pictures that the teacher saves; at 0
+    and below there is nothing to learn. All numbers go to `runs/NAME/gain.json`.
+    """
+    from rich.console import Console
+
+    from dopsd.gain_report import gain_table, report_gain, verdict
+
+    report, path = report_gain(concept, _settings(params, overrides), Path(), images, seeds)
+    console = Console()
+    console.print(gain_table(report))
+    for way, why in report.left_out:
+        console.print(f"left out, {way.name}: {why}", highlight=False, markup=False)
+    console.print(verdict(report), highlight=False, markup=False)
+    print(f"gain: {path}")
+
+
 def _save(image: Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")

@@ -16,7 +16,15 @@ from PIL.Image import Image
 from torch import Tensor
 
 from dopsd.models.base import (
-    Conditioning, ContextName, Family, Loader, Part, Request, Teaching, check_lengths, shift_levels,
+    Conditioning,
+    ContextName,
+    Family,
+    Loader,
+    Part,
+    Request,
+    Teaching,
+    check_lengths,
+    shift_levels,
 )  # fmt: skip
 from dopsd.models.loading import frozen, standard_loaders
 from dopsd.models.sources import Source
@@ -33,8 +41,8 @@ class MadeUp(Family):
 
     pipeline = "Lumina2Pipeline"
     components: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "scheduler": (), "text_encoder": ("Gemma2Model",), "tokenizer": (), "transformer": ("Lumina2Transformer2DModel",),
-        "vae": ("AutoencoderKL",),
+        "scheduler": (), "text_encoder": ("Gemma2Model",), "tokenizer": (), "vae": ("AutoencoderKL",),
+        "transformer": ("Lumina2Transformer2DModel",),
     }  # fmt: skip
     few_steps = 2
     contexts: ClassVar[tuple[ContextName, ...]] = ("enhanced-prompt",)
@@ -65,7 +73,8 @@ class MadeUp(Family):
     def encode_prompt(self, requests: Sequence[Request]) -> list[Conditioning]:
         tokenizer, encoder = self.parts["tokenizer"], self.parts["text_encoder"]
         texts = [_SYSTEM + request.caption for request in requests]
-        check_lengths([len(i) for i in tokenizer(texts).input_ids], requests, _LIMIT, "the prompt", "shorten the caption")
+        lengths = [len(ids) for ids in tokenizer(texts).input_ids]
+        check_lengths(lengths, requests, _LIMIT, "the prompt", "shorten the caption")
         inputs = tokenizer(texts, padding="max_length", max_length=_LIMIT, return_tensors="pt")
         with torch.no_grad():
             states = encoder(**inputs, output_hidden_states=True).hidden_states[-2]
@@ -104,7 +113,7 @@ class MadeUp(Family):
 
 def write_made_up(folder: Path) -> Path:
     """A random base of these classes as a diffusers folder."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
     from transformers import Gemma2Config, Gemma2Model
 
     from tests import tiny

@@ -32,18 +32,23 @@ def _write(tmp_path: Path, **changes: Any) -> Path:
     return path
 
 
-def test_the_shipped_settings_are_valid_and_name_every_key() -> None:
-    raw = yaml.safe_load(SHIPPED.read_text())
-    assert load_settings(SHIPPED).model_dump(mode="json").keys() == raw.keys()
+def check_every_key(file: Path) -> None:
+    """The file is a complete one: a person finds every setting in it, with its value."""
+    raw = yaml.safe_load(file.read_text())
+    assert load_settings(file).model_dump(mode="json").keys() == raw.keys()
 
     def same_keys(group: Any, written: Any, place: str) -> None:
         assert isinstance(written, dict), place
-        assert set(written) == set(type(group).model_fields), f"{place}: params.yaml is the one place for settings"
+        assert set(written) == set(type(group).model_fields), f"{place}: {file.name} is the one place for settings"
         for name in type(group).model_fields:
             if hasattr(getattr(group, name), "model_fields"):
                 same_keys(getattr(group, name), written[name], f"{place}.{name}")
 
-    same_keys(load_settings(SHIPPED), raw, "params.yaml")
+    same_keys(load_settings(file), raw, file.name)
+
+
+def test_the_shipped_settings_are_valid_and_name_every_key() -> None:
+    check_every_key(SHIPPED)
 
 
 def test_the_shipped_concepts_are_there() -> None:

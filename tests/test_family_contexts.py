@@ -70,8 +70,8 @@ def test_kleins_editing_teacher_sees_the_references_and_then_the_target(klein):
 
 
 def test_mixed_reference_sizes_in_one_batch_equal_singles(klein):
-    requests = [Request("a fox", (picture(64, 64, 1),)), Request("a red boat"), Request("an owl", (picture(128, 64, 2),)),
-                Request("a cat", (picture(64, 64, 3), picture(96, 64, 4)))]  # fmt: skip
+    shown = [(picture(64, 64, 1),), (), (picture(128, 64, 2),), (picture(64, 64, 3), picture(96, 64, 4))]
+    requests = [Request(f"a thing {number}", pictures) for number, pictures in enumerate(shown)]
     told, noise = klein.encode_prompt(requests), noise_of(klein, 4, 64, 96)
     sigma = torch.tensor([1.0, 0.9, 0.8, 0.7])
     with torch.no_grad():

@@ -43,14 +43,19 @@ def test_what_was_written_is_read_back(tmp_path):
             assert torch.equal(file.get_tensor(key), value)
 
 
+def fail_after(path: Path) -> None:
+    """What a full disk does: some of it is written, and then no more."""
+    path.write_text("half")
+    raise RuntimeError
+
+
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"a": 1})
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     with pytest.raises(RuntimeError), whole_file(path) as partial:
-        partial.write_text("half")
-        raise RuntimeError
+        fail_after(partial)
     assert path.read_text() == '{\n "a": 1\n}\n'
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
@@ -60,8 +65,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
     with whole_folder(folder) as partial:
         (partial / "old").write_text("1")
     with pytest.raises(RuntimeError), whole_folder(folder) as partial:
-        (partial / "new").write_text("2")
-        raise RuntimeError
+        fail_after(partial / "new")
     assert [p.name for p in folder.iterdir()] == ["old"]
     with whole_folder(folder) as partial:
         (partial / "new").write_text("2")

@@ -87,7 +87,7 @@ def test_the_arrows_point_one_way() -> None:
 
 
 def test_nothing_outside_of_models_asks_which_family_it_has() -> None:
-    """A family is one file and one line; emoji-turbo is made of Z-Image's classes, and its default is in the settings."""
+    """A family is one file and one line; emoji-turbo is made of Z-Image's classes, and the settings' default is it."""
     files = {path.stem for path in (PACKAGE / "models").glob("*.py")} & {"z_image", "flux2_klein", "krea2"}
     assert len(files) == 3
     wrong = []

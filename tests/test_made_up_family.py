@@ -31,7 +31,7 @@ def project(tmp_path, monkeypatch) -> tuple[Path, Settings]:
         rows = []
         for number in range(count):
             picture(64 if number % 2 else 96, 64, 10 * len(part) + number).save(folder / f"{number}.png")
-            captions = {"short": f"blot {number} in [V] style", "long": f"a large soft blot, number {number}, in [V] style"}
+            captions = {"short": f"blot {number} in [V] style", "long": f"a large soft blot, {number}, in [V] style"}
             rows.append(json.dumps({"image": f"{number}.png", "captions": captions}))
         (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
     settings = Settings.model_validate({
@@ -57,7 +57,7 @@ def test_a_family_of_one_file_goes_the_whole_way(project):
         "README.md", "comfyui_lora.safetensors", "pytorch_lora_weights.safetensors",
     }  # fmt: skip
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
-    assert metrics["models"] == ["base", "teacher", "d-opsd"], "the held-out rows have the caption that is the teacher's"
+    assert metrics["models"] == ["base", "teacher", "d-opsd"], "the held-out rows have the teacher's caption too"
     index = json.loads((run / "encoded" / "index.json").read_text())
     assert {example["caption"] for example in index["examples"]} == {f"blot {n} in [V] style" for n in range(4)}
     with Image.open(run / "train" / "d-opsd" / "previews" / "student-000002.png") as strip:

@@ -1,4 +1,4 @@
-"""The trainer against the method written down plainly: one loop of forty lines, without peft, accelerate or checkpoints.
+"""The trainer against the method written down plainly: one loop, without peft, accelerate or checkpoints.
 
 Everything that a setting promises is in it: guidance, the x0 loss, replay by the frozen base, the schedule, betas and
 decay, clipping, the EMA, flow matching at the grid's shifted levels. A trainer that ignores one of them ends elsewhere.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def reference(s: TrainSettings, method: str) -> PlainLora:
 
     def roll_out(x, told, shown, who, guidance):
         loss = 0.0
-        for sigma, after in zip(sigmas, sigmas[1:], strict=False):
+        for sigma, after in pairwise(sigmas):
             with torch.no_grad():
                 target = u(x, sigma, shown, who)
                 target = target + (guidance - 1) * (target - u(x, sigma, told, who))

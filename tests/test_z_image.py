@@ -7,8 +7,8 @@ import torch
 from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 from PIL import Image
 
-from dopsd.emoji_turbo import architecture, pretrain
 from dopsd.config import ModelSettings
+from dopsd.emoji_turbo import architecture, pretrain
 from dopsd.models import ModelError, load_family
 from dopsd.models.base import Request
 from tests.tiny import CAPTIONS, SIDE, tiny_family, tiny_parts
@@ -92,10 +92,11 @@ def test_a_folder_round_trip_keeps_the_family(tmp_path, pictures):
         tmp_path / "base", vae=parts["vae"], tokenizer=parts["tokenizer"], vlm=parts["vlm"],
         transformer=parts["transformer"],
     )  # fmt: skip
-    loaded = load_family(ModelSettings(path=str(tmp_path / "base"), device="cpu", context_pixels=(4096, 4096)), tmp_path)
+    loaded = load_family(ModelSettings(path=str(tmp_path / "base"), device="cpu", context_pixels=(4096, 4096)))
     pipeline = ZImagePipeline.from_pretrained(tmp_path / "base", torch_dtype=torch.float32)
     states, _ = pipeline.encode_prompt([CAPTIONS[0]], do_classifier_free_guidance=False)
-    torch.testing.assert_close(loaded.encode_prompt([Request(CAPTIONS[0])])[0]["caption"], states[0], rtol=1e-4, atol=1e-5)
+    (told,) = loaded.encode_prompt([Request(CAPTIONS[0])])
+    torch.testing.assert_close(told["caption"], states[0], rtol=1e-4, atol=1e-5)
     (context,) = loaded.encode_context([Request(CAPTIONS[0])], [pictures[0]])
     (original,) = tiny_family().encode_context([Request(CAPTIONS[0])], [pictures[0]])
     torch.testing.assert_close(context["caption"], original["caption"], rtol=0.02, atol=0.02)  # half precision

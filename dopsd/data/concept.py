@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..config import DataSettings
 from .manifest import ConceptTable, concept_files
-from .needs import Needs
+from .needs import ANY, Needs
 from .schema import validate_dataset
 
 CONCEPTS = Path("data") / "concepts"
@@ -28,7 +28,7 @@ class ConceptError(ValueError):
 
 
 def add_concept(
-    folder: Path, name: str, root: Path, settings: DataSettings, replace: bool = False, needs: Needs = Needs()
+    folder: Path, name: str, root: Path, settings: DataSettings, replace: bool = False, needs: Needs = ANY
 ) -> ConceptTable:
     """Check ``folder``, copy it to ``root/data/concepts/name`` and ``dvc add`` it. Returns the table there.
 

@@ -1,4 +1,5 @@
-"""What the teacher's context asks of the data: references or none, and the caption that is the teacher's alone."""
+"""What the teacher's context asks of the data: references or none, and the caption that is the teacher's alone; and
+what no training row may show: the held-out truth."""
 
 from __future__ import annotations
 
@@ -13,9 +14,6 @@ from .manifest import METADATA, Fault, Row
 MIN_SIDE, MAX_RATIO = 64, 8.0
 """What an editing pipeline takes as a reference (pixels; long side over short one)."""
 
-_Said = tuple[str, str]
-"""(column, problem)."""
-
 
 @dataclass(frozen=True)
 class Needs:
@@ -23,6 +21,10 @@ class Needs:
 
     references: Literal["refused", "allowed", "required"] = "allowed"
     teacher_variant: str | None = None
+
+
+ANY = Needs()
+"""References or none, captions as they are."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,17 @@ class Seen:
     references: tuple[tuple[str, ImageFacts | None], ...]
 
 
-def unmet(row: Seen, captions: Mapping[str, str] | None, unread: Collection[str | None], needs: Needs) -> list[_Said]:
-    """What a row lacks or has too much, as (column, problem) pairs; a row without a picture lacks nothing more.
+def unmet(
+    row: Seen, captions: Mapping[str, str] | None, unread: Collection[str | None], needs: Needs
+) -> list[tuple[str, str]]:
+    """What a row lacks or has too much, as (column, problem) pairs; a row that names no picture lacks nothing more.
 
-    ``captions``: by variant, ``None`` where they could not be read; ``unread``: columns that were said to be unreadable.
+    ``captions``: by variant, ``None`` where they could not be read. ``unread``: columns that could not be, ``None`` for
+    the row as a whole.
     """
     if row.name is None:
         return []
-    said: list[_Said] = []
+    said: list[tuple[str, str]] = []
     if needs.references == "refused" and row.references:
         said.append(("references", "this context shows the student none; remove them, or set model.context to "
                      "edit-reference with a family that edits"))  # fmt: skip
@@ -52,13 +57,22 @@ def unmet(row: Seen, captions: Mapping[str, str] | None, unread: Collection[str 
     if needs.references != "refused":
         for name, facts in row.references:
             said += [("references", problem) for problem in _unfit(name, facts, row.target)]
-    if captions:
-        said += [("captions", problem) for problem in lacking_variant(captions, needs.teacher_variant, row.source)]
+    if captions and needs.teacher_variant is not None:
+        said += [("captions", problem) for problem in _lacking_variant(captions, needs.teacher_variant, row.source)]
     return said
 
 
+def first_unmet(rows: Sequence[Row], needs: Needs) -> Fault | None:
+    """The first thing that rows lack or have too much, which were checked for other needs and found sound."""
+    for row in rows:
+        seen = Seen(row.source, row.line, row.image.name, None, tuple((path.name, None) for path in row.references))
+        for column, problem in unmet(seen, dict(row.captions), (), needs):
+            return Fault(row.source, row.line, column, problem)
+    return None
+
+
 def _say_none(row: Seen) -> str:
-    needed = "none given, and model.context is edit-reference; "
+    needed = "none given, and the context edit-reference needs them; "
     if _is_text_file(row.source):
         return (f"{needed}a .txt cannot name any: write {METADATA} in place of the .txt files, one line a picture: "
                 f'{{"image": "{row.name}", "caption": "...", "references": ["before.png"]}}')  # fmt: skip
@@ -82,10 +96,7 @@ def _unfit(name: str, facts: ImageFacts | None, target: ImageFacts | None) -> li
     return said
 
 
-def lacking_variant(captions: Mapping[str, str], teacher: str | None, source: str = METADATA) -> list[str]:
-    """What a row's captions lack where the teacher reads the variant ``teacher`` alone; nothing where that is None."""
-    if teacher is None or not captions:
-        return []
+def _lacking_variant(captions: Mapping[str, str], teacher: str, source: str) -> list[str]:
     if teacher not in captions:
         problem = f"there is no {teacher!r}, which the teacher reads with model.context enhanced-prompt; "
         if _is_text_file(source):
@@ -98,53 +109,31 @@ def lacking_variant(captions: Mapping[str, str], teacher: str | None, source: st
     return []
 
 
-def lacking(rows: Sequence[Row], needs: Needs) -> str | None:
-    """The first thing that checked rows lack or have too much for other needs than they were checked for, in words.
-
-    Sizes of references were judged before and are not looked at again. ``None``: nothing.
-    """
-    for row in rows:
-        place = f"{row.source}, row {row.line}"
-        if needs.references == "refused" and row.references:
-            return f"{place} names references"
-        if needs.references == "required" and not row.references:
-            return f"{place} names no reference"
-        names = dict(row.captions)
-        if needs.teacher_variant is not None and needs.teacher_variant not in names:
-            return f"{place} has no caption {needs.teacher_variant!r}"
-        if needs.teacher_variant is not None and len(names) == 1:
-            return f"{place} has no caption beside {needs.teacher_variant!r}"
-    return None
-
-
 def _is_text_file(source: str) -> bool:
     return source.lower().endswith(".txt")
 
 
-def leaked_references(train: Sequence[Seen], held_out: Sequence[Seen], folder: str, max_bits: int) -> list[Fault]:
-    """Held-out truths that a training row shows as a reference: the model would have seen the answer.
+def leaked(train: Sequence[Seen], held_out: Sequence[Seen], folder: str, max_bits: int) -> list[Fault]:
+    """Held-out truths that a training row has as its picture or as a reference: the model would have seen the answer.
 
-    The other way round is no fault. A training *target* that is a held-out row's *reference* was learnt as an answer to
-    another question; here it is what the question shows, to base and tuned model alike, and the truth that both are
-    compared with is another picture, which was not seen. Chains are made of it: a sketch of the photograph is one
-    row's target, and the next row's reference, to be coloured.
+    The other way round is no fault. A training *picture* that is a held-out row's *reference* was learnt as the answer
+    to another question; here it is part of the question, shown to base and tuned model alike, and what both are
+    compared with is another picture, which was not seen. Chains are made of it: the sketch of a photograph is one
+    row's picture, and the next row's reference, to be coloured.
     """
-    shown = [(row, name, facts) for row in train for name, facts in row.references if facts is not None]
+    known = [(f"training picture {row.name}", row.target) for row in train if row.target is not None]
+    known += [(f"reference {name} of training row {row.line}", facts) for row in train
+              for name, facts in row.references if facts is not None]  # fmt: skip
     truths = [(row, row.target) for row in held_out if row.target is not None]
-    near = near_duplicates([facts.fingerprint for _, _, facts in shown] + [t.fingerprint for _, t in truths], max_bits)
+    near = near_duplicates([facts.fingerprint for _, facts in (*known, *truths)], max_bits)
     faults = []
     for index, (row, truth) in enumerate(truths):
+        # after a small edit a truth is like what it was made of: that this was seen in training says nothing
         own = {facts.sha256 for _, facts in row.references if facts is not None}
-        for training, name, facts in shown if len(shown) + index in near or _is_among(truth, shown) else ():
-            # Small edits of a shared picture look like it: that it is like its own reference says nothing.
+        for what, facts in known if len(known) + index in near else ():
             alike = facts.sha256 not in own and near_duplicates([facts.fingerprint, truth.fingerprint], max_bits)
             if facts.sha256 == truth.sha256 or alike:
-                problem = (f"{row.name} is held-out truth but a copy of the reference {name} of training row "
-                           f"{training.line}; remove one")  # fmt: skip
+                problem = f"{row.name} is held-out truth but a copy of the {what}; remove one"
                 faults.append(Fault(f"{folder}/{row.source}", row.line or None, "image", problem))
                 break
     return faults
-
-
-def _is_among(truth: ImageFacts, shown: Sequence[tuple[Seen, str, ImageFacts]]) -> bool:
-    return any(facts.sha256 == truth.sha256 for _, _, facts in shown)

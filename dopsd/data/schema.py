@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..config import DataSettings
 from .duplicates import near_duplicates
 from .images import ImageError, ImageFacts, inspect_image
 from .manifest import HOLDOUT, ConceptTable, DataError, Fault, Row, hash_content, read_table
-from .needs import Needs, Seen, leaked_references, unmet
+from .needs import ANY, Needs, Seen, leaked, unmet
 from .records import is_text, leaves, shown
 
 MAX_ASPECT = 4.0
@@ -59,7 +59,7 @@ def validate_holdout(folder: Path, name: str, settings: DataSettings) -> Concept
 
 
 def validate_dataset(
-    folder: Path, name: str, settings: DataSettings, needs: Needs = Needs()
+    folder: Path, name: str, settings: DataSettings, needs: Needs = ANY
 ) -> tuple[ConceptTable, ConceptTable | None]:
     """Check a concept folder and its held-out part together: (training table, held-out table or ``None``).
 
@@ -72,9 +72,7 @@ def validate_dataset(
     faults = [fault for part in parts for fault in part.faults]
     if len(parts) == 2:
         train, held_out = parts
-        bits = settings.near_duplicate_bits
-        faults += _leaked(train.rows, held_out.rows, held_out.folder, bits)
-        faults += leaked_references(train.rows, held_out.rows, str(held_out.folder), bits)
+        faults += leaked(train.rows, held_out.rows, str(held_out.folder), settings.near_duplicate_bits)
     if faults:
         raise DataError(faults)
     return parts[0].table(), parts[1].table() if len(parts) == 2 else None
@@ -138,26 +136,6 @@ def _row(root: Path, cells: Mapping[str, Any]) -> Row:
     captions = tuple(json.loads(cells["captions"]).items())
     references = tuple(root / name for name in json.loads(cells["references"]))
     return Row(root / cells["image"], captions, references, cells["source"], cells["row"])
-
-
-def _leaked(train: Sequence[Seen], held_out: Sequence[Seen], folder: Path, max_bits: int) -> list[Fault]:
-    """Held-out pictures that are copies of training pictures."""
-    faults = []
-    known = [(row.name, row.target) for row in train if row.target is not None]
-    truths = [(row, row.target) for row in held_out if row.target is not None]
-    hashes = [facts.sha256 for _, facts in known]
-    near = near_duplicates([facts.fingerprint for _, facts in [*known, *truths]], max_bits)
-    for index, (row, facts) in enumerate(truths):
-        match = (
-            hashes.index(facts.sha256) if facts.sha256 in hashes else near.get(len(known) + index, (len(known), 0))[0]
-        )
-        if match < len(known):
-            twin = os.path.normpath(str(known[match][0]))
-            problem = (
-                f"{Path(str(row.name)).name} is held-out truth but a copy of the training picture {twin}; remove one"
-            )
-            faults.append(Fault(str(folder / row.source), row.line or None, "image", problem))
-    return faults
 
 
 # --- what can be measured --------------------------------------------------------------------------------------------

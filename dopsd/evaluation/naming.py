@@ -4,8 +4,9 @@ and flows that only show numbers start in a moment.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 REFERENCES = ("base", "teacher", "decoded", "real", "reference")
 """Rows of the table that are not tuned models."""
@@ -32,6 +33,20 @@ def name_of(model: str) -> str:
 def color_of(model: str) -> str:
     """Its colour; unknown models are dark grey."""
     return COLORS.get(model, "#444444")
+
+
+def asked_of(metrics: Mapping[str, Any]) -> str:
+    """Which prompts an evaluation asked: without held-out rows they are the captions that were trained on."""
+    return "prompts that were not trained on" if metrics.get("unseen", True) else "captions of the training pictures"
+
+
+def told_of(metrics: Mapping[str, Any]) -> tuple[str, str]:
+    """What the evaluation's teacher had, and what all others had, by the teacher's context."""
+    others = {
+        "edit-reference": ("shown the finished edit", "text and the pictures to edit"),
+        "enhanced-prompt": ("told the long caption", "short caption alone"),
+    }
+    return others.get(metrics.get("context", ""), ("shown another training picture", "text alone"))
 
 
 @dataclass(frozen=True)

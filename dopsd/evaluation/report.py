@@ -21,7 +21,7 @@ from PIL import Image
 
 from .charts import Point, line_chart, steps_chart
 from .grids import read_strip
-from .naming import REFERENCES, SCORES, color_of, name_of
+from .naming import REFERENCES, SCORES, asked_of, color_of, name_of, told_of
 from .table import columns_of, headline_table, rows_of
 from .verdict import findings, main_model, verdict
 
@@ -54,6 +54,8 @@ def write_report(evaluation: Path, training: Path, about: Mapping[str, Any], out
     head, sentences = verdict(metrics)
     page = _environment().get_template(_TEMPLATE).render(
         metrics=metrics,
+        asked=asked_of(metrics),
+        told=told_of(metrics),
         about=about,
         main=main_model(metrics),
         headline=head,

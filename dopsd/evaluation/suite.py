@@ -106,7 +106,7 @@ def evaluate(
     with _replaced(folder) as partial:
         gallery = Gallery(partial, plan.concept, plan.kept, plan.training, plan.training_captions, settings, names)
         cells = _run(family, subjects, plan, scorers, gallery, settings, crew)
-        metrics = _summary(table, plan, probe, scorers, cells, names, settings)
+        metrics = _summary(table, plan, probe, scorers, cells, names, settings, family.teaching.context)
         _write_csv(partial, cells, scorers, min(settings.evaluation.curve_prompts, len(plan.concept)), settings)
         grids = gallery.write()
         (partial / METRICS).write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -259,7 +259,7 @@ def _draw(family: Family, part: _Part) -> list[Image.Image]:
 
 def _summary(
     table: ConceptTable, plan: _Plan, probe: StyleProbe | None, scorers: dict[str, Scorer],
-    cells: dict[tuple[str, str, int], Cell], names: Sequence[str], settings: Settings,
+    cells: dict[tuple[str, str, int], Cell], names: Sequence[str], settings: Settings, context: str,
 ) -> dict[str, Any]:  # fmt: skip
     few, most = settings.evaluation.few_steps, max(settings.evaluation.steps)
     curve = min(settings.evaluation.curve_prompts, len(plan.concept))
@@ -273,6 +273,8 @@ def _summary(
         "concept": table.name,
         "kind": plan.kind.kind,
         "style": plan.kind.style,
+        "context": context,
+        "unseen": all(prompt.row is None or prompt.truth is not None for prompt in plan.concept),
         "few_steps": few,
         "most_steps": most,
         "seed": settings.evaluation.seed,

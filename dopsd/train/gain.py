@@ -6,14 +6,15 @@ The method works only where it is (docs/method.md): users of other tools lost da
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from dopsd.data.dataset import Example
 from dopsd.distill.rollout import sample
-from dopsd.models.base import Family
+from dopsd.models.base import Conditioning, Family
 from dopsd.train.observer import mean_square
 
 
@@ -28,39 +29,67 @@ def choose(examples: Sequence[Example], count: int) -> list[Example]:
     return [examples[number] for _, number in sorted(ranked)[:count]]
 
 
-def teacher_gain(
-    family: Family, examples: Sequence[Example], num_steps: int, batch_size: int, seed: int
-) -> dict[str, float] | None:
-    """Few-step samples of the selected weights from context and from prompt, same noise, against the target latents.
+def distances(
+    family: Family,
+    examples: Sequence[Example],
+    shown: Sequence[Conditioning],
+    num_steps: int,
+    batch_size: int,
+    seed: int,
+    done: Callable[[int], object] | None = None,
+) -> Tensor:
+    """Few-step samples of the selected weights, each from what is ``shown`` of its example, against the target latents.
 
-    Returns ``student`` and ``teacher`` (mean squared distance to the target in latent space), ``gain`` (the share of
-    the student's distance that the teacher saves; 0 and below is none), ``improved`` (the share of examples on which
-    it is nearer) and ``images``. ``None`` where no example has latents.
+    Returns mean squared distances ``[examples]`` in latent space, on the CPU. Equal seeds give an example equal noise,
+    whatever is shown. Every example must have latents. ``done`` is told how many more are drawn.
     """
     generator = torch.Generator().manual_seed(seed)
-    groups: dict[tuple[int, int], list[Example]] = defaultdict(list)
-    for example in examples:
-        if example.latents is not None:
-            groups[example.height, example.width].append(example)
-    if not groups:
-        return None
-    student: list[Tensor] = []
-    teacher: list[Tensor] = []
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for number, example in enumerate(examples):
+        groups[example.height, example.width].append(number)
+    found = torch.empty(len(examples))
     for (height, width), members in groups.items():
         for start in range(0, len(members), batch_size):
             batch = members[start : start + batch_size]
             noise = torch.cat([family.initial_latents(1, height, width, generator) for _ in batch])
-            targets = torch.stack([e.latents for e in batch if e.latents is not None])
-            for distances, conditioning in (
-                (student, [e.prompt for e in batch]),
-                (teacher, [e.context for e in batch]),
-            ):
-                distances.append(mean_square(sample(family, conditioning, num_steps, height, width, noise), targets))
-    far, near = torch.cat(student), torch.cat(teacher)
+            targets = torch.stack([cast(Tensor, examples[number].latents) for number in batch])
+            drawn = sample(family, [shown[number] for number in batch], num_steps, height, width, noise)
+            found[batch] = mean_square(drawn, targets)
+            if done is not None:
+                done(len(batch))
+    return found
+
+
+def compare(student: Tensor, teacher: Tensor) -> dict[str, float]:
+    """Distances ``[examples]`` of both: ``student`` and ``teacher`` (their means), ``gain`` (the share of the student's
+    distance that the teacher saves; 0 and below is none), ``improved`` (the share of examples on which it is nearer)
+    and ``images``."""
     return {
-        "student": float(far.mean()),
-        "teacher": float(near.mean()),
-        "gain": float(1 - near.mean() / far.mean()),
-        "improved": float((near < far).float().mean()),
-        "images": float(len(far)),
+        "student": float(student.mean()),
+        "teacher": float(teacher.mean()),
+        "gain": float(1 - teacher.mean() / student.mean()),
+        "improved": float((teacher < student).float().mean()),
+        "images": float(len(student)),
     }
+
+
+def helps(measured: Mapping[str, float]) -> bool:
+    """Whether there is something to learn from a teacher, by the numbers of :func:`compare`."""
+    return measured["gain"] > 0 and measured["improved"] > 0.5
+
+
+def teacher_gain(
+    family: Family, examples: Sequence[Example], num_steps: int, batch_size: int, seed: int
+) -> dict[str, float] | None:
+    """:func:`compare` of samples from context and from prompt, by the selected weights, with the same noise.
+
+    ``None`` where no example has latents.
+    """
+    known = [example for example in examples if example.latents is not None]
+    if not known:
+        return None
+    student, teacher = (
+        distances(family, known, shown, num_steps, batch_size, seed)
+        for shown in ([e.prompt for e in known], [e.context for e in known])
+    )
+    return compare(student, teacher)

@@ -31,7 +31,7 @@ from dopsd.distill.adapters import STUDENT, add_adapters, save_adapter
 from dopsd.distill.rollout import sample
 from dopsd.models.base import Conditioning, Family
 from dopsd.train import checkpoint as ckpt
-from dopsd.train.gain import choose, teacher_gain
+from dopsd.train.gain import choose, helps, teacher_gain
 from dopsd.train.objective import Objective
 from dopsd.train.observer import Observer, Previews, Progress, RunLog
 from dopsd.train.parallel import exchange, share
@@ -267,7 +267,7 @@ class _Run:
             f"{'nearer to it' if gain >= 0 else 'further from it'}; nearer on {improved:.0%} of "
             f"{self.gain['images']:.0f} examples"
         )
-        if gain <= 0 or improved <= 0.5:
+        if not helps(self.gain):
             text = (f"the teacher is no better than the student (gain {gain:.3f}, nearer on {improved:.0%}): there is "
                     "nothing to learn from it; check the captions, the context and the base")  # fmt: skip
             if self.settings.teacher.on_no_gain == "refuse":

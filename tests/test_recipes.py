@@ -1,0 +1,235 @@
+"""The recipes: complete, as published, and each runs from a folder to the registry on a stand-in of its base."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+from PIL import Image
+
+from dopsd.config import Settings, load_settings
+from dopsd.evaluation.verdict import verdict
+from dopsd.models import family_class, references_rule, teaching_of
+from dopsd.stages import STAGES
+from tests.published_project import CONCEPT, RECIPES, REFERENCES, SMALL, overrides_of, write_concept, write_stand_in
+from tests.test_config import check_every_key
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is said of a recipe elsewhere: docs/method.md (the authors' table), the publishers' cards."""
+
+    context: str
+    rate: float
+    steps: int
+    few: int
+    base: str
+    licence: str
+    card: str
+    """The licence in the front matter of a model card."""
+
+
+_APACHE = 'license: "apache-2.0"'
+FACTS = {
+    "z-image-turbo": Facts("vlm", 1e-4, 2000, 8, "Tongyi-MAI/Z-Image-Turbo", "apache-2.0", _APACHE),
+    "flux2-klein-4b": Facts("edit", 2e-5, 3000, 4, "black-forest-labs/FLUX.2-klein-4B", "apache-2.0", _APACHE),
+    "flux2-klein-9b": Facts(
+        "edit", 2e-5, 3000, 4, "black-forest-labs/FLUX.2-klein-9B", "flux-non-commercial-license",
+        'license: other\nlicense_name: "flux-non-commercial-license"',
+    ),
+    "flux2-klein-edit": Facts(
+        "edit-reference", 2e-5, 3000, 4, "black-forest-labs/FLUX.2-klein-4B", "apache-2.0", _APACHE
+    ),
+    "krea-2-turbo": Facts(  # in no table of the authors': the rate of a public port, the rest as Z-Image-Turbo
+        "vlm", 1e-5, 2000, 8, "krea/Krea-2-Turbo", "krea-2-community-license",
+        'license: other\nlicense_name: "krea-2-community-license"',
+    ),
+}  # fmt: skip
+
+
+def _file(recipe: str) -> Path:
+    return RECIPES / f"{recipe}.yaml"
+
+
+# --- what they say ----------------------------------------------------------------------------------------------------
+
+
+def test_these_are_all_recipes() -> None:
+    assert {path.name for path in RECIPES.iterdir()} == {f"{name}.yaml" for name in FACTS}
+
+
+@pytest.mark.parametrize("recipe", FACTS)
+def test_a_recipe_names_every_key_and_is_as_published(recipe: str) -> None:
+    facts, settings = FACTS[recipe], load_settings(_file(recipe))
+    check_every_key(_file(recipe))
+    train, model = settings.train, settings.model
+    assert (teaching_of(model).context, train.learning_rate, train.max_steps) == (
+        facts.context,
+        facts.rate,
+        facts.steps,
+    )
+    assert (model.path, model.name, model.licence) == (facts.base, facts.base, facts.licence)
+    assert settings.evaluation.few_steps == family_class(model).few_steps == facts.few
+    assert max(settings.evaluation.steps) > facts.few, "else the registry's gate has nothing to compare with"
+    # of all of them, docs/method.md says:
+    assert (train.lora.rank, train.lora.alpha, train.lora.init, train.lora.targets) == (64, 128, "gaussian", None)
+    assert (train.loss, train.schedule, train.weight_decay, train.betas) == ("x0", "constant", 0, (0.9, 0.999))
+    assert (train.clip_norm, train.warmup_steps, train.rollout_steps) == (1, 0, 4)
+    assert (train.teacher.kind, train.teacher.decay, train.teacher.guidance) == ("ema", 0.9999, 1)
+    assert train.batch_size * train.accumulation == 4
+    assert train.replay.weight == 0, "an option of ours"
+    assert train.methods == ("d-opsd",), "the comparison doubles the bill"
+    assert settings.concepts == tuple(settings.tuning), "DVC asks for an entry of every concept"
+
+
+@pytest.mark.parametrize("recipe", FACTS)
+def test_a_recipe_does_not_ask_a_large_model_for_too_much_at_once(recipe: str) -> None:
+    settings = load_settings(_file(recipe))
+    assert settings.model.gradient_checkpointing
+    assert settings.train.batch_size == settings.evaluation.batch_size == 1
+    assert settings.data.resolution == 1024
+    assert settings.train.preview_steps >= 100
+    texts = settings.train.preview_prompts
+    assert len(texts) <= 2
+    assert not (texts and references_rule(settings.model) == "required"), "they have no pictures to edit"
+
+
+@pytest.mark.parametrize("recipe", FACTS)
+def test_a_recipe_says_at_the_top_what_it_is_and_where_its_values_are_from(recipe: str) -> None:
+    lines = _file(recipe).read_text().splitlines()
+    assert all(len(line) <= 120 for line in lines)
+    head = "\n".join(line for line in lines[:12] if line.startswith("#"))
+    for word in ("Licence of the base: ", f"cp recipes/{recipe}.yaml params.yaml", "dvc repro", "GB", "not measured"):
+        assert word in head
+    for key in (
+        "learning_rate", "max_steps", "rollout_steps", "loss", "rank", "alpha", "init", "targets", "decay", "betas",
+        "schedule", "weight_decay", "clip_norm", "batch_size", "context", "licence", "few_steps",
+    ):  # fmt: skip
+        line = next(line for line in lines if line.strip().startswith(f"{key}:"))
+        assert re.search(r"\[(paper|authors|maker|ours|port|second-hand)\]", line), line
+
+
+# --- that they run ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Made:
+    """A recipe that went the whole way."""
+
+    recipe: str
+    root: Path
+    base: Path
+    settings: Settings
+
+    @property
+    def run(self) -> Path:
+        return self.root / "runs" / CONCEPT
+
+    @property
+    def card(self) -> str:
+        return (self.run / "export" / "README.md").read_text()
+
+
+@pytest.fixture(scope="module", params=list(FACTS))
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    """Each recipe, all six stages one after another, small."""
+    recipe, root = request.param, tmp_path_factory.mktemp(request.param)
+    stand_in = write_stand_in(recipe, root / "models")
+    settings = load_settings(_file(recipe), overrides_of(SMALL | stand_in))
+    edits = references_rule(settings.model) == "required"
+    write_concept(root / "data" / "concepts" / CONCEPT, edits=edits)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
+        patch.chdir(root)
+        for stage in STAGES.values():
+            stage(CONCEPT, settings, root)
+        yield Made(recipe, root, Path(stand_in["model.path"]), settings)
+
+
+def test_a_recipe_goes_from_folder_to_registry(made: Made) -> None:
+    for file in ("evaluation/metrics.json", "report.html", "export/comfyui_lora.safetensors", "registered.json"):
+        assert (made.run / file).is_file()
+    client = MlflowClient(f"sqlite:///{made.root}/mlflow.db")
+    (version,) = client.search_model_versions(f"name='dopsd-{CONCEPT}'")
+    registered = json.loads((made.run / "registered.json").read_text())
+    assert int(registered["version"]) == int(version.version) == 1
+    assert version.tags["dopsd.gate"] == ("passed" if registered["promoted"] else "failed")
+    metrics = json.loads((made.run / "evaluation" / "metrics.json").read_text())
+    assert metrics["few_steps"] == FACTS[made.recipe].few
+    assert metrics["most_steps"] > metrics["few_steps"]
+    assert metrics["models"] == ["base", "teacher", "d-opsd"]
+    assert "few-step retention" in registered["reason"], "it was measured"
+
+
+def test_the_card_names_base_and_licence_and_nothing_of_this_machine(made: Made) -> None:
+    facts, card = FACTS[made.recipe], made.card
+    front = card.split("---\n")[1]
+    assert yaml.safe_load(front)["base_model"] == facts.base
+    assert facts.card in front
+    assert f"still draws in {facts.few} steps" in card
+    assert f"num_inference_steps={facts.few}," in card
+    assert f'from_pretrained("{facts.base}"' in card
+    assert "roll-out | 4 steps, x0 loss" in card
+    assert "alpha / rank = 2" in card
+    for place in (made.root, made.base, made.base.parent, Path.home(), Path.cwd()):
+        assert str(place) not in card
+    assert not re.search(r"(?<![\w:/.-])/(?!/)[\w.-]+/[\w.-]+", card), "no absolute path"
+
+
+def test_noise_is_not_called_a_success(made: Made) -> None:
+    metrics = json.loads((made.run / "evaluation" / "metrics.json").read_text())
+    said, _ = verdict(metrics)
+    assert said.startswith("Nothing can be said of whether D-OPSD learnt")
+    page = (made.run / "report.html").read_text()
+    assert re.search(r"<h1>(.*?)</h1>", page, re.DOTALL)[1].startswith("Nothing can be said")  # type: ignore[index]
+
+
+def test_pictures_keep_their_shapes(made: Made) -> None:
+    """The trained buckets, and what the models draw of the held-out rows."""
+    index = json.loads((made.run / "evaluation" / "samples" / "index.json").read_text())
+    sizes: dict[Any, Any] = {(e["split"], e["model"], e["steps"]): e["sizes"] for e in index["strips"]}
+    assert len({tuple(size) for size in sizes["training", "real", 0]}) > 2
+    few = FACTS[made.recipe].few
+    asked = sizes["concept", "real", 0]
+    assert asked[0] != asked[1]
+    for model in ("base", "teacher", "d-opsd"):
+        assert sizes["concept", model, few] == asked
+
+
+def test_an_edit_is_shown_beside_what_it_starts_from(made: Made) -> None:
+    grids, page = made.run / "evaluation" / "grids", (made.run / "report.html").read_text()
+    rows = re.findall(r'<th scope="row"><span><i[^>]*></i>([^<]*)</span></th>', page.split("Side by side")[1])
+    edits = made.recipe == "flux2-klein-edit"
+    told = "shown the finished edit; all others have the text and the pictures to edit." if edits else (
+        "shown another training picture; all others have the text alone."
+    )  # fmt: skip
+    assert f"The teacher is the untuned base that is {told}" in page
+    expected = [*(["reference"] if edits else []), "truth", "base, untuned", "teacher", "D-OPSD"]
+    assert rows[: len(expected)] == expected
+    card = made.card
+    assert ("pipeline_tag: image-to-image" in card) == edits
+    assert ("image=[Image.open(" in card) == edits
+    with Image.open(grids / "few_step.png") as grid:
+        pixels = grid.convert("RGB")
+    if not edits:
+        return
+    # the first row of the grid is the first reference of each prompt, as it is on disk
+    index = json.loads((made.run / "evaluation" / "samples" / "index.json").read_text())
+    for number, text in enumerate(index["prompts"]["concept"]):
+        held_out = int(re.search(r"blot (\d)", text)[1])  # type: ignore[index]
+        path = made.root / "data" / "concepts" / CONCEPT / "holdout" / f"before-{held_out}-0.png"
+        with Image.open(path) as reference:
+            assert reference.size == REFERENCES[held_out][0]
+            strip = made.run / "evaluation" / "samples" / "concept-reference-0.png"
+            side = next(e["side"] for e in index["strips"] if e["model"] == "reference")
+            with Image.open(strip) as shown:
+                tile = shown.convert("RGB").crop((number * side, 0, number * side + reference.width, reference.height))
+            assert tile.tobytes() == reference.convert("RGB").tobytes()
+    assert pixels.height > 5 * 128, "five rows"
