@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from dopsd.config import Settings, load_settings
 from dopsd.evaluation.verdict import verdict
 from dopsd.models import family_class, references_rule, teaching_of
 from dopsd.stages import STAGES
+from tests.fake_hub import FakeHub, Repository
 from tests.published_project import CONCEPT, RECIPES, REFERENCES, SMALL, overrides_of, write_concept, write_stand_in
 from tests.test_config import check_every_key
 
@@ -114,6 +117,38 @@ def test_a_recipe_says_at_the_top_what_it_is_and_where_its_values_are_from(recip
     ):  # fmt: skip
         line = next(line for line in lines if line.strip().startswith(f"{key}:"))
         assert re.search(r"\[(paper|authors|maker|ours|port|second-hand)\]", line), line
+
+
+def test_a_recipes_names_are_fetched_from_the_hub_as_they_stand(tmp_path: Path) -> None:
+    """Nothing in the file is changed: base and VLM are found under these names, and only what is needed is fetched."""
+    repositories: dict[str, Repository] = {}
+    for recipe, facts in FACTS.items():
+        stand_in = write_stand_in(recipe, tmp_path / "models")
+        repositories[facts.base] = _repository(Path(stand_in["model.path"]))
+        if "model.vlm" in stand_in:
+            repositories["Qwen/Qwen3-VL-4B-Instruct"] = _repository(Path(stand_in["model.vlm"]))
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom dopsd.config import load_settings\n"
+        "from dopsd.models import open_base\n"
+        "for file in sys.argv[1:]:\n"
+        "    base = open_base(load_settings(Path(file)).model, Path())\n"
+        "    print(Path(file).stem, base.source.name, base.vlm and base.vlm.name)\n"
+    )
+    with FakeHub(repositories) as hub:
+        done = subprocess.run(
+            [sys.executable, "-c", script, *(str(_file(recipe)) for recipe in FACTS)], cwd=tmp_path, text=True,
+            capture_output=True, check=True, env=hub.environment(tmp_path / "home", PYTHONPATH=str(RECIPES.parent)),
+        )  # fmt: skip
+    vlms = dict.fromkeys(FACTS, "None") | {"z-image-turbo": "Qwen/Qwen3-VL-4B-Instruct"}
+    assert done.stdout.splitlines() == [f"{recipe} {facts.base} {vlms[recipe]}" for recipe, facts in FACTS.items()]
+    needless = {"flux-2-klein-4b.safetensors", "flux-2-klein-9b.safetensors", "turbo.safetensors"}
+    assert needless <= {name for repository in repositories.values() for name in repository.files}
+    assert not needless & hub.fetched()
+
+
+def _repository(folder: Path) -> Repository:
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return Repository(files)
 
 
 # --- that they run ----------------------------------------------------------------------------------------------------

@@ -131,15 +131,20 @@ def test_the_trainer_ends_where_the_plain_loop_ends(tmp_path, method, changes):
     trained = load_file(tmp_path / "adapters" / f"{method}.safetensors")
     plain = reference(settings, method)
     kept = load_file(sorted((tmp_path / "train" / "checkpoints").iterdir())[-1] / "tensors.safetensors")
-    for name, (a, b) in plain.student.items():
-        for part, value in (("lora_A", a), ("lora_B", b)):
-            key = f"{name}.{part}.weight"
-            close(trained[key], value, key)
+    start = PlainLora(tiny.tiny_family(), settings.lora.rank, settings.lora.alpha or 0.0, settings.seed).student
+    students, teachers = [], []
+    for name, pair in plain.student.items():
+        for part in (0, 1):
+            key = f"{name}.lora_{'AB'[part]}.weight"
+            students.append(error(trained[key], pair[part], start[name][part]))
             if method == "d-opsd":
-                close(kept[f"teacher/{key}"], plain.teacher[name][part == "lora_B"], f"teacher/{key}")
+                teachers.append(error(kept[f"teacher/{key}"], plain.teacher[name][part], start[name][part]))
+    for errors in filter(None, (students, teachers)):
+        # single layers with next to no gradient feel float32's rounding most: Adam makes steps of equal size of it
+        assert sorted(errors)[len(errors) // 2] < 1e-3, errors
+        assert max(errors) < 2e-2, errors
 
 
-def close(ours: torch.Tensor, theirs: torch.Tensor, key: str) -> None:
-    """To a thousandth of what training moves: float32 rounding is all that may differ."""
-    error = float((ours - theirs).detach().norm() / theirs.detach().norm().clamp(min=1e-12))
-    assert error < (1e-3 if "lora_B" in key else 1e-4), (key, error)
+def error(ours: torch.Tensor, theirs: torch.Tensor, start: torch.Tensor) -> float:
+    """The difference as a share of what training moved."""
+    return float((ours - theirs).detach().norm() / (theirs - start).detach().norm())
