@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dopsd.config import Settings
-from dopsd.models import family_class, open_base
+from dopsd.models import ModelError, family_class, open_base, resolved
 from dopsd.models.base import Request
 from dopsd.registry import CHAMPION, Made, Outcome, Registry
 from dopsd.registry.gate import scores_of
@@ -21,14 +21,18 @@ from dopsd.registry.gate import scores_of
 if TYPE_CHECKING:
     from dopsd.data.manifest import ConceptTable
 
+_MODELS = (
+    "models/__init__.py", "models/base.py", "models/flux2_klein.py", "models/krea2.py", "models/loading.py",
+    "models/qwen_vl.py", "models/z_image.py",
+)  # fmt: skip
+"""What decides what a model answers; finding, fetching and checking its files does not."""
 _TRAINING_CODE = (
-    "models", "distill", "data/dataset.py", "data/encoded.py", "data/images.py", "data/pictures.py",
-    "train/checkpoint.py",
-    "train/encode.py", "train/gain.py", "train/objective.py", "train/observer.py", "train/parallel.py",
-    "train/trainer.py",
+    *_MODELS, "distill", "data/dataset.py", "data/encoded.py", "data/images.py", "data/pictures.py",
+    "train/checkpoint.py", "train/encode.py", "train/gain.py", "train/objective.py", "train/observer.py",
+    "train/parallel.py", "train/trainer.py",
 )  # fmt: skip
 _SCORING_CODE = (
-    "models", "distill", "data/pictures.py", "train/encode.py", "evaluation/backbones.py", "evaluation/headline.py",
+    *_MODELS, "distill", "data/pictures.py", "train/encode.py", "evaluation/backbones.py", "evaluation/headline.py",
     "evaluation/metrics.py", "evaluation/probe.py", "evaluation/prompts.py", "evaluation/scoring.py",
     "evaluation/suite.py",
 )  # fmt: skip
@@ -51,7 +55,7 @@ def _code(parts: Sequence[str]) -> str:
 
 def settings_hash(settings: Settings) -> str:
     """Hash of the settings that decide what the exported method learns."""
-    shown = {"methods", "checkpoint_steps", "preview_steps", "preview_prompts"}
+    shown = {"methods", "checkpoint_steps", "preview_steps", "preview_prompts", "preview_count"}
     train = settings.train.model_dump(mode="json", exclude=shown)
     values = {"train": train, "method": settings.train.methods[0], "resolution": settings.data.resolution}
     return _hash({**values, "model": settings.model.decides_learning()})
@@ -59,6 +63,7 @@ def settings_hash(settings: Settings) -> str:
 
 def made_of(content_hash: str, settings: Settings, root: Path) -> Made:
     """What a version would be made from today. ``content_hash``: of the concept's data."""
+    settings = resolved(settings)
     base = open_base(settings.model, root).identity
     return Made(content_hash[:32], settings_hash(settings), base, method_version())
 
@@ -81,7 +86,7 @@ def reasons_to_train(concept: str, table: ConceptTable, settings: Settings, root
 
 def register_version(
     concept: str, run_id: str, table: ConceptTable, holdout_hash: str | None, metrics: dict[str, Any], run: Path,
-    settings: Settings, root: Path, tags: dict[str, str], evaluate_again: Callable[[Path, Path], dict[str, Any]],
+    settings: Settings, root: Path, tags: dict[str, str], evaluate_again: Callable[[Path, Path | None], dict[str, Any]],
 ) -> Outcome:  # fmt: skip
     """Register the first method's adapter of ``run`` and judge it, on the same prompts and seeds as the champion.
 
@@ -93,9 +98,9 @@ def register_version(
     method = settings.train.methods[0]
     registry, made = Registry(root), made_of(table.content_hash, settings, root)
     asked = _asked(holdout_hash, made, settings)
-    opened = open_base(settings.model, root, teacher=False)
+    opened = open_base(settings.model, root, "draw")
     base = opened.source.folder
-    champion_scores, obstacle = _champion_scores(registry, concept, made, asked, base, evaluate_again)
+    champion_scores, obstacle = _champion_scores(registry, concept, made, asked, evaluate_again)
     stored = sum(f.stat().st_size for f in base.rglob("*") if f.is_file()) <= settings.registry.max_base_gib * 2**30
     files = {
         "adapter": run / "export" / DIFFUSERS_FILE,
@@ -104,11 +109,11 @@ def register_version(
         "about": run / "adapters" / f"{method}.json",
     } | ({"base": base} if stored else {})
     side = settings.data.resolution
-    call = family_class(settings.model).call(Request(""), side, side, settings.evaluation.few_steps)
+    call = family_class(settings.model).call(Request(""), side, side, settings.evaluation.few)
     serving = {
         "base": opened.source.name or str(base), "revision": opened.source.revision,
         "call": {key: value for key, value in call.items() if key != "prompt"},
-        "placeholder": settings.data.placeholder, "edits": family_class(settings.model).edits,
+        "placeholder": settings.data.placeholder, "edits": any(row.references for row in table.rows),
     }  # fmt: skip
     return registry.register(
         concept, run_id, made, scores_of(metrics, method, asked), tags, champion_scores, files, serving,
@@ -117,8 +122,8 @@ def register_version(
 
 
 def _champion_scores(
-    registry: Registry, concept: str, made: Made, asked: str, base: Path,
-    evaluate_again: Callable[[Path, Path], dict[str, Any]],
+    registry: Registry, concept: str, made: Made, asked: str,
+    evaluate_again: Callable[[Path, Path | None], dict[str, Any]],
 ) -> tuple[dict[str, Any] | None, str]:  # fmt: skip
     """The champion's answers to what is asked today (none where there is no champion), and why they cannot be had."""
     champion = registry.champion(concept)
@@ -129,10 +134,13 @@ def _champion_scores(
         return scores, ""
     print(f"register: the champion, version {version.version}, was asked other things; evaluating it anew")
     with tempfile.TemporaryDirectory(prefix="dopsd-champion-") as place:
-        its_base = base if before.base == made.base else registry.base(version, Path(place))
-        if its_base is None:
+        its_base = None if before.base == made.base else registry.base(version, Path(place))
+        if its_base is None and before.base != made.base:
             return scores, f"version {version.version}, the champion, was made for another base, which is gone"
-        again = evaluate_again(registry.adapter(version, Path(place)), its_base)
+        try:
+            again = evaluate_again(registry.adapter(version, Path(place)), its_base)
+        except ModelError as error:  # of another family, say: it cannot be asked what today's models are asked
+            return scores, f"version {version.version}, the champion, cannot be drawn with these settings ({error})"
     return scores_of(again, CHAMPION, asked), ""
 
 

@@ -144,7 +144,7 @@ def sample(
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option("--size", help="Pixels; by itself data.resolution squared.", metavar="WIDTHxHEIGHT"),
+        typer.Option("--size", help="Pixels; by itself the reference's shape, or a square.", metavar="WIDTHxHEIGHT"),
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", "-n", min=1, help="By itself evaluation.few_steps.")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
@@ -156,16 +156,18 @@ def sample(
 
     For example: `dopsd sample -a runs/style-ink/adapters/d-opsd.safetensors -p "a fox in [V] style"`
     """
-    from dopsd.sampling import draw, size_of
+    from dopsd.models import resolved
+    from dopsd.sampling import draw, read_references, size_of
     from dopsd.tracking import picture_row
 
-    settings = _settings(params, overrides)
+    settings = resolved(_settings(params, overrides))
     if adapter is not None and not adapter.is_file():
         raise StageError(f"{adapter}: no such adapter; trained ones are in runs/*/adapters")
-    steps = steps or settings.evaluation.few_steps
-    width, height = size_of(size, settings)
+    steps = steps or settings.evaluation.few
+    references = read_references(reference or [], settings)
+    width, height = size_of(size, references, settings)
     images: list[Image] = []
-    for image in draw(prompt, reference or [], settings, Path(), adapter, steps, width, height, seed):
+    for image in draw(prompt, references, settings, Path(), adapter, width, height, steps, seed):
         _save(image, out / f"{len(images):02d}.png")
         images.append(image)
     _save(picture_row(images), out / "grid.png")
@@ -238,10 +240,10 @@ def concept_add(
     settings = _settings(params, overrides)
     table = add_concept(folder, name, Path(), settings.data, replace, needs_of(settings))
     print(f"{len(table.rows)} images -> {table.root}")
-    print(
-        f"next: in {params} add {name} to `concepts` and `{name}: {{}}` to `tuning`, then "
-        f"`dvc repro report@{name} register@{name}`"
-    )
+    missing = [] if name in settings.concepts else [f"add {name} to `concepts`"]
+    missing += [] if name in settings.tuning else [f"add `{name}: {{}}` to `tuning`"]
+    first = f"in {params} {' and '.join(missing)}, then " if missing else ""
+    print(f"next: {first}`dvc repro report@{name} register@{name}`")
 
 
 @track_app.command("sync")

@@ -66,7 +66,7 @@ class ModelSettings(_Settings):
         return self.context_variant if self.context == "enhanced-prompt" else None
 
     def decides_learning(self) -> dict[str, Any]:
-        """What of this decides what is learnt, the base's own files apart."""
+        """What of this decides what is learnt, the base's own files apart; of resolved settings."""
         shown = {"path", "revision", "name", "licence", "vlm", "vlm_revision", "device", "gradient_checkpointing"}
         return self.model_dump(mode="json", exclude=shown)
 
@@ -95,7 +95,8 @@ class LoraSettings(_Settings):
 
 
 class TeacherSettings(_Settings):
-    kind: Literal["ema", "frozen", "copy"] = "ema"
+    kind: Literal["ema", "frozen", "copy"] | None = None
+    """``None``: ema, and frozen where the context is ``enhanced-prompt`` (:func:`dopsd.models.resolved`)."""
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.9999
     guidance: Annotated[float, Field(ge=1)] = 1.0
     """1 is the paper. Above, the target is pushed further along what the context changes (docs/method.md)."""
@@ -138,6 +139,8 @@ class TrainSettings(_Settings):
     checkpoint_steps: Positive = 50
     preview_steps: Positive = 50
     preview_prompts: tuple[str, ...] = ()
+    preview_count: Positive = 6
+    """How many held-out rows (else training rows) are previewed where ``preview_prompts`` names none."""
     sft_compute_factor: Rate | None = None
     """SFT is also shown at this many times D-OPSD's steps; ``None``: what :meth:`sft_steps_at_equal_compute` counts."""
 
@@ -169,8 +172,8 @@ class TrainSettings(_Settings):
 
 class EvaluationSettings(_Settings):
     steps: tuple[Positive, ...] = (1, 2, 4, 8, 32)
-    few_steps: Positive = 4
-    """The number of steps that the headline table is about; one of ``steps``."""
+    few_steps: Positive | None = None
+    """The number of steps that the headline table is about, one of ``steps``; ``None``: the family's own."""
     seed: int = 1234
     batch_size: Positive = 32
     max_prompts: Positive = 100
@@ -182,9 +185,16 @@ class EvaluationSettings(_Settings):
     prompts: tuple[str, ...] = ()
     """Extra prompts without a truth; used alone where a data set has no held-out rows."""
 
+    @property
+    def few(self) -> int:
+        """The number of few steps, of resolved settings (:func:`dopsd.models.resolved`)."""
+        if self.few_steps is None:
+            raise ValueError("evaluation.few_steps is left to the family, and was not filled in")
+        return self.few_steps
+
     @model_validator(mode="after")
     def _few_steps_listed(self) -> EvaluationSettings:
-        if self.few_steps not in self.steps:
+        if self.few_steps is not None and self.few_steps not in self.steps:
             raise ValueError(f"evaluation.few_steps ({self.few_steps}) must be one of evaluation.steps")
         return self
 
@@ -251,19 +261,6 @@ class Settings(_Settings):
     compute: ComputeSettings = ComputeSettings()
     registry: RegistrySettings = RegistrySettings()
     tracking: TrackingSettings = TrackingSettings()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _frozen_teacher(cls, values: Any) -> Any:
-        """A teacher that only reads more is frozen unless the settings say otherwise: it has nothing to follow."""
-        if not isinstance(values, dict) or not isinstance(values.get("train"), dict):
-            return values
-        model, train = values.get("model"), values["train"]
-        if isinstance(model, dict) and model.get("context") == "enhanced-prompt":
-            teacher = train.get("teacher", {})
-            if isinstance(teacher, dict) and "kind" not in teacher:
-                return values | {"train": train | {"teacher": teacher | {"kind": "frozen"}}}
-        return values
 
     @model_validator(mode="after")
     def _tuning_fits(self) -> Settings:

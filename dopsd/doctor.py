@@ -101,20 +101,29 @@ def _concepts(settings: Settings, root: Path) -> Iterator[Finding]:
 
 def _base(settings: Settings, root: Path) -> Iterator[Finding]:
     """The base is looked at where it lies, as every stage would before it loads anything; nothing is fetched."""
-    from dopsd.models import ModelError, open_base, teaching_of
+    from dopsd.models import ModelError, open_base, resolved
 
+    def away(path: str | None) -> bool:
+        return path is not None and path.count("/") == 1 and not (root / Path(path).expanduser()).is_dir()
+
+    fetched = "no folder here; a name on the hub is fetched when it is first needed"
     try:
-        context = teaching_of(settings.model).context
-        if not (root / settings.model.path).expanduser().is_dir() and "/" in settings.model.path:
-            advice = "no folder here; a name on the hub is fetched when it is first needed"
-            yield Finding("base model", settings.model.path, "note", advice)
+        settings = resolved(settings)
+        if away(settings.model.path):
+            yield Finding("base model", settings.model.path, "note", fetched)
             return
-        base = open_base(settings.model, root)
+        if away(settings.model.vlm):
+            yield Finding("teacher's VLM", f"{settings.model.vlm}", "note", fetched)
+        base = open_base(settings.model, root, "draw" if away(settings.model.vlm) else "teach")
     except ModelError as error:
-        yield Finding("base model", str(error), "fault", "`dopsd base build` makes emoji-turbo anew")
+        embedded = settings.model.path == "data/base/emoji-turbo"
+        yield Finding("base model", str(error), "fault", "`dopsd base build` makes it anew" if embedded else "")
         return
     size = sum(file.stat().st_size for file in base.source.folder.rglob("*") if file.is_file())
-    yield Finding("base model", f"{settings.model.family} in {base.source.folder}, {size / 2**20:.0f} MiB, {context}")
+    about = f"{settings.model.family} in {base.source.folder}, {size / 2**20:.0f} MiB, {settings.model.context}"
+    yield Finding("base model", about)
+    if note := base.differences():
+        yield Finding("teacher's VLM", note, "note")
 
 
 def _dvc(_: Settings, root: Path) -> Iterator[Finding]:

@@ -17,6 +17,8 @@ import yaml
 
 from dopsd.config import Settings
 
+BASE = "runs/base.json"
+
 
 def inputs_hash(stage: str, concept: str, settings: Settings, root: Path) -> str:
     """Hash of a stage's dependencies (files by content) and of the settings that it reads."""
@@ -28,8 +30,17 @@ def inputs_hash(stage: str, concept: str, settings: Settings, root: Path) -> str
         key = _filled(key, concept, settings)
         digest.update(f"{key}={json.dumps(_lookup(values, key), sort_keys=True)}\n".encode())
     for dep in spec["deps"]:
-        digest.update(hash_path(root / _filled(dep, concept, settings), root).encode())
+        found = _base(settings, root) if dep == BASE else hash_path(root / _filled(dep, concept, settings), root)
+        digest.update(found.encode())
     return digest.hexdigest()
+
+
+def _base(settings: Settings, root: Path) -> str:
+    """What these settings' base is: the file that DVC reads may be of other settings."""
+    from dopsd.models import description_of, open_base, resolved
+
+    model = resolved(settings).model
+    return json.dumps(description_of(open_base(model, root), model), sort_keys=True)
 
 
 def outputs_hash(stage: str, concept: str, settings: Settings, root: Path) -> str | None:

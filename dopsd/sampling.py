@@ -11,7 +11,7 @@ from PIL.Image import Image
 from tqdm import tqdm
 
 from dopsd.config import Settings
-from dopsd.data.images import load_image
+from dopsd.data.images import MULTIPLE, bucket_size, load_image
 from dopsd.distill.adapters import adapter_applied
 from dopsd.distill.rollout import sample
 from dopsd.models import ModelError, family_class
@@ -21,29 +21,37 @@ from dopsd.stages import load_base
 MAX_SIDE = 4096
 
 
-def size_of(text: str | None, settings: Settings) -> tuple[int, int]:
-    """(width, height) of ``WIDTHxHEIGHT``; raises :class:`ModelError` where the family cannot draw that."""
+def size_of(text: str | None, references: Sequence[Image], settings: Settings) -> tuple[int, int]:
+    """(width, height) of ``WIDTHxHEIGHT``; without it the first reference's shape, or a square, of the trained area.
+
+    Raises :class:`ModelError` where that cannot be drawn.
+    """
+    side = settings.data.resolution
     if text is None:
-        return settings.data.resolution, settings.data.resolution
+        return bucket_size(*references[0].size, side) if references else (side, side)
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
-    multiple = family_class(settings.model).multiple
     sides = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not all(0 < side <= MAX_SIDE and side % multiple == 0 for side in sides):
-        raise ModelError(f"--size {text}: expected WIDTHxHEIGHT, multiples of {multiple} up to {MAX_SIDE}, "
-                         "for example 1024x768")  # fmt: skip
+    if not all(0 < side <= MAX_SIDE and side % MULTIPLE == 0 for side in sides):
+        raise ModelError(
+            f"--size {text}: expected WIDTHxHEIGHT, multiples of {MULTIPLE} up to {MAX_SIDE}, for example 1024x768"
+        )
     return sides
 
 
+def read_references(paths: Sequence[Path], settings: Settings) -> tuple[Image, ...]:
+    """The pictures to edit. Raises :class:`ModelError` where the family does not edit, ``ImageError`` for bad files."""
+    if paths and not family_class(settings.model).edits:
+        raise ModelError(f"--reference: {settings.model.family} does not edit pictures; leave it out")
+    return tuple(load_image(path, settings.data.max_pixels) for path in paths)
+
+
 def draw(
-    prompts: Sequence[str], references: Sequence[Path], settings: Settings, root: Path, adapter: Path | None,
-    steps: int, width: int, height: int, seed: int,
+    prompts: Sequence[str], references: tuple[Image, ...], settings: Settings, root: Path, adapter: Path | None,
+    width: int, height: int, steps: int, seed: int,
 ) -> Iterator[Image]:  # fmt: skip
     """A picture per prompt, each with the same references, by the base or base + adapter."""
-    if references and not family_class(settings.model).edits:
-        raise ModelError(f"--reference: {settings.model.family} does not edit pictures; leave it out")
-    pictures = tuple(load_image(path, settings.data.max_pixels) for path in references)
-    family = load_base(settings, root, teacher=False)
-    encoded = [family.encode_prompt([Request(prompt, pictures)])[0] for prompt in prompts]
+    family = load_base(settings, root, use="draw")
+    encoded = [family.encode_prompt([Request(prompt, references)])[0] for prompt in prompts]
     family.release_encoders()
     generator = torch.Generator().manual_seed(seed)
     with adapter_applied(family.transformer, adapter):

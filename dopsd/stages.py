@@ -15,20 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dopsd.config import Method, Settings
+from dopsd.files import write_json
 
 if TYPE_CHECKING:
     from dopsd.data.manifest import ConceptTable
     from dopsd.data.needs import Needs
     from dopsd.emoji_turbo.pictures import World
-    from dopsd.models import Base
+    from dopsd.models import Base, Use
     from dopsd.models.base import Family, Request
     from dopsd.tracking import Tracker
 
 EMBEDDED_BASE = Path("data/base/emoji-turbo")
 WORLD = Path("data/world")
 BASE = Path("runs/base.json")
-PREVIEWS = 6
-"""How many held-out prompts are previewed during training where the settings name none."""
 
 
 class StageError(ValueError):
@@ -49,7 +48,7 @@ def validate(concept: str, settings: Settings, root: Path) -> None:
         "holdout_images": len(holdout.rows) if holdout else 0,
         "holdout_hash": holdout.content_hash if holdout else None,
     }  # fmt: skip
-    _write_json(run_folder(concept, root) / "validated.json", about)
+    write_json(run_folder(concept, root) / "validated.json", about)
     print(
         f"validate: {concept} has {about['images']} images, {about['captions']} captions and "
         f"{about['holdout_images']} held-out images; no faults"
@@ -58,16 +57,19 @@ def validate(concept: str, settings: Settings, root: Path) -> None:
 
 def identify_base(settings: Settings, root: Path) -> None:
     """The base's files -> ``runs/base.json``: what the stages that use it depend on. The same base, the same file."""
-    from dopsd.models import open_base
+    from dopsd.models import description_of, open_base, remember_commits, resolved
 
-    base = open_base(settings.model, root)
-    _write_json(root / BASE, {"name": base.source.shown, "components": dict(sorted(base.identities.items()))})
+    settings = resolved(settings)
+    base = open_base(settings.model, root, fresh=True)
+    remember_commits(base, root)
+    write_json(root / BASE, description_of(base, settings.model))
     print(f"base: {base.source.shown} is {settings.model.family}, {base.identity[:12]}")
 
 
 def encode(concept: str, settings: Settings, root: Path) -> None:
     """The data set and the base's encoders -> ``encoded/``: prompts, teacher contexts, target latents, once."""
     from dopsd.data.encoded import Encoded, write_encoded
+    from dopsd.models import open_base
     from dopsd.train.crew import SpreadEncoders, crew
     from dopsd.train.encode import BATCH, Ask, encode_concept, encode_previews, encode_prompts
 
@@ -77,13 +79,15 @@ def encode(concept: str, settings: Settings, root: Path) -> None:
         raise StageError(f"data/concepts/{concept} changed since it was validated; run `dopsd validate` again")
     replay = settings.train.replay.prompts if settings.train.replay.weight > 0 else ()
     cache = cache_of(root)
-    with crew(settings.model, settings.compute, root) as helpers:
+    if note := open_base(settings.model, root).differences():
+        print(f"encode: {note}")
+    with crew(settings.model, settings.compute, root, "teach") as helpers:
         family = load_base(settings, root)
         if helpers is not None:
             family = cast("Family", SpreadEncoders(family, helpers, BATCH))
         encoded = Encoded(
             examples=tuple(encode_concept(family, table, settings, cache)),
-            previews=tuple(encode_previews(family, holdout or table, settings, cache, PREVIEWS)),
+            previews=tuple(encode_previews(family, holdout or table, settings, cache)),
             replay=tuple(zip(replay, encode_prompts(family, [Ask(text) for text in replay], cache), strict=True)),
             images=len(table.rows),
             content_hash=table.content_hash,
@@ -124,7 +128,7 @@ def train(concept: str, settings: Settings, root: Path) -> None:
             f"train: {method}, {result.steps} steps ({result.stopped}), {result.images} images, {result.seconds:.0f} s "
             f"-> {', '.join(str(path) for path in result.adapters.values())}"
         )
-    _write_json(run / "train" / "training.json", training)
+    write_json(run / "train" / "training.json", training)
 
 
 def evaluate(concept: str, settings: Settings, root: Path) -> None:
@@ -136,7 +140,7 @@ def evaluate(concept: str, settings: Settings, root: Path) -> None:
     run = run_folder(concept, root)
     table, holdout = read_concept(concept, settings, root)
     subjects = _subjects(run / "adapters")
-    with crew(settings.model, settings.compute, root) as helpers:
+    with crew(settings.model, settings.compute, root, "train") as helpers:
         metrics = evaluate_subjects(
             load_base(settings, root), table, holdout, world_of(settings, root), subjects, settings, cache_of(root),
             run / "evaluation", crew=helpers,
@@ -169,12 +173,12 @@ def register(concept: str, settings: Settings, root: Path) -> None:
     method = settings.train.methods[0]
     adapter = run / "adapters" / f"{method}.safetensors"
     table, _ = read_concept(concept, settings, root)
-    base, family = open_base(settings.model, root, teacher=False), family_class(settings.model)
+    base, family = open_base(settings.model, root, use="draw"), family_class(settings.model)
     asked = _asked_of(table, settings, 2)
     export = export_adapter(adapter, run / "export", _card(concept, settings, table, run, base, asked[0]), family)
-    loaded = load_base(settings, root, teacher=False)
+    loaded = load_base(settings, root, use="draw")
     dtype, device = loaded.dtype, loaded.device
-    drawn = draw_student(loaded, adapter, asked, settings.evaluation.few_steps, settings.evaluation.seed)
+    drawn = draw_student(loaded, adapter, asked, settings.evaluation.few, settings.evaluation.seed)
     del loaded  # a large base fits once
     compared = check_export(base.source.folder, export, drawn, family, dtype=dtype, device=device)
     with _tracker(concept, settings, root) as tracker:
@@ -215,16 +219,19 @@ def _register_version(concept: str, settings: Settings, root: Path, table: Conce
     about = _read_json(run / "validated.json", "validate")
     metrics = _read_json(run / "evaluation" / "metrics.json", "evaluate")
     tags = git_tags(root) | {"dopsd.training": training, "dopsd.data.hash": table.content_hash,
-                             "dopsd.base": open_base(settings.model, root, teacher=False).source.shown}  # fmt: skip
+                             "dopsd.base": open_base(settings.model, root, use="draw").source.shown}  # fmt: skip
 
-    def evaluate_again(adapter: Path, base_folder: Path) -> dict[str, Any]:
+    def evaluate_again(adapter: Path, base_folder: Path | None) -> dict[str, Any]:
         from dopsd.evaluation.suite import Subject
         from dopsd.evaluation.suite import evaluate as evaluate_subjects
 
         _, holdout = read_concept(concept, settings, root)
         subjects = [Subject("base", None), Subject(CHAMPION, adapter)]
-        model = settings.model.model_copy(update={"path": str(base_folder), "revision": None})
-        base = load_base(settings.model_copy(update={"model": model}), root, teacher=False)
+        its = settings
+        if base_folder is not None:  # another one than today's, that was stored with the version
+            model = settings.model.model_copy(update={"path": str(base_folder), "revision": None})
+            its = settings.model_copy(update={"model": model})
+        base = load_base(its, root, use="draw")
         world, cache = world_of(settings, root), cache_of(root)
         folder = adapter.parent / "evaluation"
         return evaluate_subjects(base, table, holdout, world, subjects, settings, cache, folder)
@@ -232,7 +239,7 @@ def _register_version(concept: str, settings: Settings, root: Path, table: Conce
     outcome = register_version(
         concept, found, table, about["holdout_hash"], metrics, run, settings, root, tags, evaluate_again
     )
-    _write_json(run / "registered.json", outcome.__dict__)
+    write_json(run / "registered.json", outcome.__dict__)
     state = "is the champion" if outcome.promoted else "is a candidate, not the champion"
     print(f"register: {outcome.name} version {outcome.version} {state}: {outcome.reason}")
 
@@ -256,7 +263,9 @@ def _of_concept(stage: Stage) -> Stage:
 
     @wraps(stage)
     def run(concept: str, settings: Settings, root: Path) -> None:
-        stage(concept, settings.of(concept), root)
+        from dopsd.models import resolved
+
+        stage(concept, resolved(settings.of(concept)), root)
 
     return run
 
@@ -266,14 +275,11 @@ STAGES: dict[str, Stage] = {
 }
 
 
-def load_base(settings: Settings, root: Path, teacher: bool = True) -> Family:
-    """The base model, without the libraries' own progress bars; its parts are loaded when they are used."""
-    from diffusers.utils import logging
-
+def load_base(settings: Settings, root: Path, use: Use = "teach") -> Family:
+    """The base model; its parts are loaded when they are used."""
     from dopsd.models import load_family
 
-    logging.disable_progress_bar()
-    return load_family(settings.model, root, teacher)
+    return load_family(settings.model, root, use)
 
 
 # --- what goes in -----------------------------------------------------------------------------------------------------
@@ -288,7 +294,9 @@ def read_concept(concept: str, settings: Settings, root: Path) -> tuple[ConceptT
 def needs_of(settings: Settings) -> Needs:
     """What the base's context asks of the data. Raises ``ModelError`` for a family or context that there is not."""
     from dopsd.data.needs import Needs
-    from dopsd.models import references_rule
+    from dopsd.models import references_rule, resolved
+
+    settings = resolved(settings)
 
     return Needs(references_rule(settings.model), settings.model.teacher_variant)
 
@@ -301,7 +309,9 @@ def cache_of(root: Path) -> Any:
 
 def world_of(settings: Settings, root: Path) -> World | None:
     """The truth for every prompt, which only the embedded base has."""
-    if (root / settings.model.path).resolve() != (root / EMBEDDED_BASE).resolve():
+    from dopsd.models import open_base
+
+    if open_base(settings.model, root, "train").source.folder.resolve() != (root / EMBEDDED_BASE).resolve():
         return None
     from dopsd.emoji_turbo.pictures import World
 
@@ -344,7 +354,7 @@ def _begin_training(run: Path, settings: Settings, content_hash: str, root: Path
     ]  # fmt: skip
     name = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
     training = {"training": name, "code": code}
-    _write_json(path, training)
+    write_json(path, training)
     return training
 
 
@@ -380,28 +390,31 @@ def _card(
     from dopsd.models import family_class, licence_of
 
     train, (request, height, width) = settings.train, asked
-    call = family_class(settings.model).call(request, height, width, settings.evaluation.few_steps)
+    call = family_class(settings.model).call(request, height, width, settings.evaluation.few)
     licence = settings.model.licence or licence_of(base.source)
     trained = _read_json(run / "adapters" / f"{train.methods[0]}.json", "train")
-    columns, rows = table_as_text(_read_json(run / "evaluation" / "metrics.json", "evaluate"))
+    metrics = _read_json(run / "evaluation" / "metrics.json", "evaluate")
+    columns, rows = table_as_text(metrics)
     return Card(
         concept=concept,
         base=settings.model.name or base.source.shown,
         licence=licence,
         licence_listed=licence in _LISTED_LICENCES,
         method=train.methods[0],
-        steps=settings.evaluation.few_steps,
+        steps=settings.evaluation.few,
         placeholder=settings.data.placeholder,
         prompt=request.caption,
         call={key: value for key, value in call.items() if key not in ("prompt", "image")},
         edits=bool(request.references),
-        unseen=_read_json(run / "validated.json", "validate")["holdout_images"] > 0,
+        unseen=metrics["unseen"],
         images=len(table.rows),
         data_hash=table.content_hash,
         training={
             "steps": f"{trained['steps']} of batch {train.batch_size * train.accumulation}",
             "learning rate": f"{train.learning_rate:g} ({train.schedule})",
+            "adapter": f"rank {train.lora.rank}, alpha {train.lora.alpha or train.lora.rank:g}",
             "roll-out": f"{train.rollout_steps} steps, {train.loss} loss",
+            "context": _context_of(settings),
             "teacher": f"{train.teacher.kind}, decay {train.teacher.decay}, guidance {train.teacher.guidance:g}",
             "replay": f"{train.replay.weight:g}",
             "seed": str(train.seed),
@@ -409,6 +422,15 @@ def _card(
         columns=columns,
         rows=rows,
     )
+
+
+def _context_of(settings: Settings) -> str:
+    from dopsd.models import teaching_of
+
+    teaching = teaching_of(settings.model)
+    if teaching.context == "enhanced-prompt":
+        return f"{teaching.context} (the teacher reads the caption {settings.model.context_variant!r})"
+    return f"{teaching.context}{f', with{teaching.suffix}' if teaching.suffix else ''}"
 
 
 _LISTED_LICENCES = ("apache-2.0", "mit", "openrail", "creativeml-openrail-m", "cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0")
@@ -420,10 +442,3 @@ def _read_json(path: Path, made_by: str) -> dict[str, Any]:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise StageError(f"{path}: missing; run stage {made_by} first") from None
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    partial.replace(path)

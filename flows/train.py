@@ -78,6 +78,15 @@ STAGE_TASKS = {
 }  # fmt: skip
 
 
+@task(
+    name="base", retries=RETRIES, retry_delay_seconds=exponential_backoff(backoff_factor=10),
+    retry_condition_fn=is_infrastructure, persist_result=False, log_prints=True,
+)  # fmt: skip
+def base(settings: Settings, root: str) -> None:
+    """Find the base's files, or fetch them, and settle which commit of the hub this run is about."""
+    identify_base(settings, Path(root))
+
+
 @task(name="tune", task_run_name="tune {concept}", persist_result=False)
 def tune(concept: str, settings: Settings, root: str) -> str:
     """All stages of one concept, in order; returns which of them were run and which were reused."""
@@ -155,7 +164,7 @@ def dopsd(
 def tune_all(concepts: Sequence[str], settings: Settings, root: Path) -> Any:
     """Tune several concepts side by side; one that fails does not stop the others, but the run fails in the end."""
     _name_flow_run()
-    identify_base(settings, root.resolve())
+    base(settings, str(root.resolve()))
     futures = {concept: tune.submit(concept, settings, str(root.resolve())) for concept in concepts}
     wait(list(futures.values()))
     said, failed = {}, []

@@ -8,6 +8,7 @@ import torch
 from tests import tiny
 
 LONGEST = (
+    "test_whole_way.py",
     "test_services.py",
     "test_launch.py",
     "test_launch_ends.py",
@@ -15,6 +16,7 @@ LONGEST = (
     "test_flows.py",
     "test_dvc_remotes.py",
     "test_cli.py",
+    "test_recipes.py",
 )
 """Files are shared out among the processes in this order, the others after them: the longest must not come last."""
 

@@ -149,7 +149,13 @@ class Stack:
     def rows(self, concept: str) -> int:
         """Steps that the job has handed to Ray's storage or brought home."""
         places = [self.root / "runs" / concept / "train", *(self.root / ".cache" / "ray").glob(f"{concept}-*")]
-        logs = [path for place in places for path in place.rglob("d-opsd/log.jsonl")]
+        # os.walk passes over folders that are removed while it looks, as old checkpoints are; rglob raises
+        logs = [
+            Path(parent, "log.jsonl")
+            for place in places
+            for parent, _, files in os.walk(place)
+            if Path(parent).name == "d-opsd" and "log.jsonl" in files
+        ]
         return max((path.read_text().count("\n") for path in logs if path.exists()), default=0)
 
 

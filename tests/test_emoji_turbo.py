@@ -241,11 +241,13 @@ def test_the_build_runs_through_every_stage(tmp_path):
     for place in (tmp_path / ".cache" / "base" / "tiny" / "world", tmp_path / "data" / "world"):
         shutil.copytree(ROOT / "data" / "world", place)
     folder = building.build("tiny", tmp_path, "cpu", {"tiny": preset})
+    from dopsd.config import ModelSettings
     from dopsd.distill.rollout import sample
-    from dopsd.models.z_image import load
+    from dopsd.models import load_family
+    from dopsd.models.base import Request
 
-    family = load(folder, vlm=None, device=torch.device("cpu"), dtype=torch.float32, context_pixels=(4096, 4096))
-    prompts = family.encode_prompt(["a fox, noto style"])
+    family = load_family(ModelSettings(path=str(folder), device="cpu", context_pixels=(4096, 4096)), tmp_path)
+    prompts = family.encode_prompt([Request("a fox, noto style")])
     images = family.decode(sample(family, prompts, 4, 64, 64, generator=torch.Generator().manual_seed(0)))
     assert images[0].size == (64, 64)
     world = World.load(tmp_path / "data" / "world")

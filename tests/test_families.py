@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from dopsd.distill.rollout import sample
@@ -46,6 +48,33 @@ def pipeline_of(family: Family) -> Any:
     return pipeline
 
 
+def drawn(pipeline: Any, call: Mapping[str, Any], like: Tensor) -> tuple[Tensor, list[Image]]:
+    """What a pipeline's own call ends with: its latents, in the layout of ``like`` ``[B, C, h, w]``, and its pictures.
+
+    Some pipelines have tokens ``[B, N, C]``, and Krea's are patches of 2 x 2 with channels ordered (c, dy, dx).
+    """
+    ends = []
+
+    def keep(_: Any, step: int, time: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        ends.append(tensors["latents"].clone())
+        return tensors
+
+    with torch.no_grad():
+        pictures = pipeline(**call, callback_on_step_end=keep).images
+    assert len(ends) == call["num_inference_steps"]
+    latents, (batch, channels, height, width) = ends[-1], like.shape
+    if latents.ndim == 3:
+        patch = {1: 1, 4: 2}[latents.shape[2] // channels]
+        latents = latents.transpose(1, 2).reshape(batch, -1, height // patch, width // patch)
+        latents = torch.nn.functional.pixel_shuffle(latents, patch)
+    return latents, pictures
+
+
+def levels(picture: Image) -> Tensor:
+    """Pixels as whole numbers of either sign."""
+    return torch.tensor(list(picture.convert("RGB").tobytes()), dtype=torch.int)
+
+
 def noise_of(family: Family, batch: int, height: int, width: int, seed: int = 0) -> Tensor:
     return family.initial_latents(batch, height, width, torch.Generator().manual_seed(seed))
 
@@ -67,11 +96,27 @@ def test_a_rollout_is_the_pipelines_call_bit_for_bit(families, name, steps, size
         for mine, states in zip(told, theirs, strict=True):
             torch.testing.assert_close(mine["caption"], states, rtol=1e-4, atol=1e-4)
         call["prompt_embeds"] = [mine["caption"] for mine in told]
-    with torch.no_grad():
-        theirs = pipeline(**call).images
+    latents, pictures = drawn(pipeline, call, noise)
     assert torch.equal(pipeline.scheduler.sigmas.float(), family.sigmas(steps, height, width))
-    for a, b in zip(family.decode(ours), theirs, strict=True):
-        assert a.tobytes() == b.tobytes()
+    assert torch.equal(ours, latents)
+    for mine, its in zip(family.decode(ours), pictures, strict=True):
+        assert mine.tobytes() == its.tobytes()
+
+
+@pytest.mark.parametrize(("steps", "size"), [(4, SIZES[1]), (8, SIZES[0])])
+def test_z_images_plain_call_differs_by_rounding_alone(families, steps, size):
+    """The call as a person makes it, with the text of the prompts and nothing encoded before."""
+    family, (height, width) = families["z-image"], size
+    requests = [Request(caption) for caption in CAPTIONS]
+    noise = noise_of(family, 3, height, width)
+    ours = sample(family, family.encode_prompt(requests), steps, height, width, noise)
+    call = family.call(requests[0], height, width, steps, noise) | {"prompt": list(CAPTIONS)}
+    latents, pictures = drawn(pipeline_of(family), call, noise)
+    torch.testing.assert_close(ours, latents, rtol=1e-3, atol=1e-3)
+    for mine, its in zip(family.decode(ours), pictures, strict=True):
+        assert mine.size == its.size == (width, height)
+        assert (levels(mine) - levels(its)).abs().max() <= 2, "levels of 255"
+        assert levels(mine).float().std() > 10, "a picture, not a plain colour"
 
 
 @pytest.mark.parametrize("name", NAMES)

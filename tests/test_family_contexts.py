@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from dopsd.models.z_image import context_inputs
 from tests import published
 from tests.family_folders import NAMES, picture, settings_of, write_families
 from tests.published_tokens import VISION_TEMPLATE
-from tests.test_families import noise_of, pipeline_of
+from tests.test_families import drawn, noise_of, pipeline_of
 
 CAPTION = "a fox in [V] style"
 
@@ -33,17 +35,9 @@ def klein(folders) -> Family:
 
 def drawn_by_pipeline(klein: Family, caption: str, images, noise):
     """Latents as the pipeline's own editing call gives them, in the family's normalised patches."""
-    pipeline, (height, width) = pipeline_of(klein), (16 * noise.shape[2], 16 * noise.shape[3])
-    ends = []
-
-    def keep(_, step, time, tensors):
-        ends.append(tensors["latents"])
-        return tensors
-
-    with torch.no_grad():
-        pipeline(prompt=caption, image=list(images), height=height, width=width, num_inference_steps=4,
-                 guidance_scale=1.0, latents=noise.clone(), callback_on_step_end=keep)  # fmt: skip
-    return ends[-1].transpose(1, 2).reshape(noise.shape)
+    height, width = 16 * noise.shape[2], 16 * noise.shape[3]
+    call = klein.call(Request(caption, tuple(images)), height, width, 4, noise)
+    return drawn(pipeline_of(klein), call, noise)[0]
 
 
 def test_kleins_teacher_is_its_own_editing_branch(klein):
@@ -109,11 +103,51 @@ def test_kleins_encoder_stops_after_the_last_state_that_is_used(klein, folders):
     assert all(torch.equal(ours[layer], theirs[layer]) for layer in (9, 18, 27))
 
 
+def test_klein_says_that_an_encoder_has_too_few_layers(folders, tmp_path):
+    folder = shutil.copytree(folders["flux2-klein"], tmp_path / "klein")
+    file = folder / "text_encoder" / "config.json"
+    shallow = {"num_hidden_layers": 27, "layer_types": ["full_attention"] * 27}
+    file.write_text(json.dumps(json.loads(file.read_text()) | shallow))
+    with pytest.raises(ModelError, match=r"^[^\n]*\b27\b[^\n]*\b28\b[^\n]*$"):
+        load_family(settings_of("flux2-klein", {"flux2-klein": folder})).encode_prompt([Request("a fox")])
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_a_caption_that_would_be_cut_is_refused(folders, name):
+def test_512_tokens_are_read_whole_and_513_refused(folders, name):
+    """Counted by the family's own tokenizer and the turn that its pipeline makes; what is read is what that reads."""
     family = load_family(settings_of(name, folders))
-    with pytest.raises(ModelError, match=r"^the prompt of 'fox fox .* tokens long, at most 512 are read: shorten"):
-        family.encode_prompt([Request("fox"), Request("fox " * 520)])
+    pipeline, tokenizer = pipeline_of(family), family.parts["tokenizer"]
+
+    def length(caption: str) -> int:
+        if name == "krea-2":
+            turn = pipeline.prompt_template_encode_prefix + caption + pipeline.prompt_template_encode_suffix
+            return len(tokenizer(turn).input_ids) - pipeline.prompt_template_encode_start_idx
+        turn = tokenizer.apply_chat_template(
+            [{"role": "user", "content": caption}], tokenize=False, add_generation_prompt=True,
+            enable_thinking=name == "z-image",
+        )  # fmt: skip
+        return len(tokenizer(turn).input_ids)
+
+    word = length("fox fox") - length("fox")
+    caption = "fox" + " fox" * ((512 - length("fox")) // word)
+    caption += "!" * (512 - length(caption))
+    assert length(caption) == 512
+    (told,) = family.encode_prompt([Request(caption)])
+    assert len(told["caption"]) == 512
+    with torch.no_grad():
+        if name == "krea-2":
+            states, real = pipeline.get_text_hidden_states([caption])
+            assert real.all()
+        else:
+            states, _ = pipeline.encode_prompt([caption], **UNGUIDED[name])
+    assert torch.equal(told["caption"], states[0])
+    assert length(caption + "!") == 513
+    with pytest.raises(ModelError, match=r"^the prompt of 'fox fox .* is 513 tokens long, at most 512 are read: short"):
+        family.encode_prompt([Request("fox"), Request(caption + "!")])
+
+
+UNGUIDED = {"z-image": {"do_classifier_free_guidance": False}, "flux2-klein": {}}
+"""How a pipeline is asked for captions alone."""
 
 
 def test_a_suffix_counts_towards_the_limit(folders):

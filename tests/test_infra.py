@@ -323,8 +323,26 @@ def test_pods_refer_to_secrets_that_the_readme_tells_how_to_make() -> None:
     text = " ".join(path.read_text() for path in KUBERNETES.glob("*.yaml"))
     for name, key in re.findall(r"secretKeyRef: \{name: ([\w-]+), key: ([\w-]+)\}", text):
         assert name in OF_OTHERS or re.search(rf"create secret generic {name}\b[^`]*--from-\w+={key}=", readme), name
-    for name in re.findall(r"secretRef: \{name: ([\w-]+)\}", text):
+    for name in re.findall(r"secretRef: \{name: ([\w-]+)(?:, optional: true)?\}", text):
         assert f"create secret generic {name} " in readme
+
+
+def test_every_node_finds_the_hubs_models_in_one_shared_place() -> None:
+    home = "/app/.cache/huggingface"
+    for name, service in SERVICES.items():
+        if name.startswith(("ray-", "prefect-worker")):
+            assert service["environment"]["HF_HOME"] == home
+            assert "hf_token" in service["secrets"]
+    (map_,) = _load(KUBERNETES / "kustomization.yaml")["configMapGenerator"]
+    assert f"HF_HOME={home}" in map_["literals"]
+    pods = dict(_pods())
+    for name in ("dopsd-ray head", "dopsd-ray gpu", "prefect-worker"):
+        (container,) = pods[name]["spec"]["containers"]
+        assert {"secretRef": {"name": "dopsd-hub", "optional": True}} in container["envFrom"]
+        assert {"name": "cache", "mountPath": "/app/.cache"} in container["volumeMounts"]
+    options = _load(INFRA / "ray-cluster.yaml")["docker"]["run_options"]
+    assert f"-e HF_HOME={home}" in options
+    assert "-v /mnt/dopsd/cache:/app/.cache" in options
 
 
 def test_ray_on_kubernetes_is_the_locks_asks_for_the_token_and_shrinks_to_nothing() -> None:

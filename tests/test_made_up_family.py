@@ -36,7 +36,7 @@ def project(tmp_path, monkeypatch) -> tuple[Path, Settings]:
         (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
     settings = Settings.model_validate({
         "concepts": ["blots"],
-        "model": {"family": "made-up", "path": "base", "device": "cpu", "context": "enhanced-prompt"},
+        "model": {"family": "made-up", "path": "base", "device": "cpu"},
         "data": {"resolution": 64},
         "train": {**tiny.tiny_settings(max_steps=2).model_dump(mode="json", exclude={"teacher"}),
                   "methods": ["d-opsd"], "teacher": {"decay": 0.9}},
@@ -49,7 +49,9 @@ def project(tmp_path, monkeypatch) -> tuple[Path, Settings]:
 
 def test_a_family_of_one_file_goes_the_whole_way(project):
     root, settings = project
-    assert settings.train.teacher.kind == "frozen", "a teacher that only reads more has nothing to follow"
+    chosen = models.resolved(settings)
+    assert chosen.model.context == "enhanced-prompt", "its only context"
+    assert chosen.train.teacher.kind == "frozen", "a teacher that only reads more has nothing to follow"
     for stage in STAGES:
         STAGES[stage]("blots", settings, root)
     run = root / "runs" / "blots"

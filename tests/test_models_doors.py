@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dopsd.config import Settings
-from dopsd.models import ModelError, load_family, references_rule, teaching_of
+from dopsd.models import ModelError, load_family, references_rule, resolved, teaching_of
 from tests import published, tiny
 from tests.family_folders import NAMES, settings_of, write_families
 
@@ -95,7 +95,7 @@ def test_a_tilde_is_the_home_folder(folders, monkeypatch):
 
 
 def test_what_only_draws_needs_no_eyes(folders):
-    assert load_family(settings_of("z-image", folders, vlm=None), teacher=False).parts.loaded() == set()
+    assert load_family(settings_of("z-image", folders, vlm=None), use="draw").parts.loaded() == set()
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,48 @@ def test_a_teacher_that_only_reads_more_is_frozen_unless_told(folders):
     def kind(**teacher: str) -> str:
         values = {"concepts": ["c"], "model": {"path": "b", "context": "enhanced-prompt"}, "data": {"resolution": 64},
                   "train": {**tiny.tiny_settings().model_dump(exclude={"teacher"}), "teacher": teacher}}  # fmt: skip
-        return Settings.model_validate(values).train.teacher.kind
+        return resolved(Settings.model_validate(values)).train.teacher.kind
 
     assert kind() == "frozen"
     assert kind(kind="ema") == "ema"
+
+
+def test_what_the_settings_leave_out_is_the_familys(folders):
+    def settings(name: str, **evaluation) -> Settings:
+        return Settings.model_validate({
+            "concepts": ["c"], "model": settings_of(name, folders).model_dump(), "data": {"resolution": 64},
+            "train": tiny.tiny_settings().model_dump(), "evaluation": evaluation,
+        })  # fmt: skip
+
+    filled = {name: resolved(settings(name)) for name in NAMES}
+    assert [filled[name].evaluation.few for name in NAMES] == [8, 4, 8]
+    assert [filled[name].model.context for name in NAMES] == ["vlm", "edit", "vlm"]
+    assert {filled[name].train.teacher.kind for name in NAMES} == {"ema"}
+    assert resolved(filled["krea-2"]) == filled["krea-2"]
+    written = settings_of("z-image", folders, context="vlm").decides_learning()
+    assert filled["z-image"].model.decides_learning() == written, "writing the default out changes nothing"
+    with pytest.raises(ModelError, match=r"few_steps \(8\) must be one of evaluation\.steps"):
+        resolved(settings("z-image", steps=[1, 4]))
+
+
+def test_training_needs_neither_encoders_nor_their_files(folders, tmp_path):
+    """A node that trains has the transformer; the text encoder's 8 GB and the VLM need not be there."""
+    lean = copied(folders["z-image"], tmp_path / "lean")
+    shutil.rmtree(lean / "text_encoder")
+    shutil.rmtree(lean / "tokenizer")
+    settings = settings_of("z-image", {"z-image": lean, "vlm": tmp_path / "nowhere"})
+    family = load_family(settings, use="train")
+    assert family.transformer is not None
+    assert family.parts["vae_decoder"] is not None
+
+
+def test_the_command_that_fetches_the_published_model_is_said(folders, said, tmp_path):
+    (tmp_path / "empty").mkdir()
+    line = said("z-image", folders | {"z-image": tmp_path / "empty"})
+    assert "`hf download Tongyi-MAI/Z-Image-Turbo --local-dir DIR`" in line
+    assert "`hf download Qwen/Qwen3-VL-4B-Instruct --local-dir DIR`" in said(
+        "z-image", folders, vlm=str(tmp_path / "x/y/z")
+    )
+    assert "`hf download black-forest-labs/FLUX.2-klein-4B" in said(
+        "flux2-klein", folders | {"flux2-klein": folders["vlm"]}
+    )

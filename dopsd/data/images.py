@@ -62,7 +62,11 @@ def inspect_image(path: Path, max_pixels: int) -> ImageFacts:
     return ImageFacts(image.width, image.height, hashlib.sha256(content).hexdigest(), fingerprint(image))
 
 
-def bucket_size(width: int, height: int, resolution: int, multiple: int = 16) -> tuple[int, int]:
+MULTIPLE = 16
+"""Both sides of whatever is drawn are multiples of this: a latent cell of 8 pixels, in patches of 2 x 2."""
+
+
+def bucket_size(width: int, height: int, resolution: int, multiple: int = MULTIPLE) -> tuple[int, int]:
     """The trained (width, height) of a picture: its shape kept, its area near ``resolution ** 2`` pixels.
 
     Both sides are multiples of ``multiple``, at least one of it.

@@ -32,7 +32,7 @@ class Gallery:
         captions: Sequence[str], settings: Settings, models: Sequence[str],
     ) -> None:  # fmt: skip
         self._folder, self._models = folder, list(models)
-        self._few, self._steps = settings.evaluation.few_steps, sorted(settings.evaluation.steps)
+        self._few, self._steps = settings.evaluation.few, sorted(settings.evaluation.steps)
         self._prompts = {"concept": list(concept[:SHOWN]), "kept": list(kept[:SHOWN])}
         self._training, self._captions = [_tile(image) for image in training], list(captions)
         self._tiles: dict[tuple[str, str, int], list[Image.Image]] = {}
@@ -40,7 +40,7 @@ class Gallery:
             truths = [_tile(p.truth) for p in asked if p.truth is not None]
             if truths:
                 self._tiles[split, "real", 0] = truths
-            shown = [_tile(p.references[0].load()) for p in asked if p.references]
+            shown = [_together([r.load() for r in p.references]) for p in asked if p.references]
             if shown and len(shown) == len(asked):
                 self._tiles[split, "reference", 0] = shown
         self._settings = settings
@@ -109,6 +109,20 @@ def _strip(tiles: Sequence[Image.Image], side: int) -> Image.Image:
     for i, tile in enumerate(tiles):
         strip.paste(tile, (i * side, 0))
     return strip
+
+
+def _together(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Several references of one request as one tile, side by side."""
+    height = min(picture.height for picture in pictures)
+    scaled = [
+        p.resize((max(1, round(p.width * height / p.height)), height), Image.Resampling.LANCZOS) for p in pictures
+    ]
+    strip = Image.new("RGB", (sum(p.width for p in scaled), height), "white")
+    left = 0
+    for picture in scaled:
+        strip.paste(picture, (left, 0))
+        left += picture.width
+    return _tile(strip)
 
 
 def _tile(image: Image.Image) -> Image.Image:

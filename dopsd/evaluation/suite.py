@@ -97,15 +97,16 @@ def evaluate(
         names = [subject.name for subject in subjects]
     evaluated = sorted({p.concept for p in [*plan.concept, *plan.kept] if p.concept is not None})
     probe = _probe(family, world, evaluated, store, settings)
-    family.release_encoders()
     scorers = {"concept": Scorer(plan.concept, store, plan.training, probe, world, evaluated)}
     if plan.kept:
         scorers["kept"] = Scorer(plan.kept, store, plan.training, probe, world, evaluated)
     store.save()
+    cells = _real(family, scorers, settings)
+    family.release_encoders()
 
     with _replaced(folder) as partial:
         gallery = Gallery(partial, plan.concept, plan.kept, plan.training, plan.training_captions, settings, names)
-        cells = _run(family, subjects, plan, scorers, gallery, settings, crew)
+        cells |= _run(family, subjects, plan, scorers, gallery, settings, crew)
         metrics = _summary(table, plan, probe, scorers, cells, names, settings, family.teaching.context)
         _write_csv(partial, cells, scorers, min(settings.evaluation.curve_prompts, len(plan.concept)), settings)
         grids = gallery.write()
@@ -155,7 +156,7 @@ def _run(
     settings: Settings, crew: Crew | None,
 ) -> dict[tuple[str, str, int], Cell]:  # fmt: skip
     """Every subject at every number of steps; pictures are scored and dropped, apart from the gallery's."""
-    few = settings.evaluation.few_steps
+    few = settings.evaluation.few
     curve = settings.evaluation.curve_prompts
     jobs = [
         (subject, split, steps, len(asked) if steps == few else min(curve, len(asked)))
@@ -165,11 +166,6 @@ def _run(
         if asked and not (split == "kept" and subject.name == "teacher")
     ]
     cells: dict[tuple[str, str, int], Cell] = {}
-    for split, scorer in scorers.items():
-        real = scorer.real()
-        if real is not None:
-            cells[split, "real", 0] = real
-            cells[split, "decoded", 0] = scorer.score(_decoded(family, scorer.prompts, settings))
     parts = [part for job in jobs for part in _parts(*job, plan, settings)]
     drawn = zip(parts, _draw_all(family, parts, crew), strict=True)
     with tqdm(total=sum(s * n for _, _, s, n in jobs), desc="evaluate", unit="step", disable=None) as bar:
@@ -183,6 +179,17 @@ def _run(
             ordered = [images[row] for row in range(count)]
             cells[split, subject.name, steps] = scorers[split].score(ordered)
             gallery.add(split, subject.name, steps, ordered)
+    return cells
+
+
+def _real(family: Family, scorers: dict[str, Scorer], settings: Settings) -> dict[tuple[str, str, int], Cell]:
+    """The true pictures' own scores, where there are any, and those through the autoencoder."""
+    cells: dict[tuple[str, str, int], Cell] = {}
+    for split, scorer in scorers.items():
+        real = scorer.real()
+        if real is not None:
+            cells[split, "real", 0] = real
+            cells[split, "decoded", 0] = scorer.score(_decoded(family, scorer.prompts, settings))
     return cells
 
 
@@ -261,7 +268,7 @@ def _summary(
     table: ConceptTable, plan: _Plan, probe: StyleProbe | None, scorers: dict[str, Scorer],
     cells: dict[tuple[str, str, int], Cell], names: Sequence[str], settings: Settings, context: str,
 ) -> dict[str, Any]:  # fmt: skip
-    few, most = settings.evaluation.few_steps, max(settings.evaluation.steps)
+    few, most = settings.evaluation.few, max(settings.evaluation.steps)
     curve = min(settings.evaluation.curve_prompts, len(plan.concept))
     bootstrap = Bootstrap(settings.evaluation.seed)
     omitted = dict(scorers["concept"].omitted)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from dopsd.config import ModelSettings
+from dopsd.config import ModelSettings, Settings
+from dopsd.data.images import MULTIPLE
 
 from .base import Family, Parts, Teaching
+from .folder import CONFIG, read_json
 from .loading import use_plain_attention
 from .sources import ModelError, Source, check_pipeline, check_vlm, identity, licence_of, locate
 
@@ -26,27 +30,18 @@ FAMILIES = {
 ENCODING_VERSION = 2
 """Raised when the same caption and pictures are encoded into something else than before."""
 
+Use = Literal["train", "draw", "teach"]
+"""What a base is opened for: training needs no encoders, drawing no VLM, teaching all of it."""
+_TRAINED: tuple[str, ...] = ("transformer", "vae", "scheduler")
+
+_HASHES = Path(".cache/model-files.json")
+COMMITS = Path(".cache/hub-commits.json")
+"""Which commit a hub's name meant when the base was last identified: no stage may take another one than that."""
+
 __all__ = [
-    "FAMILIES", "Base", "Family", "ModelError", "family_class", "licence_of", "load_family", "open_base",
-    "references_rule", "teaching_of",
+    "FAMILIES", "Base", "Family", "ModelError", "Use", "description_of", "family_class", "licence_of", "load_family",
+    "open_base", "references_rule", "remember_commits", "resolved", "teaching_of",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Base:
-    """A base model whose files are here and were checked."""
-
-    source: Source
-    vlm: Source | None
-    index: dict[str, Any]
-    """``model_index.json``."""
-    identities: dict[str, str]
-    """Component (and ``vlm``) to a hash of its files, or their name and revision on the hub."""
-
-    @property
-    def identity(self) -> str:
-        """Of the whole base."""
-        return _hash(self.identities)
 
 
 def family_class(model: ModelSettings) -> type[Family]:
@@ -56,6 +51,31 @@ def family_class(model: ModelSettings) -> type[Family]:
         raise ModelError(f"model.family: {model.family!r} is unknown; there are {', '.join(FAMILIES)}")
     module, _, name = place.partition(":")
     return getattr(import_module(module), name)
+
+
+# --- what the settings leave to the family ----------------------------------------------------------------------------
+
+
+def resolved(settings: Settings) -> Settings:
+    """The settings with everything that they leave to the family filled in; done twice it is the same.
+
+    Raises :class:`ModelError` for a family or context that there is not, or steps that do not fit.
+    """
+    family, model, evaluation = family_class(settings.model), settings.model, settings.evaluation
+    context = teaching_of(model).context
+    if settings.data.resolution % MULTIPLE:
+        raise ModelError(f"data.resolution ({settings.data.resolution}) must be a multiple of {MULTIPLE}")
+    few = evaluation.few_steps or family.few_steps
+    if few not in evaluation.steps:
+        raise ModelError(f"evaluation.few_steps ({few}) must be one of evaluation.steps")
+    # a teacher that only reads more has nothing to follow
+    kind = settings.train.teacher.kind or ("frozen" if context == "enhanced-prompt" else "ema")
+    teacher = settings.train.teacher.model_copy(update={"kind": kind})
+    return settings.model_copy(update={
+        "model": model.model_copy(update={"context": context}),
+        "evaluation": evaluation.model_copy(update={"few_steps": few}),
+        "train": settings.train.model_copy(update={"teacher": teacher}),
+    })  # fmt: skip
 
 
 def teaching_of(model: ModelSettings) -> Teaching:
@@ -79,34 +99,121 @@ def references_rule(model: ModelSettings) -> Literal["refused", "allowed", "requ
     return "allowed" if context == "enhanced-prompt" and edits else "refused"
 
 
-def open_base(model: ModelSettings, root: Path, teacher: bool = True) -> Base:
-    """Find (or fetch) the base's files and check them before anything is loaded; raises :class:`ModelError`.
+# --- the base's files -------------------------------------------------------------------------------------------------
 
-    Without ``teacher`` the VLM, which draws nothing, need not be there.
+
+@dataclass(frozen=True)
+class Base:
+    """A base model whose files are here and were checked. Nothing is hashed before an identity is asked for."""
+
+    source: Source
+    components: Sequence[str]
+    index: dict[str, Any]
+    """``model_index.json``."""
+    hashes: Path
+    vlm: Source | None = None
+    thetas: dict[str, float | None] = field(default_factory=dict)
+    """The rotary bases of VLM and text encoder, where there is a VLM beside the base."""
+
+    @cached_property
+    def identities(self) -> dict[str, str]:
+        """Component (and ``vlm``) to a hash of its files, or their name and commit on the hub."""
+        known = identity(self.source, self.hashes, ["", *self.components])
+        return known | ({"vlm": self.vlm_identity} if self.vlm is not None else {})
+
+    @property
+    def identity(self) -> str:
+        """Of the whole base."""
+        return _hash(self.identities)
+
+    @cached_property
+    def vlm_identity(self) -> str:
+        """Of the VLM; empty where there is none."""
+        return _hash(identity(self.vlm, self.hashes)) if self.vlm is not None else ""
+
+    @cached_property
+    def encoders(self) -> str:
+        """Of all that decides an encoding: every component but those that only draw, and the index's own settings."""
+        parts = [name for name in self.components if name not in ("transformer", "scheduler")]
+        about = {key: value for key, value in self.index.items() if not key.startswith("_")}
+        return _hash([identity(self.source, self.hashes, parts), about])
+
+    def differences(self) -> str:
+        """What a person should know of VLM and text encoder before one looks through the other; mostly nothing."""
+        vlm, encoder = self.thetas.get("vlm_theta"), self.thetas.get("encoder_theta")
+        if vlm == encoder:
+            return ""
+        return (f"the VLM's rotary base is {vlm:,.0f}, the text encoder's {encoder:,.0f}: with model.vlm_positions vlm "
+                "(as published) teacher and student place words differently; `dopsd gain` compares both")  # fmt: skip
+
+
+def description_of(base: Base, model: ModelSettings) -> dict[str, Any]:
+    """What a base and its settings are, as far as anything that is learnt or drawn depends on them."""
+    return {"files": dict(sorted(base.identities.items())), "settings": model.decides_learning()}
+
+
+def open_base(model: ModelSettings, root: Path, use: Use = "teach", fresh: bool = False) -> Base:
+    """Find (or fetch) the files that ``use`` needs and check them before anything is loaded.
+
+    A name on the hub means the commit that it meant when the base was last identified, unless ``fresh``.
+    Raises :class:`ModelError` with the command that fetches what is missing.
     """
     family, teaching = family_class(model), teaching_of(model)
-    patterns = ["model_index.json", "README.md", *(f"{name}/*" for name in family.components)]
-    source = locate(model.path, root, revision=model.revision, patterns=patterns)
-    index = check_pipeline(
-        source, family.pipeline, family.components, distilled=family.says_distilled, advice=family.refused
-    )
-    parts = list(family.components)
-    identities = identity(source, root / _HASHES, ["", *parts])
-    vlm = None
-    if teacher and family.needs_vlm(teaching):
-        key = "model.vlm"
-        if model.vlm is None and not (source.folder / "vlm").is_dir():
+    names = [name for name in family.components if use != "train" or name in _TRAINED]
+    patterns = ["model_index.json", *(f"{name}/*" for name in names)]
+    revision = model.revision or (None if fresh else _commits(root).get(model.path))
+    try:
+        source = locate(model.path, root, revision=revision, patterns=patterns)
+        index = check_pipeline(
+            source, family.pipeline, {name: family.components[name] for name in names},
+            distilled=family.says_distilled, advice=family.refused,
+        )  # fmt: skip
+    except ModelError as error:
+        raise _with_command(error, family.published) from None
+    if use != "teach" or not family.needs_vlm(teaching):
+        return Base(source, names, index, root / _HASHES)
+    vlm, thetas = _open_vlm(model, source, family, root, fresh)
+    return Base(source, names, index, root / _HASHES, vlm, thetas)
+
+
+def _open_vlm(
+    model: ModelSettings, base: Source, family: type[Family], root: Path, fresh: bool
+) -> tuple[Source, dict[str, float | None]]:
+    key = "model.vlm"
+    try:
+        if model.vlm is None and not (base.folder / "vlm").is_dir():
             raise ModelError(f"{key}: the teacher needs a Qwen3-VL to see with; give a folder or a hub name")
-        vlm = Source(source.folder / "vlm")
+        vlm = Source(base.folder / "vlm")
         if model.vlm is not None:
-            patterns = ["*.json", "*.safetensors", "*.txt"]
-            vlm = locate(model.vlm, root, revision=model.vlm_revision, patterns=patterns, key=key)
-        check_vlm(vlm, _config(source.folder, "text_encoder"), key)
-        identities["vlm"] = _hash(identity(vlm, root / _HASHES))
-    return Base(source, vlm, index, identities)
+            revision = model.vlm_revision or (None if fresh else _commits(root).get(model.vlm))
+            vlm = locate(model.vlm, root, revision=revision, patterns=["*.json", "*.safetensors", "*.txt"], key=key)
+        return vlm, check_vlm(vlm, _config(base, "text_encoder"), key)
+    except ModelError as error:
+        raise _with_command(error, family.published_vlm) from None
 
 
-_HASHES = Path(".cache/model-files.json")
+def _with_command(error: ModelError, published: str) -> ModelError:
+    """The same with the command that fetches the published model, where it names none."""
+    if not published or "hf download" in str(error):
+        return error
+    return ModelError(f"{error}; `hf download {published} --local-dir DIR` fetches the published one")
+
+
+def remember_commits(base: Base, root: Path) -> None:
+    """Let every later stage take the commits that ``base`` was found at."""
+    found = {s.name: s.revision for s in (base.source, base.vlm) if s is not None and s.name and s.revision}
+    if found and (known := _commits(root)) | found != known:
+        from dopsd.files import write_json
+
+        write_json(root / COMMITS, known | found)
+
+
+def _commits(root: Path) -> dict[str, str]:
+    path = root / COMMITS
+    return read_json(path, f"{COMMITS}: remove it") if path.is_file() else {}
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
 
 
 def device_of(model: ModelSettings) -> torch.device:
@@ -117,16 +224,19 @@ def device_of(model: ModelSettings) -> torch.device:
     return torch.device(name)
 
 
-def load_family(model: ModelSettings, root: Path = Path(), teacher: bool = True) -> Family:
+def load_family(model: ModelSettings, root: Path = Path(), use: Use = "teach") -> Family:
     """The base that the settings name. Nothing of it is in memory yet: each part is loaded when it is first used.
 
-    Without ``teacher`` it can draw, but not encode contexts. ``root`` is what a relative path is relative to. Raises
-    :class:`ModelError` for what is missing or does not fit.
+    ``root`` is what a relative path is relative to. Raises :class:`ModelError` for what is missing or does not fit.
     """
-    base, device = open_base(model, root, teacher), device_of(model)
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    base, device = open_base(model, root, use), device_of(model)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     dtype = dtypes.get(model.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    family, teaching = family_class(model), replace(teaching_of(model), vlm=base.identities.get("vlm", ""))
+    family = family_class(model)
+    teaching = replace(teaching_of(model), vlm=base.vlm_identity)
     loaders = dict(family.loaders(base.source, base.vlm, teaching, device, dtype))
     load_transformer = loaders["transformer"]
 
@@ -136,14 +246,19 @@ def load_family(model: ModelSettings, root: Path = Path(), teacher: bool = True)
             module.enable_gradient_checkpointing()
         return use_plain_attention(module) if device.type == "cpu" else module
 
-    configs = {name: _config(base.source.folder, name) for name in ("vae", "transformer", "text_encoder")}
+    configs = {name: _config(base.source, name) for name in _with_config(base)}
     parts = Parts(loaders | {"transformer": transformer}, configs | {"index": base.index})
-    encoders = {key: base.identities[key] for key in ("text_encoder", "tokenizer", "vae")}
-    return family(parts, teaching, device, dtype, _hash([ENCODING_VERSION, str(dtype), encoders, family.pipeline]))
+    # what only trains encodes nothing, and need not have the encoders' files to say which they are
+    fingerprint = "" if use == "train" else _hash([ENCODING_VERSION, str(dtype), base.encoders, family.pipeline])
+    return family(parts, teaching, device, dtype, fingerprint)
 
 
-def _config(folder: Path, component: str) -> dict[str, Any]:
-    return json.loads((folder / component / "config.json").read_text(encoding="utf-8"))
+def _with_config(base: Base) -> Iterable[str]:
+    return [name for name in base.components if (base.source.folder / name / CONFIG).is_file()]
+
+
+def _config(source: Source, component: str) -> dict[str, Any]:
+    return read_json(source.folder / component / CONFIG, f"{source.shown}: {component}/{CONFIG}")
 
 
 def _hash(value: Any) -> str:

@@ -123,8 +123,9 @@ class Family(ABC):
     """What is added to the caption that the teacher reads."""
     edits: ClassVar[bool] = False
     """Whether a request may have references."""
-    multiple: ClassVar[int] = 16
-    """Pixels that both sides must be multiples of."""
+    published: ClassVar[str] = ""
+    """Its name on the hub, for the command that fetches it."""
+    published_vlm: ClassVar[str] = ""
     lora_targets: ClassVar[tuple[str, ...]]
     """Name patterns (regular expressions for the end of a module's name) of the layers that LoRA adapts by default."""
 

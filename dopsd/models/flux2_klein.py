@@ -56,6 +56,7 @@ class Flux2Klein(Family):
         "Flux2KleinKVPipeline": "its transformer keeps references in a cache and is another model; take FLUX.2-klein",
         "Flux2Pipeline": "FLUX.2-dev is not step-distilled and has another text encoder; take FLUX.2-klein",
     }
+    published = "black-forest-labs/FLUX.2-klein-4B"
     says_distilled = True
     few_steps = 4
     contexts: ClassVar[tuple[ContextName, ...]] = ("edit", "edit-reference", "enhanced-prompt")
@@ -97,7 +98,7 @@ class Flux2Klein(Family):
             if config.num_hidden_layers < needed:
                 raise ModelError(f"{folder}: {config.num_hidden_layers} layers, klein's captions need {needed}")
             config.num_hidden_layers, config.layer_types = needed, (config.layer_types or [])[:needed] or None
-            return frozen(Qwen3Model.from_pretrained(folder, config=config, dtype=dtype), device)
+            return frozen(Qwen3Model.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True), device)
 
         loaders = standard_loaders(base.folder, "Flux2Transformer2DModel", "AutoencoderKLFlux2", device, dtype)
         return loaders | {"text_encoder": text_encoder}
@@ -169,6 +170,10 @@ class Flux2Klein(Family):
         from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 
         processor = Flux2ImageProcessor(vae_scale_factor=self.cell)
+        try:
+            processor.check_image_input(image)
+        except ValueError as error:
+            raise ModelError(f"a reference of {image.width} x {image.height} pixels: {error}") from None
         image = processor._resize_if_exceeds_area(image)
         width, height = (side // self.cell * self.cell for side in image.size)
         return processor.preprocess(image, height=height, width=width, resize_mode="crop")

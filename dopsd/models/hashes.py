@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .files import INDEX, ModelError, Source, read_json
+from .folder import INDEX, ModelError, Source, read_json
 
 _SAME_TICK = 2.0
 """A file younger than this may be written again without a change of size and time; its hash is not remembered."""

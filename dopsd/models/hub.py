@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .files import ModelError, Source, said
+from .folder import ModelError, Source, said
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NEVER = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.py")

@@ -57,6 +57,7 @@ class Krea2(Family):
         "transformer": ("Krea2Transformer2DModel",),
         "vae": ("AutoencoderKLQwenImage",),
     }
+    published = "krea/Krea-2-Turbo"
     says_distilled = True
     few_steps = 8
     contexts: ClassVar[tuple[ContextName, ...]] = ("vlm", "enhanced-prompt")
@@ -79,7 +80,8 @@ class Krea2(Family):
         def text_encoder(_: Any) -> Any:
             from transformers import Qwen3VLModel
 
-            return frozen(Qwen3VLModel.from_pretrained(base.folder / "text_encoder", dtype=dtype), device)
+            folder = base.folder / "text_encoder"
+            return frozen(Qwen3VLModel.from_pretrained(folder, dtype=dtype, use_safetensors=True), device)
 
         loaders = standard_loaders(base.folder, "Krea2Transformer2DModel", "AutoencoderKLQwenImage", device, dtype)
         return loaders | {

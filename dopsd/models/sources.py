@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import CONFIG, INDEX, ModelError, Source, need, read_json, said, tensors_of
+from .folder import CONFIG, INDEX, ModelError, Source, need, read_json, said, tensors_of
 from .hashes import identity
 
 __all__ = ["ModelError", "Source", "check_pipeline", "check_vlm", "identity", "licence_of", "locate", "read_index"]

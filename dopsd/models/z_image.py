@@ -51,6 +51,7 @@ class ZImage(Family):
         "transformer": ("ZImageTransformer2DModel",),
         "vae": ("AutoencoderKL",),
     }
+    published, published_vlm = "Tongyi-MAI/Z-Image-Turbo", "Qwen/Qwen3-VL-4B-Instruct"
     few_steps = 8
     contexts: ClassVar[tuple[ContextName, ...]] = ("vlm", "enhanced-prompt")
     lora_targets = (
@@ -74,7 +75,8 @@ class ZImage(Family):
         def text_encoder(_: Any) -> Any:
             from transformers import Qwen3Model
 
-            return frozen(Qwen3Model.from_pretrained(base.folder / "text_encoder", dtype=dtype), device)
+            folder = base.folder / "text_encoder"
+            return frozen(Qwen3Model.from_pretrained(folder, dtype=dtype, use_safetensors=True), device)
 
         loaders = standard_loaders(base.folder, "ZImageTransformer2DModel", "AutoencoderKL", device, dtype)
         loaders["text_encoder"] = text_encoder

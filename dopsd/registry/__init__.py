@@ -222,11 +222,12 @@ def _save_model(folder: Path, files: Mapping[str, Path], serving: Mapping[str, A
     import mlflow.pyfunc
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import AnyType
 
     options = ParamSchema([ParamSpec(name, "long", 0) for name in ("seed", "steps", "height", "width")])
     asked = Schema([ColSpec("string")])
-    if serving.get("edits"):
-        asked = Schema([ColSpec("string", "prompt"), ColSpec("string", "image", required=False)])
+    if serving.get("edits"):  # lists of strings; declared as that, MLflow refuses a table where a row has none (NaN)
+        asked = Schema([ColSpec("string", "prompt"), ColSpec(AnyType(), "images", required=False)])
 
     with tempfile.TemporaryDirectory(prefix="dopsd-files-") as place:
         artifacts = {}

@@ -17,6 +17,7 @@ from dopsd.train.launch import connect_ray, resources
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from dopsd.models import Use
     from dopsd.models.base import Conditioning, Family, Request
 
 T = TypeVar("T")
@@ -26,7 +27,7 @@ R = TypeVar("R")
 class Crew:
     """``size`` Ray actors that hold a family each."""
 
-    def __init__(self, model: ModelSettings, compute: ComputeSettings, root: Path) -> None:
+    def __init__(self, model: ModelSettings, compute: ComputeSettings, root: Path, use: Use) -> None:
         connect_ray(compute)
         import ray
         from ray.util.placement_group import placement_group
@@ -41,7 +42,7 @@ class Crew:
             num_cpus=asked["CPU"], num_gpus=asked.get("GPU", 0), memory=asked.get("memory"),
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._places),
         )  # fmt: skip
-        self._members = [actor.remote(model, root.resolve()) for _ in range(self.size)]
+        self._members = [actor.remote(model, root.resolve(), use) for _ in range(self.size)]
 
     def map(self, function: Callable[[Family, T], R], items: Iterable[T]) -> Iterator[R]:
         """``function(family, item)`` for each item, in order; it must be one that can be imported by name."""
@@ -75,12 +76,12 @@ def members(compute: ComputeSettings) -> int:
 
 
 @contextmanager
-def crew(model: ModelSettings, compute: ComputeSettings, root: Path) -> Iterator[Crew | None]:
+def crew(model: ModelSettings, compute: ComputeSettings, root: Path, use: Use) -> Iterator[Crew | None]:
     """A crew where ``compute`` asks for more than one worker, else none: then this process does it all."""
     if members(compute) == 1:
         yield None
         return
-    made = Crew(model, compute, root)
+    made = Crew(model, compute, root, use)
     try:
         yield made
     finally:
@@ -90,10 +91,10 @@ def crew(model: ModelSettings, compute: ComputeSettings, root: Path) -> Iterator
 class _Member:
     """What one actor is. It loads the base by itself, from the same path as here."""
 
-    def __init__(self, model: ModelSettings, root: Path) -> None:
+    def __init__(self, model: ModelSettings, root: Path, use: Use) -> None:
         from dopsd.models import load_family
 
-        self._family = load_family(model, root)
+        self._family = load_family(model, root, use)
 
     def do(self, function: Callable[[Family, Any], Any], item: Any) -> Any:
         return function(self._family, item)

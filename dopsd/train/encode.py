@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from dopsd.config import Settings
 from dopsd.data.cache import EncodingCache
 from dopsd.data.dataset import Example, Preview
-from dopsd.data.manifest import ConceptTable, Row
+from dopsd.data.manifest import ConceptTable, DataError, Fault, Row
 from dopsd.data.pictures import Picture, bucket_of, references_of
 from dopsd.models.base import Conditioning, Family, Request
 
@@ -104,15 +104,16 @@ def encode_concept(family: Family, table: ConceptTable, settings: Settings, cach
     ]
 
 
-def encode_previews(
-    family: Family, table: ConceptTable, settings: Settings, cache: EncodingCache, count: int
-) -> list[Preview]:
+def encode_previews(family: Family, table: ConceptTable, settings: Settings, cache: EncodingCache) -> list[Preview]:
     """What is drawn while it trains: the settings' prompts, or else the first rows of ``table`` at their own sizes."""
     data, texts = settings.data, settings.train.preview_prompts
+    if texts and any(row.references for row in table.rows):
+        raise DataError([Fault("params.yaml", None, "train.preview_prompts", "a text has no picture to edit; leave it "
+                               "empty, and the first rows of the data are previewed")])  # fmt: skip
     if texts:
         asks, sizes = [Ask(text) for text in texts], [(data.resolution, data.resolution)] * len(texts)
     else:
-        rows = table.rows[:count]
+        rows = table.rows[: settings.train.preview_count]
         captions = [row.student_captions(settings.model.teacher_variant)[0] for row in rows]
         asks = [Ask(text, references_of(row, data.max_pixels)) for text, row in zip(captions, rows, strict=True)]
         sizes = [bucket_of(row, data.resolution, data.max_pixels) for row in rows]

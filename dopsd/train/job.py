@@ -38,7 +38,7 @@ def run_job(
     job: Job, folder: Path, adapters: Path, observe: Observe, on_saved: Callable[[], None] = lambda: None
 ) -> dict[Method, TrainResult]:
     """Train every method of ``job`` in ``folder/<method>``; what is finished there is not done again."""
-    family = load_family(job.model, job.root)
+    family = load_family(job.model, job.root, "train")
     how, results = job.train, {}
     replay = [conditioning for _, conditioning in job.encoded.replay]
     for method in job.train.methods:

@@ -38,7 +38,7 @@ from dopsd.train.parallel import exchange, share
 
 __all__ = ["Observer", "TrainError", "TrainResult", "learning_rate", "milestones", "train"]
 
-_RESUMABLE = {"methods", "max_minutes", "checkpoint_steps", "preview_steps", "preview_prompts"}
+_RESUMABLE = {"methods", "max_minutes", "checkpoint_steps", "preview_steps", "preview_prompts", "preview_count"}
 """Settings that do not change what is learnt at a step, and so may differ on resume."""
 _DISTILLED = ("d-opsd", "off-policy")
 
@@ -221,7 +221,7 @@ class _Run:
             )
         self.adapters = add_adapters(
             family.transformer, settings.lora, family.lora_targets, settings.seed,
-            settings.teacher.kind if method in _DISTILLED else "frozen",
+            (settings.teacher.kind or "ema") if method in _DISTILLED else "frozen",
         )  # fmt: skip
         self.parameters = self.adapters.student_parameters()
         self.optimizer = torch.optim.AdamW(

@@ -30,4 +30,5 @@ printf '[default]\naws_access_key_id = %s\naws_secret_access_key = %s\n' \
   "$(cat "$secrets/s3_access_key")" "$(cat "$secrets/s3_secret_key")" | keep s3_credentials
 printf 'dopsd:%s' "$(random 16)" | keep prefect_auth
 openssl rand 32 | keep oauth2_cookie_secret # oauth2-proxy wants 32 raw bytes
+printf '' | keep hf_token                   # yours, for gated models only (infra/README.md)
 printf '' | keep oidc_client_secret         # yours, for the profile `tls` only; no newline at its end
