@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -179,8 +180,16 @@ class Made:
         return (self.run / "export" / "README.md").read_text()
 
 
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``mlflow.db``, a tracker's database with nothing in it: MLflow takes seconds to make one."""
+    file = tmp_path_factory.mktemp("tracker") / "mlflow.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
 @pytest.fixture(scope="module", params=list(FACTS))
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+def made(request: pytest.FixtureRequest, database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     """Each recipe, all six stages one after another, small."""
     recipe, root = request.param, tmp_path_factory.mktemp(request.param)
     stand_in = write_stand_in(recipe, root / "models")
@@ -197,6 +206,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         if recipe == FROM_HUB:
             _fetch_and_go_on_alone(base, Path(stand_in["model.vlm"]), overrides_of(values), root)
         else:
+            shutil.copy(database, root)
             for stage in STAGES.values():
                 stage(CONCEPT, settings, root)
         yield Made(recipe, root, base, settings)

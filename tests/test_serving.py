@@ -22,7 +22,8 @@ import torch
 from diffusers import Flux2KleinPipeline
 from PIL import Image
 
-from dopsd.config import LoraSettings, RegistrySettings
+from dopsd import champions
+from dopsd.config import LoraSettings, RegistrySettings, load_settings
 from dopsd.data.images import bucket_size, load_image
 from dopsd.distill.adapters import adapter_parameters, add_adapters, save_adapter
 from dopsd.export import CARD_FILE, DIFFUSERS_FILE, Card, export_adapter
@@ -200,6 +201,28 @@ def test_the_bounds_themselves_are_taken(model: FewStepModel) -> None:
     model.predict(None, _table([SOUND] * 8, [encoded(Image.new("RGB", (512, 64)))]), {"steps": 100, **limits})
     model.predict(None, ["a fox"], {"steps": 1, "seed": 0, "height": 0, "width": 0})
     assert [asked["num_inference_steps"] for asked in model.pipeline] == [100, 100, 1]
+
+
+@pytest.mark.parametrize(("references", "edits"), [([0, 0], False), ([0, 2], True)])
+def test_a_version_edits_where_its_rows_have_references_whatever_its_family_could(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, references: list[int], edits: bool
+) -> None:
+    values = {"path": "base", "family": "flux2-klein"}
+    settings = load_settings(Path(__file__).parent.parent / "params.yaml")
+    settings = settings.model_copy(update={"model": settings.model.model_copy(update=values)})
+    rows = [SimpleNamespace(references=(tmp_path / "r.png",) * count) for count in references]
+    taken = Drawn()
+    opened = SimpleNamespace(source=SimpleNamespace(folder=tmp_path, name=None, revision=None))
+    monkeypatch.setattr(champions, "Registry", lambda _: SimpleNamespace(register=lambda *args: taken.append(args[7])))
+    monkeypatch.setattr(champions, "made_of", lambda *_: Made("d", "s", "b", "m"))
+    monkeypatch.setattr(champions, "open_base", lambda *_, **__: opened)
+    monkeypatch.setattr(champions, "_champion_scores", lambda *_: (None, ""))
+    monkeypatch.setattr(champions, "scores_of", lambda *_: {})
+    table = SimpleNamespace(rows=rows, content_hash="d" * 32)
+    champions.register_version("c", "run", table, None, {}, tmp_path, settings, tmp_path, {}, lambda *_: {})
+    assert taken[0]["edits"] is edits
+    assert {"height", "width", "num_inference_steps"} <= set(taken[0]["call"])
+    assert not {"prompt", "image"} & set(taken[0]["call"])
 
 
 def test_an_adapter_of_text_alone_refuses_images() -> None:
