@@ -205,10 +205,10 @@ def gain(
 
 
 def _save(image: Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    image.save(partial, format="PNG")
-    partial.replace(path)
+    from dopsd.files import whole_file
+
+    with whole_file(path) as partial:
+        image.save(partial, format="PNG")
 
 
 @app.command()

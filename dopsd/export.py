@@ -11,7 +11,6 @@ scale is folded into the weights: alpha equals rank in every file, and says so.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,11 @@ import jinja2
 import numpy as np
 import torch
 from PIL.Image import Image
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dopsd.distill.adapters import adapter_applied, read_adapter
 from dopsd.distill.rollout import sample
+from dopsd.files import whole_folder, write_tensors
 from dopsd.models.base import Family, Request
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -87,14 +86,10 @@ class Drawn:
 def export_adapter(adapter: Path, out: Path, card: Card, family: type[Family]) -> Path:
     """Write the files for ``adapter`` into the folder ``out``, replacing it as a whole; returns ``out``."""
     tensors, rank, scale = _scaled(adapter)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _write_diffusers(partial, tensors, rank)
-    save_file(dict(family.comfyui_lora(tensors, rank)), partial / COMFYUI_FILE, metadata={"format": "pt"})
-    (partial / CARD_FILE).write_text(render_card(card, rank=rank, scale=scale))
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+    with whole_folder(out) as partial:
+        _write_diffusers(partial, tensors, rank)
+        write_tensors(partial / COMFYUI_FILE, family.comfyui_lora(tensors, rank), {"format": "pt"})
+        (partial / CARD_FILE).write_text(render_card(card, rank=rank, scale=scale))
     return out
 
 
@@ -115,7 +110,7 @@ def _write_diffusers(folder: Path, tensors: Mapping[str, Tensor], rank: int) -> 
     config = {"r": rank, "lora_alpha": rank, "target_modules": modules, "lora_dropout": 0.0, "bias": "none"}
     header = {"format": "pt", "lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in config.items()})}
     named = {f"transformer.{key}": value.contiguous() for key, value in tensors.items()}
-    save_file(named, folder / DIFFUSERS_FILE, metadata=header)
+    write_tensors(folder / DIFFUSERS_FILE, named, header)
 
 
 def render_card(card: Card, **more: object) -> str:

@@ -7,14 +7,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from dopsd.files import whole_folder, write_tensors
 
 from .cache import Conditioning
 from .dataset import Example, Preview
@@ -63,13 +64,9 @@ def write_encoded(folder: Path, encoded: Encoded) -> None:
         "preview": [{"caption": p.caption, "height": p.height, "width": p.width} for p in encoded.previews],
         "replay": [text for text, _ in encoded.replay],
     }
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(tensors, partial / TENSORS)
-    (partial / INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with whole_folder(folder) as partial:
+        write_tensors(partial / TENSORS, tensors)
+        (partial / INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_encoded(folder: Path) -> Encoded:

@@ -20,10 +20,10 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dopsd.config import LoraSettings
+from dopsd.files import write_tensors
 
 Selection = Literal["student", "teacher"] | None
 """Which adapter is active; ``None`` is the base without any."""
@@ -310,10 +310,7 @@ def save_adapter(path: Path, transformer: nn.Module, name: str, settings: LoraSe
         "alpha": repr(float(settings.alpha or settings.rank)),
         "targets": json.dumps(modules),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata=header)
-    partial.replace(path)
+    write_tensors(path, tensors, header)
     return path
 
 

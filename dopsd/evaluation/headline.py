@@ -87,6 +87,8 @@ def _gap(numbers: Numbers, cells: Cells, model: str, few: int, bootstrap: Bootst
         omitted["gap_closed"] = "base and teacher were not both evaluated"
         return
     for name, key in (("gap_closed_style", style_score(cells, few)), ("gap_closed_truth", "cosine")):
+        if name in omitted:
+            continue
         if key not in tuned.values:
             omitted[name] = "there is no true picture to compare with"
             continue

@@ -19,6 +19,8 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
+from dopsd.files import whole_file
+
 from .charts import Point, line_chart, steps_chart
 from .grids import read_strip
 from .naming import REFERENCES, SCORES, asked_of, color_of, name_of, told_of
@@ -73,10 +75,8 @@ def write_report(evaluation: Path, training: Path, about: Mapping[str, Any], out
         settings=_flat(index["settings"]),
         scores=SCORES,
     )  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(out)
+    with whole_file(out) as partial:
+        partial.write_text(page, encoding="utf-8")
     return out
 
 

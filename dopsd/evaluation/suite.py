@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -29,6 +27,7 @@ from dopsd.data.manifest import ConceptTable
 from dopsd.distill.adapters import adapter_applied
 from dopsd.distill.rollout import sample
 from dopsd.emoji_turbo.pictures import World
+from dopsd.files import whole_folder
 from dopsd.models.base import Conditioning, Family
 from dopsd.train.crew import Crew
 from dopsd.train.encode import encode_contexts, encode_prompts
@@ -104,7 +103,7 @@ def evaluate(
     cells = _real(family, scorers, settings)
     family.release_encoders()
 
-    with _replaced(folder) as partial:
+    with whole_folder(folder) as partial:
         gallery = Gallery(partial, plan.concept, plan.kept, plan.training, plan.training_captions, settings, names)
         cells |= _run(family, subjects, plan, scorers, gallery, settings, crew)
         metrics = _summary(table, plan, probe, scorers, cells, names, settings, family.teaching.context)
@@ -274,6 +273,11 @@ def _summary(
     omitted = dict(scorers["concept"].omitted)
     if not plan.kept:
         omitted["kept"] = "no world of known styles belongs to this base; compare prompts of your own by eye"
+    if context == "edit" and "teacher" in names:
+        # its suffix asks for the shown picture's background and composition: no measure of what can be learnt
+        omitted["gap_closed_style"] = omitted["gap_closed_truth"] = (
+            "the teacher is asked to follow the picture that it is shown, its background and composition too"
+        )
     head = headline.headline(cells, names, few, most, curve, bootstrap, omitted)
     tables = {split: headline.split_numbers(cells, scorers, split, few, bootstrap) for split in scorers}
     return {
@@ -339,14 +343,3 @@ def _rows(
         [model, steps, split, key, value, *numbers.intervals.get(key, ["", ""]), len(cell.content)]
         for key, value in numbers.values.items()
     ]
-
-
-@contextmanager
-def _replaced(folder: Path) -> Iterator[Path]:
-    """A fresh folder beside ``folder`` that takes its place when the block ends well."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)

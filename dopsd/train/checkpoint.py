@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,11 +139,3 @@ def _hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:
     data = tensor.detach().cpu().contiguous()
     digest.update(f"{name}:{data.dtype}:{tuple(data.shape)}:".encode())
     digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
-
-
-def write_json(path: Path, value: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Write readable JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, default=str) + "\n")
-    partial.replace(path)

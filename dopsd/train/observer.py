@@ -20,6 +20,7 @@ from tqdm import tqdm
 from dopsd.data.dataset import Example, Preview
 from dopsd.distill.adapters import AdapterPair, Selection
 from dopsd.distill.rollout import sample
+from dopsd.files import whole_file
 from dopsd.models.base import Family
 
 
@@ -52,9 +53,8 @@ class RunLog:
                     kept.append(line + "\n")
             except ValueError:  # the row that a kill cut in two is younger than any checkpoint
                 break
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(kept))
-        partial.replace(path)
+        with whole_file(path) as partial:
+            partial.write_text("".join(kept))
         self._file = path.open("a")
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
@@ -126,9 +126,8 @@ def _save_strip(path: Path, images: Sequence[Image.Image]) -> None:
     for image in images:
         strip.paste(image, (left, 0))
         left += image.width
-    partial = path.with_name(path.name + ".partial")
-    strip.save(partial, format="PNG")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        strip.save(partial, format="PNG")
 
 
 class Progress:

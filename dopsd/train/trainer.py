@@ -22,13 +22,13 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dopsd.config import Method, TrainSettings
 from dopsd.data.dataset import BucketSampler, Example, Preview
 from dopsd.distill.adapters import STUDENT, add_adapters, save_adapter
 from dopsd.distill.rollout import sample
+from dopsd.files import whole_file, write_json, write_tensors
 from dopsd.models.base import Conditioning, Family
 from dopsd.train import checkpoint as ckpt
 from dopsd.train.gain import choose, helps, teacher_gain
@@ -184,9 +184,8 @@ def _publish(source: Path, target: Path, labels: Mapping[int, str]) -> dict[str,
     for label in labels.values():
         for suffix in (".safetensors", ".json"):
             if (source / f"{label}{suffix}").exists():
-                partial = target / f"{label}{suffix}.partial"
-                shutil.copyfile(source / f"{label}{suffix}", partial)
-                partial.replace(target / f"{label}{suffix}")
+                with whole_file(target / f"{label}{suffix}") as partial:
+                    shutil.copyfile(source / f"{label}{suffix}", partial)
                 published[label] = target / f"{label}.safetensors"
     return published
 
@@ -289,9 +288,7 @@ class _Run:
         if not path.exists() or _header(path) != self.identity:
             with self.adapters.select(None):
                 drawn = _teacher_samples(self.family, self.examples, self.settings)
-            partial = path.with_name(path.name + ".partial")
-            save_file(drawn, partial, metadata={"fingerprint": self.identity})
-            partial.replace(path)
+            write_tensors(path, drawn, {"fingerprint": self.identity})
         with safe_open(path, framework="pt") as file:
             return [file.get_tensor(str(number)) for number in range(len(self.examples))]
 
@@ -374,7 +371,7 @@ class _Run:
             "images": self.step * self.settings.batch_size * self.settings.accumulation, "teacher_gain": self.gain,
             "fingerprint": self.identity, "settings": self.settings.model_dump(mode="json"),
         }  # fmt: skip
-        ckpt.write_json(path.with_suffix(".json"), about)
+        write_json(path.with_suffix(".json"), about)
 
     def _save(self) -> ckpt.Checkpoint:
         self.log.sync()
