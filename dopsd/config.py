@@ -144,7 +144,7 @@ class TrainSettings(_Settings):
     sft_compute_factor: Rate | None = None
     """SFT is also shown at this many times D-OPSD's steps; ``None``: what :meth:`sft_steps_at_equal_compute` counts."""
 
-    def bill(self) -> str:
+    def work(self) -> str:
         """What is going to be trained, in words; why that is twice the work where SFT is shown at equal compute."""
         parts = []
         for method in self.methods:

@@ -71,7 +71,7 @@ def encode(concept: str, settings: Settings, root: Path) -> None:
     from dopsd.data.encoded import Encoded, write_encoded
     from dopsd.models import open_base
     from dopsd.train.crew import SpreadEncoders, crew
-    from dopsd.train.encode import BATCH, Ask, encode_concept, encode_previews, encode_prompts
+    from dopsd.train.encode import BATCH, EncodingRequest, encode_concept, encode_previews, encode_prompts
 
     run = run_folder(concept, root)
     table, holdout = read_concept(concept, settings, root)
@@ -88,7 +88,9 @@ def encode(concept: str, settings: Settings, root: Path) -> None:
         encoded = Encoded(
             examples=tuple(encode_concept(family, table, settings, cache)),
             previews=tuple(encode_previews(family, holdout or table, settings, cache)),
-            replay=tuple(zip(replay, encode_prompts(family, [Ask(text) for text in replay], cache), strict=True)),
+            replay=tuple(
+                zip(replay, encode_prompts(family, [EncodingRequest(text) for text in replay], cache), strict=True)
+            ),
             images=len(table.rows),
             content_hash=table.content_hash,
         )
@@ -109,7 +111,7 @@ def train(concept: str, settings: Settings, root: Path) -> None:
     training = _begin_training(run, settings, encoded.content_hash, root)
     with _tracker(concept, settings, root) as tracker:
         _describe(tracker, concept, settings, root, encoded.content_hash, images=encoded.images)
-    print(f"train: {settings.train.bill()}")
+    print(f"train: {settings.train.work()}")
     job = Job(f"{concept}-{training['training']}", encoded, settings.train, settings.model, root)
 
     @contextmanager
@@ -174,7 +176,7 @@ def register(concept: str, settings: Settings, root: Path) -> None:
     adapter = run / "adapters" / f"{method}.safetensors"
     table, _ = read_concept(concept, settings, root)
     base, family = open_base(settings.model, root, use="draw"), family_class(settings.model)
-    asked = _asked_of(table, settings, 2)
+    asked = _first_requests(table, settings, 2)
     export = export_adapter(adapter, run / "export", _card(concept, settings, table, run, base, asked[0]), family)
     loaded = load_base(settings, root, use="draw")
     dtype, device = loaded.dtype, loaded.device
@@ -192,16 +194,16 @@ def register(concept: str, settings: Settings, root: Path) -> None:
         _register_version(concept, settings, root, table, run)
 
 
-def _asked_of(table: ConceptTable, settings: Settings, count: int) -> list[tuple[Request, int, int]]:
+def _first_requests(table: ConceptTable, settings: Settings, count: int) -> list[tuple[Request, int, int]]:
     """The first rows as a person would ask for them: request, height, width."""
     from dopsd.data.pictures import bucket_of, references_of
-    from dopsd.train.encode import Ask
+    from dopsd.train.encode import EncodingRequest
 
     asked = []
     for row in table.rows[:count]:
         text = row.student_captions(settings.model.teacher_variant)[0]
         width, height = bucket_of(row, settings.data.resolution, settings.data.max_pixels)
-        asked.append((Ask(text, references_of(row, settings.data.max_pixels)).request(), height, width))
+        asked.append((EncodingRequest(text, references_of(row, settings.data.max_pixels)).decoded(), height, width))
     return asked
 
 

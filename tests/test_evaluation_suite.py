@@ -261,11 +261,11 @@ def test_prompts_know_their_truth_and_their_concept(tmp_path, world):
     assert len(kept) == len({(p.concept, p.style) for p in kept}) == 90
     assert {p.concept for p in kept} <= set(world.known)
     assert not {p.number for p in kept} & {p.number for p in asked}
-    shown = [ask.target.path for ask in prompts.teacher_asks(table, asked, settings, "vlm")]
+    shown = [ask.target.path for ask in prompts.teacher_requests(table, asked, settings, "vlm")]
     assert len(set(shown)) > 1
-    assert shown == [ask.target.path for ask in prompts.teacher_asks(table, asked, settings, "vlm")]
+    assert shown == [ask.target.path for ask in prompts.teacher_requests(table, asked, settings, "vlm")]
     own = [replace(asked[0], text=table.rows[0].captions[0][1])] * 20
-    assert all(ask.target.path != table.rows[0].image for ask in prompts.teacher_asks(table, own, settings, "vlm"))
+    assert all(ask.target.path != table.rows[0].image for ask in prompts.teacher_requests(table, own, settings, "vlm"))
 
 
 def test_what_replay_learns_is_not_asked(tmp_path, world):

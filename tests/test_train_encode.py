@@ -10,7 +10,7 @@ from dopsd.config import Settings
 from dopsd.data.cache import EncodingCache
 from dopsd.data.manifest import ConceptTable, Row
 from dopsd.models.base import Request
-from dopsd.train.encode import Ask, encode_concept, encode_prompts
+from dopsd.train.encode import EncodingRequest, encode_concept, encode_prompts
 from tests import tiny
 
 
@@ -67,10 +67,10 @@ def test_captions_are_never_changed_and_encode_as_the_pipeline_does(counted, tmp
     """The templating of a prompt list in place made published code encode doubly templated text."""
     texts = list(tiny.CAPTIONS)
     cache = EncodingCache(tmp_path)
-    asks = [Ask(text) for text in texts]
-    encoded = encode_prompts(counted, asks, cache)
-    assert [ask.caption for ask in asks] == list(tiny.CAPTIONS)
-    again = encode_prompts(counted, asks, EncodingCache(tmp_path / "other"))
+    requests = [EncodingRequest(text) for text in texts]
+    encoded = encode_prompts(counted, requests, cache)
+    assert [request.caption for request in requests] == list(tiny.CAPTIONS)
+    again = encode_prompts(counted, requests, EncodingCache(tmp_path / "other"))
     for first, second, text in zip(encoded, again, texts, strict=True):
         alone = counted.encode_prompt([Request(text)])[0]
         assert torch.equal(first["caption"], second["caption"])

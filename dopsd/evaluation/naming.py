@@ -35,12 +35,12 @@ def color_of(model: str) -> str:
     return COLORS.get(model, "#444444")
 
 
-def asked_of(metrics: Mapping[str, Any]) -> str:
+def prompts_described(metrics: Mapping[str, Any]) -> str:
     """Which prompts an evaluation asked: without held-out rows they are the captions that were trained on."""
     return "prompts that were not trained on" if metrics.get("unseen", True) else "captions of the training pictures"
 
 
-def told_of(metrics: Mapping[str, Any]) -> tuple[str, str]:
+def teacher_described(metrics: Mapping[str, Any]) -> tuple[str, str]:
     """What the evaluation's teacher had, and what all others had, by the teacher's context."""
     others = {
         "edit-reference": ("shown the finished edit", "text and the pictures to edit"),

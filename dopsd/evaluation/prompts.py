@@ -22,7 +22,7 @@ from dopsd.data.manifest import ConceptTable, Row
 from dopsd.data.pictures import Picture, bucket_of, references_of
 from dopsd.emoji_turbo.captions import caption
 from dopsd.emoji_turbo.pictures import BASE_STYLES, World
-from dopsd.train.encode import Ask
+from dopsd.train.encode import EncodingRequest
 
 from .backbones import picture_key
 from .probe import world_picture
@@ -61,9 +61,9 @@ class Prompt:
     references: tuple[Picture, ...] = ()
 
     @property
-    def ask(self) -> Ask:
+    def request(self) -> EncodingRequest:
         """What the models are told."""
-        return Ask(self.text, self.references)
+        return EncodingRequest(self.text, self.references)
 
 
 def read_kind(table: ConceptTable, world: World | None) -> Kind:
@@ -150,7 +150,9 @@ def training_pictures(table: ConceptTable, settings: Settings) -> list[Image.Ima
     return [fit_image(picture, bucket_size(*picture.size, side)) for picture in pictures]
 
 
-def teacher_asks(table: ConceptTable, prompts: Sequence[Prompt], settings: Settings, context: str) -> list[Ask] | None:
+def teacher_requests(
+    table: ConceptTable, prompts: Sequence[Prompt], settings: Settings, context: str
+) -> list[EncodingRequest] | None:
     """What the teacher is told for each prompt; ``None`` where it can be told nothing that the student is not.
 
     Of a concept it is shown another training picture, drawn by the seed: never the prompt's own truth, and not the
@@ -160,19 +162,23 @@ def teacher_asks(table: ConceptTable, prompts: Sequence[Prompt], settings: Setti
     limit, teachers = settings.data.max_pixels, settings.model.teacher_variant
     if context == "enhanced-prompt":
         long = [prompt.row.caption(teachers) if prompt.row else None for prompt in prompts]
-        return [Ask(text, p.references) for p, text in zip(prompts, long, strict=True) if text] if all(long) else None
+        return (
+            [EncodingRequest(text, p.references) for p, text in zip(prompts, long, strict=True) if text]
+            if all(long)
+            else None
+        )
     if context == "edit-reference":
         rows = [prompt.row for prompt in prompts if prompt.row is not None]
-        return [Ask(p.text, p.references, Picture(row.image, limit, (p.width, p.height)))
+        return [EncodingRequest(p.text, p.references, Picture(row.image, limit, (p.width, p.height)))
                 for p, row in zip(prompts, rows, strict=True)]  # fmt: skip
     draw = np.random.default_rng(settings.evaluation.seed + 2)
-    asks = []
+    requests = []
     for prompt in prompts:
         others = [i for i, row in enumerate(table.rows) if not _captioned(row, prompt.text)]
         row = table.rows[int(draw.choice(others or range(len(table.rows))))]
         shown = Picture(row.image, limit, bucket_of(row, settings.data.resolution, limit))
-        asks.append(Ask(prompt.text, (), shown))
-    return asks
+        requests.append(EncodingRequest(prompt.text, (), shown))
+    return requests
 
 
 def _captioned(row: Row, text: str) -> bool:

@@ -23,7 +23,7 @@ from dopsd.files import whole_file
 
 from .charts import Point, line_chart, steps_chart
 from .grids import read_strip
-from .naming import REFERENCES, SCORES, asked_of, color_of, name_of, told_of
+from .naming import REFERENCES, SCORES, color_of, name_of, prompts_described, teacher_described
 from .table import columns_of, headline_table, rows_of
 from .verdict import findings, main_model, verdict
 
@@ -56,8 +56,8 @@ def write_report(evaluation: Path, training: Path, about: Mapping[str, Any], out
     head, sentences = verdict(metrics)
     page = _environment().get_template(_TEMPLATE).render(
         metrics=metrics,
-        asked=asked_of(metrics),
-        told=told_of(metrics),
+        asked=prompts_described(metrics),
+        told=teacher_described(metrics),
         about=about,
         main=main_model(metrics),
         headline=head,

@@ -127,13 +127,13 @@ def _plan(
     concept = prompts.concept_prompts(table, holdout, world, kind, settings)
     kept = prompts.kept_prompts(world, concept, settings)
     conditioning = {
-        "concept": encode_prompts(family, [p.ask for p in concept], cache),
-        "kept": encode_prompts(family, [p.ask for p in kept], cache),
+        "concept": encode_prompts(family, [p.request for p in concept], cache),
+        "kept": encode_prompts(family, [p.request for p in kept], cache),
     }
     if with_teacher:
-        asks = prompts.teacher_asks(table, concept, settings, family.teaching.context)
-        if asks is not None:
-            conditioning["teacher"] = encode_contexts(family, asks, cache)
+        requests = prompts.teacher_requests(table, concept, settings, family.teaching.context)
+        if requests is not None:
+            conditioning["teacher"] = encode_contexts(family, requests, cache)
     captions = [row.student_captions(settings.model.teacher_variant)[0] for row in table.rows]
     return _Plan(kind, concept, kept, conditioning, prompts.training_pictures(table, settings), captions)
 
@@ -274,7 +274,7 @@ def _summary(
     if not plan.kept:
         omitted["kept"] = "no world of known styles belongs to this base; compare prompts of your own by eye"
     if context == "edit" and "teacher" in names:
-        # its suffix asks for the shown picture's background and composition: no measure of what can be learnt
+        # its suffix requests for the shown picture's background and composition: no measure of what can be learnt
         omitted["gap_closed_style"] = omitted["gap_closed_truth"] = (
             "the teacher is asked to follow the picture that it is shown, its background and composition too"
         )

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from .naming import REFERENCES, SCORES, asked_of, name_of
+from .naming import REFERENCES, SCORES, name_of, prompts_described
 
 COLUMNS = ("style", "train_similarity", "cosine", "concept_top1", "sharpness", "kid")
 """Scores of the concept's prompts that the table shows, where they exist."""
@@ -123,7 +123,7 @@ def headline_table(metrics: Mapping[str, Any]) -> Table:
     table = Table(
         pad_edge=False,
         collapse_padding=True,
-        title=f"{metrics['concept']}: {few} steps, {counts['concept_prompts']} {asked_of(metrics)}",
+        title=f"{metrics['concept']}: {few} steps, {counts['concept_prompts']} {prompts_described(metrics)}",
         caption=f"{decoded}intervals, curves, old styles ({counts['kept_prompts']} prompts): see the report",
     )
     columns = columns_of(metrics, "concept")

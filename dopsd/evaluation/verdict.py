@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .naming import REFERENCES, name_of, told_of
+from .naming import REFERENCES, name_of, teacher_described
 
 AIMS = {"gap_closed_style": 0.75, "gap_closed_truth": 0.75, "sharpness_vs_base": 0.95, "kept_lowest": 0.95}
 """From here on a headline number counts as reached. "As sharp as the base" allows for 5 %, the width of chance."""
@@ -98,7 +98,7 @@ def _words(metrics: Mapping[str, Any], model: str, key: str, value: float) -> tu
     name, few = name_of(model), metrics["few_steps"]
     if key == "gap_closed_style":
         what = "style" if metrics["style_score"] == "style" else "similarity to the training pictures"
-        shown, text = told_of(metrics)
+        shown, text = teacher_described(metrics)
         return f"gap closed: {what}", (
             f"In {what}, {name} goes {value:.0%} of the way from the untuned base to its teacher, which is {shown} "
             f"every time; {name} draws from {text}."

@@ -19,14 +19,14 @@ BATCH = 8
 
 
 @dataclass(frozen=True)
-class Ask:
+class EncodingRequest:
     """Something to encode: a caption with its references, and for the teacher the target picture it is shown."""
 
     caption: str
     references: tuple[Picture, ...] = ()
     target: Picture | None = None
 
-    def request(self) -> Request:
+    def decoded(self) -> Request:
         """With its pictures decoded."""
         return Request(self.caption, tuple(picture.load() for picture in self.references))
 
@@ -42,37 +42,37 @@ def _together(family: Family) -> int:
     return BATCH * getattr(family, "lanes", 1)
 
 
-def encode_prompts(family: Family, asks: Sequence[Ask], cache: EncodingCache) -> list[Conditioning]:
+def encode_prompts(family: Family, requests: Sequence[EncodingRequest], cache: EncodingCache) -> list[Conditioning]:
     """What inference sees of each, in order."""
 
     def encode(missing: list[int]) -> list[Conditioning]:
-        return family.encode_prompt([asks[i].request() for i in missing])
+        return family.encode_prompt([requests[i].decoded() for i in missing])
 
-    keys = [cache.key("prompt", family.fingerprint, *ask.identity) for ask in asks]
+    keys = [cache.key("prompt", family.fingerprint, *request.identity) for request in requests]
     return cache.get_or_encode(keys, encode, _together(family), "prompts")
 
 
-def encode_contexts(family: Family, asks: Sequence[Ask], cache: EncodingCache) -> list[Conditioning]:
+def encode_contexts(family: Family, requests: Sequence[EncodingRequest], cache: EncodingCache) -> list[Conditioning]:
     """What the teacher sees of each, in order. One without a target is what inference would see of it."""
-    shown = [number for number, ask in enumerate(asks) if ask.target is not None]
-    read = [number for number, ask in enumerate(asks) if ask.target is None]
+    shown = [number for number, request in enumerate(requests) if request.target is not None]
+    read = [number for number, request in enumerate(requests) if request.target is None]
 
     def encode(missing: list[int]) -> list[Conditioning]:
-        chosen = [asks[shown[i]] for i in missing]
-        targets = [ask.target.load() for ask in chosen if ask.target is not None]
-        return family.encode_context([ask.request() for ask in chosen], targets)
+        chosen = [requests[shown[i]] for i in missing]
+        targets = [request.target.load() for request in chosen if request.target is not None]
+        return family.encode_context([request.decoded() for request in chosen], targets)
 
-    keys = [cache.key("context", family.fingerprint, *family.context_key, *asks[i].identity) for i in shown]
+    keys = [cache.key("context", family.fingerprint, *family.context_key, *requests[i].identity) for i in shown]
     found = dict(zip(shown, cache.get_or_encode(keys, encode, _together(family), "teacher contexts"), strict=True))
-    found |= dict(zip(read, encode_prompts(family, [asks[i] for i in read], cache), strict=True))
-    return [found[number] for number in range(len(asks))]
+    found |= dict(zip(read, encode_prompts(family, [requests[i] for i in read], cache), strict=True))
+    return [found[number] for number in range(len(requests))]
 
 
-def teacher_ask(caption: str, row: Row, target: Picture, settings: Settings) -> Ask:
+def teacher_request(caption: str, row: Row, target: Picture, settings: Settings) -> EncodingRequest:
     """What the teacher is asked for a row: its picture, or with ``enhanced-prompt`` the caption that is its alone."""
     references = references_of(row, settings.data.max_pixels)
     long = row.caption(settings.model.teacher_variant)
-    return Ask(caption, references, target) if long is None else Ask(long, references)
+    return EncodingRequest(caption, references, target) if long is None else EncodingRequest(long, references)
 
 
 def encode_concept(family: Family, table: ConceptTable, settings: Settings, cache: EncodingCache) -> list[Example]:
@@ -85,9 +85,9 @@ def encode_concept(family: Family, table: ConceptTable, settings: Settings, cach
         for index, row in enumerate(table.rows)
         for text in row.student_captions(settings.model.teacher_variant)
     ]
-    asks = [Ask(text, references_of(table.rows[index], data.max_pixels)) for index, text in pairs]
-    prompts = encode_prompts(family, asks, cache)
-    taught = [teacher_ask(text, table.rows[index], targets[index], settings) for index, text in pairs]
+    requests = [EncodingRequest(text, references_of(table.rows[index], data.max_pixels)) for index, text in pairs]
+    prompts = encode_prompts(family, requests, cache)
+    taught = [teacher_request(text, table.rows[index], targets[index], settings) for index, text in pairs]
     contexts = encode_contexts(family, taught, cache)
     latents = _latents(family, targets, cache)
     return [
@@ -111,16 +111,18 @@ def encode_previews(family: Family, table: ConceptTable, settings: Settings, cac
         raise DataError([Fault("params.yaml", None, "train.preview_prompts", "a text has no picture to edit; leave it "
                                "empty, and the first rows of the data are previewed")])  # fmt: skip
     if texts:
-        asks, sizes = [Ask(text) for text in texts], [(data.resolution, data.resolution)] * len(texts)
+        requests, sizes = [EncodingRequest(text) for text in texts], [(data.resolution, data.resolution)] * len(texts)
     else:
         rows = table.rows[: settings.train.preview_count]
         captions = [row.student_captions(settings.model.teacher_variant)[0] for row in rows]
-        asks = [Ask(text, references_of(row, data.max_pixels)) for text, row in zip(captions, rows, strict=True)]
+        requests = [
+            EncodingRequest(text, references_of(row, data.max_pixels)) for text, row in zip(captions, rows, strict=True)
+        ]
         sizes = [bucket_of(row, data.resolution, data.max_pixels) for row in rows]
-    conditionings = encode_prompts(family, asks, cache)
+    conditionings = encode_prompts(family, requests, cache)
     return [
-        Preview(ask.caption, conditioning, height, width)
-        for ask, conditioning, (width, height) in zip(asks, conditionings, sizes, strict=True)
+        Preview(request.caption, conditioning, height, width)
+        for request, conditioning, (width, height) in zip(requests, conditionings, sizes, strict=True)
     ]
 
 
