@@ -21,7 +21,7 @@ from PIL import Image
 from dopsd.config import Settings, load_settings
 from dopsd.evaluation.headline import MIN_PROMPTS
 from dopsd.evaluation.verdict import verdict
-from dopsd.models import family_class, references_rule, teaching_of
+from dopsd.models import family_class, references_rule, resolved, teaching_of
 from dopsd.stages import STAGES
 from tests.fake_hub import COMMIT, FakeHub, Repository
 from tests.published_project import CONCEPT, RECIPES, REFERENCES, SMALL, overrides_of, write_concept, write_stand_in
@@ -78,7 +78,7 @@ def test_these_are_all_recipes() -> None:
 
 @pytest.mark.parametrize("recipe", FACTS)
 def test_a_recipe_names_every_key_and_is_as_published(recipe: str) -> None:
-    facts, settings = FACTS[recipe], load_settings(_file(recipe))
+    facts, settings = FACTS[recipe], resolved(load_settings(_file(recipe)))
     check_every_key(_file(recipe))
     train, model = settings.train, settings.model
     assert (teaching_of(model).context, train.learning_rate, train.max_steps) == (
@@ -333,16 +333,21 @@ def test_an_edit_is_shown_beside_what_it_starts_from(made: Made) -> None:
         pixels = grid.convert("RGB")
     if not edits:
         return
-    # the first row of the grid is the first reference of each prompt, as it is on disk
-    index = json.loads((made.run / "evaluation" / "samples" / "index.json").read_text())
+    # the first row of the grid has the references of each prompt, as they are on disk, at one height
+    samples = made.run / "evaluation" / "samples"
+    index = json.loads((samples / "index.json").read_text())
+    strip = next(entry for entry in index["strips"] if entry["model"] == "reference")
+    with Image.open(samples / strip["file"]) as picture:
+        shown = picture.convert("RGB")
     for number, text in enumerate(index["prompts"]["concept"]):
         held_out = int(re.search(r"blot (\d)", text)[1])  # type: ignore[index]
-        path = made.root / "data" / "concepts" / CONCEPT / "holdout" / f"before-{held_out}-0.png"
-        with Image.open(path) as reference:
-            assert reference.size == REFERENCES[held_out][0]
-            strip = made.run / "evaluation" / "samples" / "concept-reference-0.png"
-            side = next(e["side"] for e in index["strips"] if e["model"] == "reference")
-            with Image.open(strip) as shown:
-                tile = shown.convert("RGB").crop((number * side, 0, number * side + reference.width, reference.height))
-            assert tile.tobytes() == reference.convert("RGB").tobytes()
+        left, height = number * strip["side"], min(height for _, height in REFERENCES[held_out])
+        for place, size in enumerate(REFERENCES[held_out]):
+            path = made.root / "data" / "concepts" / CONCEPT / "holdout" / f"before-{held_out}-{place}.png"
+            with Image.open(path) as reference:
+                assert reference.size == size
+                width = round(reference.width * height / reference.height)
+                truth = reference.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+            assert shown.crop((left, 0, left + width, height)).tobytes() == truth.tobytes()
+            left += width
     assert pixels.height > 5 * 128, "five rows"

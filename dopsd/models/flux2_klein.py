@@ -30,6 +30,7 @@ from .base import (
     check_lengths,
     shift_levels,
 )  # fmt: skip
+from .folder import CONFIG, read_json
 from .loading import frozen, standard_loaders
 from .sources import ModelError, Source
 
@@ -94,9 +95,11 @@ class Flux2Klein(Family):
             # without the head, whose logits nobody reads, and without the layers above the last state that is used:
             # one more than that is needed, because the last of all hidden states comes out normalised
             folder = base.folder / "text_encoder"
-            config, needed = Qwen3Config.from_pretrained(folder), max(LAYERS) + 1
-            if config.num_hidden_layers < needed:
-                raise ModelError(f"{folder}: {config.num_hidden_layers} layers, klein's captions need {needed}")
+            needed = max(LAYERS) + 1
+            found = read_json(folder / CONFIG, f"{base.shown}: text_encoder/{CONFIG}").get("num_hidden_layers", needed)
+            if found < needed:
+                raise ModelError(f"{base.shown}: its text encoder has {found} layers, klein's captions need {needed}")
+            config = Qwen3Config.from_pretrained(folder)
             config.num_hidden_layers, config.layer_types = needed, (config.layer_types or [])[:needed] or None
             return frozen(Qwen3Model.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True), device)
 
