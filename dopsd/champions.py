@@ -34,7 +34,7 @@ _TRAINING_CODE = (
 _SCORING_CODE = (
     *_MODELS, "distill", "data/pictures.py", "train/encode.py", "evaluation/backbones.py", "evaluation/headline.py",
     "evaluation/metrics.py", "evaluation/probe.py", "evaluation/prompts.py", "evaluation/scoring.py",
-    "evaluation/suite.py",
+    "evaluation/suite.py", "evaluation/world.py",
 )  # fmt: skip
 
 

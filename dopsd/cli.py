@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,7 +43,7 @@ app = typer.Typer(
     """,
 )
 concept_app = typer.Typer(no_args_is_help=True, help="Concept data sets.")
-base_app = typer.Typer(no_args_is_help=True, help="Base models: what one is; emoji-turbo, the embedded one.")
+base_app = typer.Typer(no_args_is_help=True, help="The base model.")
 track_app = typer.Typer(no_args_is_help=True, help="The tracker (MLflow).")
 app.add_typer(concept_app, name="concept")
 app.add_typer(base_app, name="base")
@@ -255,49 +254,12 @@ def track_sync(concept: Concept, params: Params = PARAMS) -> None:
         raise typer.Exit(1)
 
 
-class Preset(StrEnum):
-    """How large a build of the base is."""
-
-    cpu = "cpu"
-    gpu = "gpu"
-
-
 @base_app.command("identify")
 def base_identify(params: Params = PARAMS, overrides: Overrides = None) -> None:
     """Check the base's files (or fetch them), and write what it is to `runs/base.json`; large ones are read once."""
     from dopsd.stages import identify_base
 
     identify_base(_settings(params, overrides), Path())
-
-
-@base_app.command("build")
-def base_build(
-    preset: Annotated[Preset, typer.Option("--preset", help="How large the runs are.")] = Preset.cpu,
-    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda; by itself the one there is.")] = None,
-    warm: Annotated[bool, typer.Option("--warm", help="Start from the shipped weights, not from nothing.")] = False,
-) -> None:
-    """Make the embedded base from the emoji sets: pictures, VAE, pre-training, distillation. Resumable; takes hours."""
-    import torch
-
-    from dopsd.emoji_turbo.build import build
-
-    torch.set_flush_denormal(True)  # of the whole process: denormal numbers slow a CPU down several times
-    build(preset.value, Path(), device, warm=warm)
-
-
-@base_app.command("check")
-def base_check() -> None:
-    """Measure whether the embedded base is good enough (docs/emoji-turbo.md)."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from dopsd.emoji_turbo.check import check
-
-    table: Table | None = None
-    for row in (line.as_dict() for line in check(Path())):
-        table = table or Table(*row)
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
 
 
 if __name__ == "__main__":

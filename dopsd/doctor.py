@@ -117,7 +117,7 @@ def _base(settings: Settings, root: Path) -> Iterator[Finding]:
         base = open_base(settings.model, root, "draw" if away(settings.model.vlm) else "teach")
     except ModelError as error:
         embedded = settings.model.path == "data/base/emoji-turbo"
-        yield Finding("base model", str(error), "fault", "`dopsd base build` makes it anew" if embedded else "")
+        yield Finding("base model", str(error), "fault", "`emoji-turbo build` makes it anew" if embedded else "")
         return
     size = sum(file.stat().st_size for file in base.source.folder.rglob("*") if file.is_file())
     about = f"{settings.model.family} in {base.source.folder}, {size / 2**20:.0f} MiB, {settings.model.context}"

@@ -20,13 +20,11 @@ from dopsd.files import write_json
 if TYPE_CHECKING:
     from dopsd.data.manifest import ConceptTable
     from dopsd.data.needs import Needs
-    from dopsd.emoji_turbo.pictures import World
+    from dopsd.evaluation.world import World
     from dopsd.models import Base, Use
     from dopsd.models.base import Family, Request
     from dopsd.tracking import Tracker
 
-EMBEDDED_BASE = Path("data/base/emoji-turbo")
-WORLD = Path("data/world")
 BASE = Path("runs/base.json")
 
 
@@ -310,14 +308,11 @@ def cache_of(root: Path) -> Any:
 
 
 def world_of(settings: Settings, root: Path) -> World | None:
-    """The truth for every prompt, which only the embedded base has."""
+    """The truth for every prompt, where the base's folder brings it along."""
+    from dopsd.evaluation import world
     from dopsd.models import open_base
 
-    if open_base(settings.model, root, "train").source.folder.resolve() != (root / EMBEDDED_BASE).resolve():
-        return None
-    from dopsd.emoji_turbo.pictures import World
-
-    return World.load(root / WORLD)
+    return world.world_of(open_base(settings.model, root, "train").source.folder)
 
 
 def _subjects(adapters: Path) -> list[Any]:

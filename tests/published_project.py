@@ -102,7 +102,7 @@ def edit_settings(file: Path, values: Mapping[str, Any]) -> None:
 
 def make_clone(root: Path) -> Path:
     """What a clone of this repository is at first, as far as the stages need it: under git and DVC, no run yet."""
-    for folder in ("dopsd", "recipes", "data/world", ".dvc/plots"):
+    for folder in ("dopsd", "recipes", ".dvc/plots"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore", ".dvc/.gitignore"):
         shutil.copyfile(ROOT / file, root / file)

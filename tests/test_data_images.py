@@ -20,7 +20,7 @@ from dopsd.data.duplicates import fingerprint, near_duplicates
 from dopsd.data.images import ImageError, bucket_size, fit_image, inspect_image, load_image
 
 LIMIT = 100_000
-SHEETS = Path(__file__).parents[1] / "data" / "world"
+SHEETS = Path(__file__).parents[1] / "data" / "base" / "emoji-turbo" / "world"
 
 
 def quarters() -> Image.Image:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dopsd.emoji_turbo.pictures import World
 from dopsd.evaluation import backbones
 from dopsd.evaluation.backbones import FeatureStore, load_backbone
 from dopsd.evaluation.probe import degrade, train_probe, world_picture
+from emoji_turbo.pictures import World
 
-WORLD = Path(__file__).parent.parent / "data" / "world"
+WORLD = Path(__file__).parent.parent / "data" / "base" / "emoji-turbo" / "world"
 
 
 @pytest.fixture(scope="module")

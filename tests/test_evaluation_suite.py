@@ -16,8 +16,6 @@ from dopsd.config import LoraSettings, ReplaySettings, Settings, load_settings
 from dopsd.data.cache import EncodingCache
 from dopsd.data.schema import validate_dataset
 from dopsd.distill.adapters import STUDENT, add_adapters, lora_layers, save_adapter
-from dopsd.emoji_turbo.captions import concept_caption
-from dopsd.emoji_turbo.pictures import World
 from dopsd.evaluation import headline, prompts
 from dopsd.evaluation.metrics import laplacian_energy
 from dopsd.evaluation.probe import world_picture
@@ -26,9 +24,11 @@ from dopsd.evaluation.scoring import Bootstrap, Cell
 from dopsd.evaluation.suite import EvaluationError, Subject, evaluate
 from dopsd.evaluation.table import headline_table, table_as_text
 from dopsd.evaluation.verdict import verdict
+from emoji_turbo.captions import concept_caption
+from emoji_turbo.pictures import World
 from tests.tiny import tiny_family
 
-WORLD = Path(__file__).parent.parent / "data" / "world"
+WORLD = Path(__file__).parent.parent / "data" / "base" / "emoji-turbo" / "world"
 HOLDOUT, TRAINING = 12, 4
 HOSTILE = '<script src="https://evil.example/x.js">alert(\'[V]\')</script> & "quotes"'
 
@@ -286,7 +286,7 @@ def test_what_replay_learns_is_not_asked(tmp_path, world):
 @pytest.mark.parametrize("concept", ["style-3d", "style-ink"])
 def test_the_shipped_evaluation_asks_nothing_that_replay_would_learn(concept):
     """So that the numbers with and without replay are about the same prompts."""
-    root = WORLD.parent.parent
+    root = Path(__file__).parent.parent
     settings = load_settings(root / "params.yaml")
     table, holdout = validate_dataset(root / "data/concepts" / concept, concept, settings.data)
     whole = World.load(WORLD)

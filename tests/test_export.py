@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from dopsd.config import LoraSettings, ModelSettings, load_settings
 from dopsd.distill.adapters import adapter_parameters, add_adapters, save_adapter
-from dopsd.emoji_turbo import architecture
 from dopsd.export import (
     CARD_FILE,
     COMFYUI_FILE,
@@ -28,6 +27,7 @@ from dopsd.export import (
 from dopsd.models import Family, load_family
 from dopsd.models.base import Request
 from dopsd.models.z_image import ZImage
+from emoji_turbo import architecture
 from tests import tiny
 
 CARD = Card(

@@ -18,9 +18,9 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.client.schemas.sorting import ArtifactSort
 from prefect.testing.utilities import prefect_test_harness
 
-from dopsd.emoji_turbo import architecture
 from dopsd.stages import STAGES
 from dopsd.train.errors import LaunchError
+from emoji_turbo import architecture
 from flows.nightly import nightly
 from flows.train import STAGE_TASKS, dopsd, is_infrastructure
 from tests import tiny

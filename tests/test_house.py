@@ -27,18 +27,13 @@ ROOMS: dict[str, set[str]] = {
     "models": {"config", "files", "data"},
     "distill": {"config", "files", "models"},
     "train": {"config", "files", "data", "models", "distill"},
-    "world": set(),
-    "evaluation": {"config", "files", "data", "models", "distill", "train", "world"},
-    "emoji_turbo": {"config", "files", "data", "models", "distill", "train", "world", "evaluation"},
+    "evaluation": {"config", "files", "data", "models", "distill", "train"},
+    "emoji_turbo": {"config", "files", "data", "models", "distill", "train", "evaluation"},
     "export": {"config", "files", "data", "models", "distill"},
     "tracking": {"config", "files"},
     "registry": {"config", "files", "tracking"},
 }
 """Arrows of house.md. The edges (stages, cli, doctor) may import from every room, and no room from them."""
-
-WORLD = ("dopsd.emoji_turbo.pictures", "dopsd.emoji_turbo.captions")
-"""The pictures and captions of the embedded base are data that the evaluation measures on; how the base is made is a
-room of its own, which measures itself with the evaluation."""
 
 ONLY_THERE = {
     "prefect": ("flows/",),
@@ -46,10 +41,10 @@ ONLY_THERE = {
     "ray": ("dopsd/train/launch.py", "dopsd/train/worker.py", "dopsd/train/crew.py"),
     "pandera": ("dopsd/data/schema.py",),
     "dvc": ("dopsd/data/concept.py",),
-    "typer": ("dopsd/cli.py", "flows/train.py", "flows/nightly.py"),
+    "typer": ("dopsd/cli.py", "emoji_turbo/cli.py", "flows/train.py", "flows/nightly.py"),
 }
 
-_FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "flows").rglob("*.py")])
+_FILES = sorted(path for room in ("dopsd", "emoji_turbo", "flows") for path in (ROOT / room).rglob("*.py"))
 
 
 def _name(path: Path) -> str:
@@ -70,9 +65,9 @@ def _imports(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def _room(module: str) -> str | None:
-    if module.startswith(WORLD):
-        return "world"
     parts = module.split(".")
+    if parts[0] == "emoji_turbo":
+        return parts[0]
     return parts[1] if parts[0] == "dopsd" and len(parts) > 1 else None
 
 
@@ -87,13 +82,25 @@ def test_the_arrows_point_one_way() -> None:
     assert not wrong
 
 
+def test_the_package_knows_nothing_of_the_embedded_base() -> None:
+    """It is a neighbour that brings its own truth: an edge may not reach for it either."""
+    wrong = [
+        f"{_name(path)}:{line} imports {module}"
+        for path in _FILES
+        if not _name(path).startswith("emoji_turbo/")
+        for module, line in _imports(path)
+        if module.partition(".")[0] == "emoji_turbo"
+    ]
+    assert not wrong
+
+
 def test_nothing_outside_of_models_asks_which_family_it_has() -> None:
     """A family is one file and one line; emoji-turbo is made of Z-Image's classes, and the settings' default is it."""
     files = {path.stem for path in (PACKAGE / "models").glob("*.py")} & {"z_image", "flux2_klein", "krea2"}
     assert len(files) == 3
     wrong = []
     for path in _FILES:
-        if _name(path).startswith(("dopsd/models/", "dopsd/emoji_turbo/")):
+        if _name(path).startswith(("dopsd/models/", "emoji_turbo/")):
             continue
         named = [module for module, _ in _imports(path) if module.rpartition(".")[2] in files]
         strings = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}

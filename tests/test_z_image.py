@@ -8,9 +8,9 @@ from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 from PIL import Image
 
 from dopsd.config import ModelSettings
-from dopsd.emoji_turbo import architecture, pretrain
 from dopsd.models import ModelError, load_family
 from dopsd.models.base import Request
+from emoji_turbo import architecture, pretrain
 from tests.tiny import CAPTIONS, SIDE, tiny_family, tiny_parts
 
 

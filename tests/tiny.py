@@ -20,11 +20,11 @@ from PIL import Image
 
 from dopsd.config import Method, TrainSettings
 from dopsd.data.dataset import Example, Preview
-from dopsd.emoji_turbo import architecture
 from dopsd.models.base import Conditioning, Parts, Teaching
 from dopsd.models.loading import use_plain_attention
 from dopsd.models.z_image import ZImage
 from dopsd.train.trainer import TrainResult, train
+from emoji_turbo import architecture
 
 HIDDEN, SIDE, CHANNELS = 64, 64, 8
 """Width of the encoders, pixels of a side, channels of the latents (factor 8)."""

@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from dopsd.emoji_turbo import architecture
+from emoji_turbo import architecture
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent

@@ -18,9 +18,9 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from ..emoji_turbo.pictures import World
 from ..models.base import Family
 from .backbones import FeatureStore
+from .world import World
 
 MIN_CONCEPTS = 10
 MAX_CONCEPTS = 160

@@ -20,12 +20,11 @@ from dopsd.config import Settings
 from dopsd.data.images import bucket_size, fit_image, load_image
 from dopsd.data.manifest import ConceptTable, Row
 from dopsd.data.pictures import Picture, bucket_of, references_of
-from dopsd.emoji_turbo.captions import caption
-from dopsd.emoji_turbo.pictures import BASE_STYLES, World
 from dopsd.train.encode import EncodingRequest
 
 from .backbones import picture_key
 from .probe import world_picture
+from .world import World
 
 SplitName = Literal["concept", "kept"]
 
@@ -134,9 +133,9 @@ def kept_prompts(world: World | None, concept: Sequence[Prompt], settings: Setti
     learnt = set(replay.prompts) if replay.weight > 0 else set()  # of what was just learnt nothing need be kept
     prompts: list[Prompt] = []
     # every turn through the pool shifts the styles by one, so no pair comes twice
-    for turn, (place, index) in product(range(len(BASE_STYLES)), enumerate(pool)):
-        style = BASE_STYLES[(place + turn) % len(BASE_STYLES)]
-        text = caption(world.labels[index], style)
+    for turn, (place, index) in product(range(len(world.styles)), enumerate(pool)):
+        style = world.styles[(place + turn) % len(world.styles)]
+        text = world.captions[style][index]
         if text not in learnt and len(prompts) < settings.evaluation.kept_prompts:
             truth = fit_image(world_picture(world, style, index), (side, side))
             prompts.append(Prompt(text, 100_000 + len(prompts), side, side, truth, index, style))

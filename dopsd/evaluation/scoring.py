@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dopsd.emoji_turbo.pictures import BASE_STYLES, World
-
 from . import metrics
 from .backbones import FeatureStore
 from .probe import StyleProbe, world_picture
 from .prompts import Prompt
+from .world import World
 
 Values = NDArray[np.float64]
 MIN_KID = 10
@@ -70,6 +69,7 @@ class Scorer:
         self._truth = features.content(features(truths)) if self._has_truth else None
         self._energy = float(_energies(truths if self._has_truth else training).mean())
         self._styles = [p.style for p in prompts if p.style is not None] if _all(prompts, "style") else None
+        self._known_styles = world.styles if world is not None else ()
         self._world = self._world_features(world) if world is not None else {}
         self._center = self._centers()
         self._others = self._kid_reference(world, evaluated)
@@ -116,7 +116,7 @@ class Scorer:
     # --- what is compared with ----------------------------------------------------------------------------------------
 
     def _world_features(self, world: World) -> dict[str, Tensor]:
-        wanted = [*BASE_STYLES, *(self._styles or [])]
+        wanted = [*world.styles, *(self._styles or [])]
         return {
             style: self.features.content(
                 self.features([world_picture(world, style, i) for i in range(len(world.labels))], f"real: {style}")
@@ -126,7 +126,7 @@ class Scorer:
 
     def _base_center(self) -> Tensor | None:
         """The mean feature of the base's own pictures: what all drawings have in common."""
-        return torch.cat([self._world[style] for style in BASE_STYLES]).mean(0) if self._world else None
+        return torch.cat([self._world[style] for style in self._known_styles]).mean(0) if self._world else None
 
     def _centers(self) -> Tensor | None:
         """What is subtracted before things are compared, ``[N, D]``: the mean of each prompt's style."""

@@ -26,7 +26,6 @@ from dopsd.data.cache import EncodingCache
 from dopsd.data.manifest import ConceptTable
 from dopsd.distill.adapters import adapter_applied
 from dopsd.distill.rollout import sample
-from dopsd.emoji_turbo.pictures import World
 from dopsd.files import whole_folder
 from dopsd.models.base import Conditioning, Family
 from dopsd.train.crew import Crew
@@ -39,6 +38,7 @@ from .grids import Gallery
 from .probe import StyleProbe, decoded, round_trip, train_probe
 from .prompts import EvaluationError, Kind, Prompt
 from .scoring import Bootstrap, Cell, Scorer, by_size
+from .world import World
 
 __all__ = ["EvaluationError", "Subject", "evaluate"]
 

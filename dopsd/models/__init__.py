@@ -118,7 +118,8 @@ class Base:
     @cached_property
     def identities(self) -> dict[str, str]:
         """Component (and ``vlm``) to a hash of its files, or their name and commit on the hub."""
-        known = identity(self.source, self.hashes, ["", *self.components])
+        own = [name for name in ("world",) if (self.source.folder / name).is_dir()]  # the truth that it brings along
+        known = identity(self.source, self.hashes, ["", *self.components, *own])
         return known | ({"vlm": self.vlm_identity} if self.vlm is not None else {})
 
     @property

@@ -234,7 +234,7 @@ def _save_model(folder: Path, files: Mapping[str, Path], serving: Mapping[str, A
         for key, path in files.items():
             target = Path(place) / path.name if key != "base" else Path(place) / "base"
             if path.is_dir():  # the teacher's half of a base draws nothing
-                shutil.copytree(path, target, ignore=shutil.ignore_patterns("vlm"))
+                shutil.copytree(path, target, ignore=shutil.ignore_patterns("vlm", "world"))
             else:
                 target = target.with_name(f"{key}{path.suffix}")
                 shutil.copyfile(path, target)

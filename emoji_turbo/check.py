@@ -1,4 +1,4 @@
-"""``dopsd base check``: is the embedded base good enough to make claims in? (docs/emoji-turbo.md lists the aims.)
+"""``emoji-turbo check``: is the embedded base good enough to make claims in? (docs/emoji-turbo.md lists the aims.)
 
 Measured on the files that are shipped, over three seeds, as shares of the same score of real pictures. What many steps
 would give is asked of the base itself, at 32 steps; the guided model it was distilled from is not shipped.
@@ -50,12 +50,12 @@ class Line:
 
 
 def check(root: Path) -> list[Line]:
-    """Measure ``data/base/emoji-turbo`` against ``data/world``; prints nothing, writes ``docs/base-check.json``."""
+    """Measure ``data/base/emoji-turbo`` against the world beside it; writes ``docs/base-check.json``."""
     from dopsd.evaluation.backbones import FeatureStore, load_backbone
     from dopsd.evaluation.probe import round_trip, train_probe
     from dopsd.models import load_family
 
-    world = World.load(root / "data" / "world")
+    world = World.load(root / "data" / "base" / "emoji-turbo" / "world")
     base = root / "data" / "base" / "emoji-turbo"
     family = load_family(ModelSettings(path=str(base), device="cpu", context_pixels=(64 * 64, 128 * 128)), root)
     features = FeatureStore(load_backbone(), root / ".cache" / "features.safetensors")

@@ -1,12 +1,12 @@
-"""``dopsd base build``: emoji-turbo from the published emoji sets to a diffusers folder, every stage resumable.
+"""``emoji-turbo build``: emoji-turbo from the published emoji sets to a diffusers folder, every stage resumable.
 
-    dopsd base build --preset cpu     # some hours on two cores; what is shipped (docs/emoji-turbo.md)
-    dopsd base build --preset gpu     # minutes on a data-centre GPU: more concepts, more steps
-    dopsd base build --warm           # another budget on top of the shipped weights
-    torchrun --nproc-per-node 2 --no-python dopsd base build     # 2 processes: 1.4 times the speed of 2 threads
+    emoji-turbo build --preset cpu     # some hours on two cores; what is shipped (docs/emoji-turbo.md)
+    emoji-turbo build --preset gpu     # minutes on a data-centre GPU: more concepts, more steps
+    emoji-turbo build --warm           # another budget on top of the shipped weights
+    torchrun --nproc-per-node 2 --no-python emoji-turbo build     # 2 processes: 1.4 times the speed of 2 threads
 
 Work in progress lies in ``.cache/base/PRESET``; a killed build continues where it was. A finished one writes
-``data/world`` and ``data/base/emoji-turbo``.
+``data/base/emoji-turbo``, with its world beside the weights.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def build(
     work = root / ".cache" / "base" / (f"{preset}-warm" if warm else preset)
     folder = root / "data" / "base" / "emoji-turbo"
     with state.main_process_first():
-        world = World.load(root / "data" / "world") if warm else make_world(budget, root, work)
+        world = World.load(folder / "world") if warm else make_world(budget, root, work)
     parts = make_parts(budget, world, target)
     if warm:
         warm_start(parts, folder)
@@ -121,16 +121,16 @@ def build(
             steps=budget.distill_steps, minutes=budget.distill_minutes)  # fmt: skip
     if state.is_main_process:
         arch.save_folder(folder, vae=parts.vae, tokenizer=parts.tokenizer, vlm=parts.vlm, transformer=parts.transformer)
+        world.save(folder / "world")
     return folder
 
 
 def make_world(budget: Preset, root: Path, work: Path) -> World:
-    """The world of this build, rendered once; it is also what ``data/world`` ships."""
+    """The world of this build, rendered once; it is also what the base's folder brings along."""
     folder = work / "world"
     if not (folder / "concepts.json").exists():
         world = build_world(root / ".cache" / "npm", budget.max_concepts, budget.max_known, seed=0)
         world.save(folder)
-        world.save(root / "data" / "world")
         write_concepts(world, root / "data" / "concepts")
     return World.load(folder)
 

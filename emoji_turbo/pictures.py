@@ -2,7 +2,8 @@
 
 The sets come from the npm registry as tarballs; nothing in them is executed, only JSON, SVG and WebP are read.
 The result is a :class:`World`: the same concepts in several drawing styles, 64 px on white. The world is shipped as
-one contact sheet per style (``data/world/STYLE.png``) with ``concepts.json`` beside them, so that no run needs npm.
+one contact sheet per style (``STYLE.png`` in ``world/`` of the base's folder) with ``concepts.json`` beside them, so
+that no run needs npm.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ import json
 import shutil
 import subprocess
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+
+from dopsd.evaluation import world as worlds
+
+from .captions import caption
 
 SIZE = 64
 SHEET_COLUMNS = 20
@@ -42,19 +48,15 @@ _SKIPPED_WORDS = ("clock", "moon", "o’clock", "thirty", "button", "globe showi
 
 
 @dataclass(frozen=True)
-class World:
-    """Concepts in several drawing styles.
+class World(worlds.World):
+    """The emoji sets as a world of the evaluation, with what only the making of the base asks.
 
-    ``labels``: one lower-case name per concept. ``codes``: their codepoints. ``pictures``: style name to
-    ``uint8 [N, 3, 64, 64]``. ``known``: indices of the concepts that the base learns to draw. ``held_out``: indices of
-    concepts that no stage of the base ever sees (the rest is seen by the VAE alone). ``subject``: index (inside
-    ``held_out``) of the concept that becomes the shipped subject data set.
+    ``codes``: the concepts' codepoints. ``held_out``: indices of concepts that no stage of the base ever sees (of the
+    rest, those that are not ``known`` are seen by the VAE alone). ``subject``: index (inside ``held_out``) of the
+    concept that becomes the shipped subject data set.
     """
 
-    labels: tuple[str, ...]
     codes: tuple[str, ...]
-    pictures: dict[str, torch.Tensor]
-    known: tuple[int, ...]
     held_out: tuple[int, ...]
     subject: int
 
@@ -68,34 +70,22 @@ class World:
         """Write ``concepts.json`` and one sheet per style into ``folder``."""
         folder.mkdir(parents=True, exist_ok=True)
         meta = {
-            "size": SIZE,
-            "columns": SHEET_COLUMNS,
-            "labels": self.labels,
-            "codes": self.codes,
-            "known": self.known,
-            "held_out": self.held_out,
-            "subject": self.subject,
-        }
-        (folder / "concepts.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
+            "size": SIZE, "columns": SHEET_COLUMNS, "labels": self.labels, "codes": self.codes, "known": self.known,
+            "held_out": self.held_out, "subject": self.subject, "styles": list(self.pictures),
+            "captions": self.captions,
+        }  # fmt: skip
+        (folder / worlds.INDEX).write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
         for style, pictures in self.pictures.items():
             _sheet(pictures).save(folder / f"{style}.png", optimize=True)
 
     @classmethod
     def load(cls, folder: Path) -> World:
-        """Read a world that :meth:`save` wrote. Raises ``FileNotFoundError`` where a sheet is missing."""
-        meta = json.loads((folder / "concepts.json").read_text())
-        pictures = {}
-        for style in STYLES:
-            with Image.open(folder / f"{style}.png") as image:
-                pictures[style] = _cut(image.convert("RGB"), len(meta["labels"]))
+        """Read a world that :meth:`save` wrote. Raises ``WorldError``."""
+        meta = worlds.read_meta(folder)
         return cls(
-            tuple(meta["labels"]),
-            tuple(meta["codes"]),
-            pictures,
-            tuple(meta["known"]),
-            tuple(meta["held_out"]),
-            int(meta["subject"]),
-        )
+            **worlds.shared_fields(folder, meta), codes=tuple(meta["codes"]), held_out=tuple(meta["held_out"]),
+            subject=int(meta["subject"]),
+        )  # fmt: skip
 
 
 def build_world(cache: Path, max_concepts: int | None, max_known: int | None, seed: int) -> World:
@@ -126,7 +116,15 @@ def build_world(cache: Path, max_concepts: int | None, max_known: int | None, se
     subject = animals[0] if animals else held_out[0]
     rest = [i for i in range(len(labels)) if i not in held_out]
     known = tuple(sorted(draw.permutation(rest)[:max_known].tolist()))
-    return World(labels, codes, {style: pictures[style] for style in STYLES}, known, held_out, subject)
+    return World(
+        labels=labels, pictures={style: pictures[style] for style in STYLES}, known=known, captions=captions_of(labels),
+        codes=codes, held_out=held_out, subject=subject,
+    )  # fmt: skip
+
+
+def captions_of(labels: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """How the base is asked for each thing in each of the styles that it knows by name."""
+    return {style: tuple(caption(label, style) for label in labels) for style in BASE_STYLES}
 
 
 _SUBJECT_WORDS = ("otter", "owl", "fox", "dog", "cat", "bear", "dragon", "bird", "fish", "horse", "rabbit", "duck")
@@ -209,10 +207,3 @@ def _sheet(pictures: torch.Tensor) -> Image.Image:
         tile = Image.fromarray(picture.permute(1, 2, 0).numpy())
         sheet.paste(tile, ((i % SHEET_COLUMNS) * SIZE, (i // SHEET_COLUMNS) * SIZE))
     return sheet
-
-
-def _cut(sheet: Image.Image, count: int) -> torch.Tensor:
-    pixels = torch.from_numpy(np.array(sheet))
-    rows = pixels.shape[0] // SIZE
-    tiles = pixels.reshape(rows, SIZE, SHEET_COLUMNS, SIZE, 3).permute(0, 2, 4, 1, 3)
-    return tiles.reshape(-1, 3, SIZE, SIZE)[:count].contiguous()

@@ -1,0 +1,57 @@
+"""``emoji-turbo build`` and ``emoji-turbo check``: the embedded base is made and measured here, run from the root."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="The embedded base model, emoji-turbo.")
+
+
+class Preset(StrEnum):
+    """How large a build of the base is."""
+
+    cpu = "cpu"
+    gpu = "gpu"
+
+
+@app.command()
+def build(
+    preset: Annotated[Preset, typer.Option("--preset", help="How large the runs are.")] = Preset.cpu,
+    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda; by itself the one there is.")] = None,
+    warm: Annotated[bool, typer.Option("--warm", help="Start from the shipped weights, not from nothing.")] = False,
+) -> None:
+    """Make the embedded base from the emoji sets: pictures, VAE, pre-training, distillation. Resumable; takes hours."""
+    import torch
+
+    from emoji_turbo.build import build as make
+
+    torch.set_flush_denormal(True)  # of the whole process: denormal numbers slow a CPU down several times
+    make(preset.value, Path(), device, warm=warm)
+
+
+@app.command()
+def check() -> None:
+    """Measure whether the embedded base is good enough (docs/emoji-turbo.md)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from emoji_turbo.check import check as measure
+
+    table: Table | None = None
+    for row in (line.as_dict() for line in measure(Path())):
+        table = table or Table(*row)
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
+
+
+def main() -> None:
+    """The entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
