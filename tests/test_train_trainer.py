@@ -271,13 +271,17 @@ def test_gradient_checkpointing_trains_the_same_adapter(tmp_path):
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["ema", "copy"])
-def test_a_bfloat16_base_trains_float32_adapters(tmp_path, kind):
+def test_a_bfloat16_base_trains_float32_adapters(tmp_path, kind, checkpointing):
+    """The path that a GPU takes: two live adapters (in float32 the teacher is merged), autocast, checkpointing."""
     from dopsd.train.trainer import train
 
     family = tiny.tiny_family()
     family.transformer.to(torch.bfloat16)
     family.dtype = torch.bfloat16
+    if checkpointing:
+        family.transformer.enable_gradient_checkpointing()
     settings = tiny.tiny_settings(
         max_steps=2, teacher={"kind": kind, "gain_images": 1}, learning_rate=1e-4, batch_size=1
     )
