@@ -48,7 +48,7 @@ _NETWORKED = {"botocore", "httpx", "mlflow", "prefect", "ray", "requests", "sqla
 def is_infrastructure(_task: Any, _run: Any, state: State) -> bool:
     """Whether trying again can help: not where a person's data, settings or training are at fault, or the code is."""
     error = state.result(raise_on_failure=False)
-    ours = isinstance(error, LaunchError | RegistryAway | RemoteAway)
+    ours = isinstance(error, LaunchError | RegistryAway | RemoteAway) or getattr(error, "away", False)
     theirs = type(error).__module__.partition(".")[0] in _NETWORKED
     return ours or theirs or (isinstance(error, OSError) and not isinstance(error, FileNotFoundError))
 

@@ -107,7 +107,7 @@ def make_clone(root: Path) -> Path:
     for file in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore", ".dvc/.gitignore"):
         shutil.copyfile(ROOT / file, root / file)
     (root / ".dvc/config").touch()
-    (root / "data/concepts").mkdir()
+    (root / "data/concepts").mkdir(parents=True)
     run(root, "git init --quiet && git add --all && git commit --quiet --message clone")
     return root
 

@@ -199,3 +199,26 @@ def test_the_bar_is_seen_though_the_librarys_own_are_off(hub, tmp_path):
     assert b"Fetching" in shown
     assert b"100%" in shown
     assert b"Traceback" not in shown
+
+
+def test_flows_try_again_where_the_hub_was_away_and_not_where_it_said_no():
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from prefect.states import Failed
+
+    from dopsd.models.folder import HubAway, ModelError
+    from dopsd.models.hub import _away
+    from flows.train import is_infrastructure
+
+    class Answer:
+        def __init__(self, status: int) -> None:
+            self.status_code, self.headers, self.request = status, {}, None
+
+    def http(status: int) -> HfHubHTTPError:
+        return HfHubHTTPError("x", response=Answer(status))  # type: ignore[arg-type]
+
+    assert [_away(error) for error in (ConnectionError(), http(503), http(404), OfflineModeIsEnabled())] == [
+        True, True, False, False,
+    ]  # fmt: skip
+    assert not _away(OSError(28, "No space left on device"))
+    tried = [is_infrastructure(None, None, Failed(data=kind("x"))) for kind in (HubAway, ModelError)]
+    assert tried == [True, False]

@@ -27,6 +27,13 @@ class ModelError(ValueError):
     """A base model that is missing, incomplete or asked for something it cannot do; one line a person can act on."""
 
 
+class HubAway(ModelError):
+    """The hub does not answer, or broke off: another try may find it."""
+
+    away = True
+    """Flows read this: importing the class would bring torch along into every flow run."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Files of a model on this machine; ``name`` and ``revision`` (a commit) where they came from the hub."""

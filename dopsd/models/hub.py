@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .folder import ModelError, Source, said
+from .folder import HubAway, ModelError, Source, said
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NEVER = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.py")
@@ -65,7 +65,8 @@ def from_hub(name: str, revision: str | None, patterns: Sequence[str] | None, ke
         except Exception as error:
             # Whatever the library's HTTP client raises: its classes differ between versions. Neither its text nor its
             # traceback is passed on, for a malformed token stands in some of them.
-            raise ModelError(f"{key}: {name}: {_why(error, name, revision, key, begun)}") from None
+            kind = HubAway if _away(error) else ModelError
+            raise kind(f"{key}: {name}: {_why(error, name, revision, key, begun)}") from None
 
 
 def _listed(name: str, revision: str | None) -> bool:
@@ -78,6 +79,17 @@ def _listed(name: str, revision: str | None) -> bool:
         return bool(get_cached_repo_tree(name, revision=revision))
     except Exception:  # not listed, or a library that keeps no lists
         return False
+
+
+def _away(error: BaseException) -> bool:
+    """Whether the hub was not there, as against having said no: a status above 500, or no answer at all."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    chain = list(_causes(error))
+    status = next((e.response.status_code for e in chain if isinstance(e, HfHubHTTPError)), 0)
+    settled = any(isinstance(e, HFValidationError | OfflineModeIsEnabled) for e in chain)
+    full = isinstance(error, OSError) and error.strerror is not None
+    return status >= 500 or (status == 0 and not settled and not full)
 
 
 def _why(error: BaseException, name: str, revision: str | None, key: str, begun: bool) -> str:
