@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
+
 import pytest
 import torch
 
 from tests import tiny
+
+# Prefect keeps tasks' results in the home folder, for ever, also under its own test harness: what an earlier run on
+# this machine did must not be remembered. It reads this when it is imported, which is after this file, here and in
+# every process that tests start.
+os.environ["PREFECT_LOCAL_STORAGE_PATH"] = tempfile.mkdtemp(prefix="dopsd-prefect-")
+atexit.register(shutil.rmtree, os.environ["PREFECT_LOCAL_STORAGE_PATH"], ignore_errors=True)
 
 LONGEST = (
     "test_whole_way.py",
