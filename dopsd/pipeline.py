@@ -27,10 +27,10 @@ def inputs_hash(stage: str, concept: str, settings: Settings, root: Path) -> str
     values["tuning"].setdefault(concept, {})  # a concept may be run that the settings do not list
     digest = hashlib.sha256(f"{stage}\n{concept}\n".encode())
     for key in spec.get("params", []):
-        key = _filled(key, concept, settings)
+        key = _filled(key, concept)
         digest.update(f"{key}={json.dumps(_lookup(values, key), sort_keys=True)}\n".encode())
     for dep in spec["deps"]:
-        found = _base(settings, root) if dep == BASE else hash_path(root / _filled(dep, concept, settings), root)
+        found = _base(settings, root) if dep == BASE else hash_path(root / _filled(dep, concept), root)
         digest.update(found.encode())
     return digest.hexdigest()
 
@@ -50,7 +50,7 @@ def outputs_hash(stage: str, concept: str, settings: Settings, root: Path) -> st
     for kind in ("outs", "metrics", "plots"):
         for out in spec.get(kind, []):
             name, how = next(iter(out.items())) if isinstance(out, Mapping) else (out, {})
-            path = root / _filled(name, concept, settings)
+            path = root / _filled(name, concept)
             if not path.exists():
                 return None
             if not how.get("persist"):  # checkpoints may be thinned out afterwards; what counts of them is the adapters
@@ -68,7 +68,7 @@ def _stages(root: Path) -> dict[str, Any]:
     return _read(path, path.stat().st_mtime_ns)
 
 
-def _filled(text: str, concept: str, settings: Settings) -> str:
+def _filled(text: str, concept: str) -> str:
     """DVC's template that stages use."""
     return text.replace("${item.concept}", concept)
 

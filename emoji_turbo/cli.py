@@ -49,8 +49,15 @@ def check() -> None:
 
 
 def main() -> None:
-    """The entry point."""
-    app()
+    """The entry point: a person's mistake is one line, as ``dopsd`` has it."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError) as error:
+        ours = type(error).__module__.partition(".")[0] in ("dopsd", "emoji_turbo")
+        if not ours and not isinstance(error, FileNotFoundError):
+            raise
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":
