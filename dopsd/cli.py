@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dopsd.config import Settings, load_settings
-from dopsd.stages import STAGES, StageError, needs_of, run_folder
+from dopsd.project import StageError, needs_of, run_folder
+from dopsd.stages import STAGES, plan, run_stage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -92,7 +93,7 @@ def _settings(params: Path, overrides: list[str] | None) -> Settings:
 
 def _stage_command(name: str) -> Callable[..., None]:
     def command(concept: Concept, params: Params = PARAMS, overrides: Overrides = None) -> None:
-        STAGES[name](concept, _settings(params, overrides), Path())
+        run_stage(name, concept, _settings(params, overrides), Path())
 
     return command
 
@@ -104,6 +105,7 @@ def _help(stage: Callable[..., None]) -> str:
 
 for _name, _stage in STAGES.items():
     app.command(_name, help=_help(_stage), rich_help_panel="Stages, in this order")(_stage_command(_name))
+app.command("plan", help=_help(plan))(_stage_command("plan"))
 
 
 @app.command()
@@ -234,15 +236,17 @@ def concept_add(
     overrides: Overrides = None,
 ) -> None:
     """Check a folder, copy it to `data/concepts/NAME` and put it under DVC."""
-    from dopsd.data.concept import add_concept
+    from dopsd.config import OWN_SETTINGS
+    from dopsd.data.concept import add_concept, list_concept
 
     settings = _settings(params, overrides)
     table = add_concept(folder, name, Path(), settings.data, replace, needs_of(settings))
     print(f"{len(table.rows)} images -> {table.root}")
-    missing = [] if name in settings.concepts else [f"add {name} to `concepts`"]
-    missing += [] if name in settings.tuning else [f"add `{name}: {{}}` to `tuning`"]
-    first = f"in {params} {' and '.join(missing)}, then " if missing else ""
-    print(f"next: {first}`dvc repro report@{name} register@{name}`")
+    if name not in settings.concepts:
+        list_concept(params, name)
+        print(f"{params}: {name} is listed in `concepts` now")
+    print(f"what it needs otherwise than others: {table.root / OWN_SETTINGS}")
+    print(f"next: `dvc repro report@{name} register@{name}`")
 
 
 @track_app.command("sync")

@@ -25,7 +25,7 @@ from dopsd.data.needs import first_unmet
 from dopsd.files import write_json
 from dopsd.models import ModelError, family_class, open_base, resolved, teaching_of
 from dopsd.models.base import Family
-from dopsd.stages import cache_of, load_base, needs_of, read_concept, run_folder
+from dopsd.project import cache_of, load_base, needs_of, read_concept, run_folder
 from dopsd.train.encode import encode_concept
 from dopsd.train.gain import choose, compare, distances, helps
 
@@ -123,7 +123,7 @@ def report_gain(
     ``images``: how many samples of each, ``None``: ``train.teacher.gain_images``. The noise of the first of the
     ``seeds`` is the one that training measures with. Raises ``DataError`` and ``ModelError`` for what training would.
     """
-    settings = resolved(settings.of(concept))
+    settings = resolved(settings.of(concept, root))
     table, holdout = read_concept(concept, settings, root)
     ways, left_out = _possible(ways_of(settings), table, holdout, root)
     count = images or settings.train.teacher.gain_images

@@ -12,7 +12,7 @@ from dopsd.config import Settings
 from dopsd.data.manifest import DataError
 from dopsd.evaluation.table import table_as_text
 from dopsd.evaluation.verdict import verdict
-from dopsd.stages import run_folder
+from dopsd.project import run_folder
 from dopsd.tracking import public_uri, tracking_uri
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from dopsd.files import whole_folder, write_tensors
 
-from .cache import Conditioning
+from .cache import Conditioning, checksum
 from .dataset import Example, Preview
 
 SEPARATOR = ":"
@@ -40,6 +41,17 @@ class Encoded:
     images: int
     content_hash: str
     """Of the data set that was encoded."""
+
+    def identity(self, replayed: bool) -> str:
+        """Hash of all that is learnt from: the examples, and the prompts that are replayed where they count."""
+        digest = hashlib.sha256()
+        groups: list[tuple[object, Conditioning]] = []
+        for e in self.examples:
+            latents = {} if e.latents is None else {"latents": e.latents}
+            groups += [((e.height, e.width, e.image_index, e.caption), e.prompt), ((), e.context), ((), latents)]
+        for about, tensors in [*groups, *(self.replay if replayed else ())]:
+            digest.update(f"{json.dumps(about)}:{checksum(tensors)}".encode())
+        return digest.hexdigest()[:32]
 
 
 def write_encoded(folder: Path, encoded: Encoded) -> None:

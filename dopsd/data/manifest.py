@@ -8,8 +8,8 @@ Exactly one of three kinds::
     NAME.parquet     one table with the same columns
 
 A sub-folder ``holdout/`` is a concept folder of its own (the truth that evaluation compares with) and no part of this
-table. Everything else in the folder must be mentioned by a row, apart from concept.json, README, LICENSE, NOTICE and
-hidden files.
+table. Everything else in the folder must be mentioned by a row, apart from concept.json, train.yaml, README, LICENSE, NOTICE
+and hidden files.
 
 Nothing is judged here: :func:`read_table` writes what it could not read into the column ``problems``, and
 :mod:`dopsd.data.schema` turns that and all its own findings into one :class:`DataError`.
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..config import OWN_SETTINGS
 from .images import EXTENSIONS
 from .records import Record, leaves, read_jsonl, read_parquet, read_texts, say_extra, shown, stem_of
 
@@ -95,6 +96,12 @@ def hash_content(rows: Iterable[tuple[str, Iterable[tuple[str, str]], Iterable[s
     """sha256 over (sha256 of the image, (variant, caption) pairs, sha256 of the references) of each row."""
     listed = [[image, [list(pair) for pair in captions], list(references)] for image, captions, references in rows]
     return hashlib.sha256(json.dumps(listed, ensure_ascii=True, separators=(",", ":")).encode("ascii")).hexdigest()
+
+
+def kind_hash(folder: Path) -> str | None:
+    """sha256 of ``concept.json``; ``None`` where there is none."""
+    path = folder / ABOUT
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def read_table(folder: Path, name: str) -> pd.DataFrame:
@@ -174,7 +181,7 @@ def _join(base: str, name: str) -> str:
 
 
 def _is_document(file: str) -> bool:
-    return file == ABOUT or Path(file).name.split(".")[0].upper() in _DOCUMENTS and Path(file).suffix.lower() in ("", ".md", ".txt")
+    return file in (ABOUT, OWN_SETTINGS) or Path(file).name.split(".")[0].upper() in _DOCUMENTS and Path(file).suffix.lower() in ("", ".md", ".txt")
 
 
 def _mentioned(records: Sequence[Record]) -> set[str]:

@@ -54,6 +54,14 @@ class Subject:
     adapter: Path | None
 
 
+def subjects_in(adapters: Path) -> list[Subject]:
+    """What is compared: the base, its teacher, and every adapter there is, D-OPSD's first."""
+    trained = sorted(adapters.glob("*.safetensors"), key=lambda path: (path.stem != "d-opsd", path.stem))
+    if not trained:
+        raise EvaluationError(f"{adapters}: no adapter there; run stage train first")
+    return [Subject("base", None), Subject("teacher", None), *(Subject(path.stem, path) for path in trained)]
+
+
 @dataclass(frozen=True)
 class _Plan:
     """All that is asked, encoded: contexts belong to the teacher."""

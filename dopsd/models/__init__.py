@@ -39,7 +39,7 @@ COMMITS = Path(".cache/hub-commits.json")
 """Which commit a hub's name meant when the base was last identified: no stage may take another one than that."""
 
 __all__ = [
-    "FAMILIES", "Base", "Family", "ModelError", "Use", "description_of", "family_class", "licence_of", "load_family",
+    "ENCODING_VERSION", "FAMILIES", "Base", "Family", "ModelError", "Use", "family_class", "licence_of", "load_family",
     "open_base", "references_rule", "remember_commits", "resolved", "teaching_of",
 ]  # fmt: skip
 
@@ -146,11 +146,6 @@ class Base:
             return ""
         return (f"the VLM's rotary base is {vlm:,.0f}, the text encoder's {encoder:,.0f}: with model.vlm_positions vlm "
                 "(as published) teacher and student place words differently; `dopsd gain` compares both")  # fmt: skip
-
-
-def description_of(base: Base, model: ModelSettings) -> dict[str, Any]:
-    """What a base and its settings are, as far as anything that is learnt or drawn depends on them."""
-    return {"files": dict(sorted(base.identities.items())), "settings": model.decides_learning()}
 
 
 def open_base(model: ModelSettings, root: Path, use: Use = "teach", fresh: bool = False) -> Base:

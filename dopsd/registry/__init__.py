@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dopsd.config import RegistrySettings
+from dopsd.identity import Made
 from dopsd.tracking import connect, tracking_uri, without_secrets
 
 from .gate import Verdict, bar_of, judge
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-__all__ = ["CHAMPION", "Made", "Outcome", "Registry", "RegistryAway", "Verdict", "judge", "model_name"]
+__all__ = ["CHAMPION", "Outcome", "Registry", "RegistryAway", "Verdict", "judge", "model_name"]
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 _MADE, _SCORES, _GATE = "dopsd.made.", "dopsd.scores", "dopsd.gate"
@@ -37,25 +38,6 @@ _NEEDS = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetenso
 
 class RegistryAway(RuntimeError):
     """The registry does not answer; what was to be registered is still there, and can be registered later."""
-
-
-@dataclass(frozen=True)
-class Made:
-    """What a version was made from. Two equal ones need no second training."""
-
-    data: str
-    """Content hash of the concept's data."""
-    settings: str
-    """Hash of the settings that decide what is learnt."""
-    base: str
-    """Fingerprint of the base model's files."""
-    method: str
-    """The version of the method: a hash of the code that trains."""
-
-    def differences(self, other: Made) -> list[str]:
-        """Which parts differ, in words."""
-        words = {"data": "data", "settings": "settings", "base": "base model", "method": "method version"}
-        return [word for key, word in words.items() if getattr(self, key) != getattr(other, key)]
 
 
 @dataclass(frozen=True)

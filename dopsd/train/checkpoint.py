@@ -7,11 +7,10 @@ its place, synced to disk and renamed, so a kill at any moment leaves the previo
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 KEEP = 2
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
@@ -117,25 +116,3 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
             _, number, what = key.split("/")
             state.setdefault(int(number), {})[what] = value.clone()
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-# --- fingerprints -----------------------------------------------------------------------------------------------------
-
-
-def fingerprint(values: Mapping[str, Any], tensors: Iterable[Mapping[str, Tensor]], model: nn.Module) -> str:
-    """Hash of settings (JSON values), of encoded data and of the base: equal means that a run may be resumed."""
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
-    for group in tensors:
-        for key in sorted(group):
-            _hash_tensor(digest, key, group[key])
-    for name, parameter in model.named_parameters():
-        # a base has gigabytes: a sample of every tensor tells any two trainings apart
-        flat = parameter.detach().flatten()
-        _hash_tensor(digest, f"{name}{tuple(parameter.shape)}", flat[:: max(1, flat.numel() // 64)])
-    return digest.hexdigest()[:32]
-
-
-def _hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:
-    data = tensor.detach().cpu().contiguous()
-    digest.update(f"{name}:{data.dtype}:{tuple(data.shape)}:".encode())
-    digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())

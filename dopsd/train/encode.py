@@ -126,6 +126,16 @@ def encode_previews(family: Family, table: ConceptTable, settings: Settings, cac
     ]
 
 
+def first_requests(table: ConceptTable, settings: Settings, count: int) -> list[tuple[Request, int, int]]:
+    """The first rows as a person would ask for them: request, height, width."""
+    limit, asked = settings.data.max_pixels, []
+    for row in table.rows[:count]:
+        text = row.student_captions(settings.model.teacher_variant)[0]
+        width, height = bucket_of(row, settings.data.resolution, limit)
+        asked.append((EncodingRequest(text, references_of(row, limit)).decoded(), height, width))
+    return asked
+
+
 def _latents(family: Family, targets: Sequence[Picture], cache: EncodingCache) -> list[Conditioning]:
     """Clean latents ``[C, h, w]`` per image, one at a time: neighbours may be of different sizes."""
 

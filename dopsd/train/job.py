@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dopsd.config import Method, ModelSettings, TrainSettings
 from dopsd.data.encoded import Encoded
+from dopsd.identity import training_identity
 from dopsd.models import load_family
 from dopsd.train.machine import MachineLoad
 from dopsd.train.trainer import Observer, TrainResult, train
@@ -28,6 +29,8 @@ class Job:
     model: ModelSettings
     root: Path
     """What relative paths are relative to, on the machine that trains."""
+    made_from: str
+    """What its methods have in common (:func:`dopsd.identity.made_from`)."""
 
 
 Observe = Callable[[Method], AbstractContextManager[Observer]]
@@ -45,7 +48,7 @@ def run_job(
         with observe(method) as observer, MachineLoad(observer):
             result = train(
                 family, job.encoded.examples, job.encoded.previews, replay, how, method, folder / method, adapters,
-                observer, on_saved,
+                observer, training_identity(how, method, job.made_from), on_saved,
             )  # fmt: skip
         results[method] = result
         if result.stopped == "max_minutes":

@@ -38,8 +38,6 @@ from dopsd.train.parallel import exchange, share
 
 __all__ = ["Observer", "TrainError", "TrainResult", "learning_rate", "milestones", "train"]
 
-_RESUMABLE = {"methods", "max_minutes", "checkpoint_steps", "preview_steps", "preview_prompts", "preview_count"}
-"""Settings that do not change what is learnt at a step, and so may differ on resume."""
 _DISTILLED = ("d-opsd", "off-policy")
 
 
@@ -99,16 +97,18 @@ def train(
     folder: Path,
     adapters: Path,
     observer: Observer,
+    identity: str,
     on_saved: Callable[[], None] = lambda: None,
 ) -> TrainResult:
     """Train ``method`` on encoded ``examples``; adapters end up as ``adapters/<label>.safetensors`` (and ``.json``).
 
-    ``replay``: encoded prompts of the base's own domain. Every process calls ``on_saved`` after each checkpoint.
+    ``replay``: encoded prompts of the base's own domain. ``identity``: of all that decides what is learnt
+    (:func:`dopsd.identity.training_identity`); a run of another one is not resumed.
+    Every process calls ``on_saved`` after each checkpoint.
     Raises :class:`TrainError` before any work where settings and data do not fit each other. The family's transformer
     is given back without adapters.
     """
     _check(examples, replay, settings, method)
-    identity = _identity(family, examples, replay, settings, method)
     saved = _find_saved(folder, identity, observer)
     if saved is None or not (stopped := _stopped(settings, method, saved.step, saved.state["seconds"])):
         run = _Run(family, examples, replay, settings, method, folder, observer, identity, saved)
@@ -141,17 +141,6 @@ def _check(
         raise TrainError(f"method {method} needs the clean latents of every target image, and some examples have none")
     if method == "d-opsd" and settings.replay.weight > 0 and not replay:
         raise TrainError("replay.weight is above 0 but no replay prompts were encoded; set replay.prompts")
-
-
-def _identity(
-    family: Family, examples: Sequence[Example], replay: Sequence[Conditioning], settings: TrainSettings, method: Method
-) -> str:
-    """Hash of everything that decides what is learnt."""
-    values = settings.model_dump(mode="json", exclude=_RESUMABLE)
-    values |= {"method": method, "sizes": [(e.height, e.width, e.image_index, e.caption) for e in examples]}
-    tensors = [part for e in examples for part in (e.prompt, e.context)] + list(replay)
-    tensors += [{"latents": e.latents} for e in examples if e.latents is not None]
-    return ckpt.fingerprint(values, tensors, family.transformer)
 
 
 def _find_saved(folder: Path, identity: str, observer: Observer) -> ckpt.Checkpoint | None:
@@ -366,8 +355,7 @@ class _Run:
         path = self.folder / "adapters" / f"{label}.safetensors"
         save_adapter(path, self.family.transformer, STUDENT, self.settings.lora)
         about: dict[str, Any] = {
-            "label": label, "method": self.method, "steps": self.step, "seconds": self.seconds,
-            "stopped": stopped or "continued",
+            "label": label, "method": self.method, "steps": self.step, "stopped": stopped or "continued",
             "images": self.step * self.settings.batch_size * self.settings.accumulation, "teacher_gain": self.gain,
             "fingerprint": self.identity, "settings": self.settings.model_dump(mode="json"),
         }  # fmt: skip
