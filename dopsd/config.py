@@ -318,12 +318,14 @@ def load_settings(path: Path, overrides: tuple[str, ...] = ()) -> Settings:
     raw = _read_yaml(path)
     if "overrides" in raw:
         raise SettingsError(f"{path}: overrides: unknown setting; remove it or check the spelling")
+    if not raw:
+        raise SettingsError(f"{path}: expected keys and values, found nothing")
     given: dict[str, Any] = {}
     for override in overrides:
         _override(given, override)
-    forced = given.get("train")
+        _override(raw, override)
     try:
-        return Settings.model_validate(_merged(raw, given) | {"overrides": forced if isinstance(forced, dict) else {}})
+        return Settings.model_validate(raw | {"overrides": given.get("train") or {}})
     except ValidationError as error:
         raise SettingsError("\n".join(f"{path}: {_fault(fault)}" for fault in error.errors())) from None
 

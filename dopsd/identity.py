@@ -2,8 +2,8 @@
 
 :func:`plan_of` says it for each stage of a concept, as values that a person can read. ``dopsd plan`` writes them to
 ``runs/<concept>/plan.json``; DVC compares them, the trainer resumes by them, and the registry keeps them with every
-version. A setting that is in no plan decides nothing. The code counts by the numbers here, not by its text: whoever
-changes what a stage makes of the same inputs raises one (tests/test_identity.py reminds of it).
+version. A setting that is in no plan decides nothing. The code counts by its numbers
+(:mod:`dopsd.versions`), not by its text.
 """
 
 from __future__ import annotations
@@ -15,19 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dopsd.config import Method, Settings, TrainSettings
-from dopsd.models import ENCODING_VERSION, Base, references_rule
+from dopsd.versions import DATA_VERSION, ENCODING_VERSION, EXPORT_VERSION, METHOD_VERSION, SCORES_VERSION
 
 if TYPE_CHECKING:
     from dopsd.data.encoded import Encoded
-
-DATA_VERSION = 1
-"""Of the checks of a data set."""
-METHOD_VERSION = 1
-"""Of what is learnt from the same encodings: the models' answers, roll-outs, losses, optimizer."""
-SCORES_VERSION = 1
-"""Of what is drawn and how it is scored."""
-EXPORT_VERSION = 1
-"""Of the exported files, the model card and what is stored in the registry."""
+    from dopsd.models import Base
 
 Plan = dict[str, dict[str, Any]]
 
@@ -38,6 +30,8 @@ _SHOWN = {"max_minutes", "checkpoint_steps", "preview_steps", "preview_prompts",
 def plan_of(settings: Settings, base: Base) -> Plan:
     """Stage to what decides its result, beside the results of the stages before it; of resolved settings of one
     concept. Data counts by its content, which stage validate writes down."""
+    from dopsd.models import references_rule
+
     model, data = settings.model, settings.data
     train, evaluation = settings.train, settings.evaluation
     pictures = {"resolution": data.resolution, "max_pixels": data.max_pixels}

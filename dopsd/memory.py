@@ -55,9 +55,8 @@ def remember_data(root: Path, concept: str) -> None:
 
 @contextmanager
 def _project(root: Path, concept: str | None) -> Iterator[Repo]:
-    from dvc.exceptions import DvcException, NotDvcRepoError
+    from dvc.exceptions import DvcException, NoOutputOrStageError, NotDvcRepoError
     from dvc.repo import Repo
-    from dvc.stage.exceptions import StageFileDoesNotExistError, StageNotFound
 
     logging.getLogger("dvc").setLevel(logging.WARNING)
     try:
@@ -66,10 +65,10 @@ def _project(root: Path, concept: str | None) -> Iterator[Repo]:
     except NotDvcRepoError:
         raise PipelineError(f"{root.resolve()}: not a DVC project; run `dvc init` there (`dvc init --no-scm` without "
                            "git)") from None  # fmt: skip
-    except StageNotFound:
+    except NoOutputOrStageError:
         raise PipelineError(f"params.yaml: concepts does not list {concept}; add it, or let `dopsd concept add` "
                            "do so") from None  # fmt: skip
-    except (StageFileDoesNotExistError, DvcException) as error:
+    except DvcException as error:
         raise PipelineError(f"DVC: {' '.join(str(error).split())[:300]}") from error
 
 

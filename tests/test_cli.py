@@ -99,9 +99,8 @@ def test_training_again_returns_at_once_and_is_the_same_run(inside: Path) -> Non
 
 
 def test_other_training_code_starts_afresh(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dopsd.champions.method_version", lambda: "another")
-    said = _run("train", "--concept", "blots", "--set", "train.methods=[sft]")
-    assert "the code of training changed" in said
+    monkeypatch.setattr("dopsd.identity.METHOD_VERSION", "another")
+    _run("train", "--concept", "blots", "--set", "train.methods=[sft]")
     assert (inside / "runs/blots/train/sft.previous").is_dir()
     left = {path.stem for path in (inside / "runs/blots/adapters").iterdir()}
     assert left == {"sft", "sft-compute"}, "what is not asked for any more would stay in every table"
@@ -134,7 +133,12 @@ def test_sample_draws_with_and_without_an_adapter(inside: Path, tmp_path: Path) 
         (["show", "-c", "nothing"], "make demo CONCEPT=nothing"),
         (["sample", "-p", "x", "-a", "no.safetensors"], "no.safetensors: no such adapter"),
         (["sample", "-p", "x", "--set", "model.path=no/where/at/all"], "no such folder"),
-        (["concept", "add", "no/where", "--name", "x"], "not a DVC project"),
+        (["concept", "add", "no/where", "--name", "x"], "no such folder"),
+        (["concept", "add", "no/where", "--name", "../x"], "use 1 to 64 of a-z, 0-9 and -"),
+        (["plan", "-c", "../../x"], "use 1 to 64 of a-z, 0-9 and -"),
+        (["show", "-c", "../../x"], "use 1 to 64 of a-z, 0-9 and -"),
+        (["track", "sync", "-c", "../../x"], "use 1 to 64 of a-z, 0-9 and -"),
+        (["gain", "-c", "../../x"], "use 1 to 64 of a-z, 0-9 and -"),
     ],
 )
 def test_a_mistake_is_said_in_words(

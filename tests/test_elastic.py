@@ -79,7 +79,7 @@ def test_a_job_grows_when_a_node_comes_and_goes_on_when_it_dies(cluster: Cluster
     settings = load_settings(root / "params.yaml", [f"compute.{setting}" for setting in how]).of("blots")
     for stage in ("validate", "encode"):
         STAGES[stage]("blots", settings, root)
-    job = Job("elastic", read_encoded(root / "runs/blots/encoded"), settings.train, settings.model, root)
+    job = Job("elastic", read_encoded(root / "runs/blots/encoded"), settings.train, settings.model, root, "made from")
     crowd = _Crowd()
 
     @contextmanager

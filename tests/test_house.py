@@ -11,9 +11,6 @@ from pathlib import Path
 
 import yaml
 
-from dopsd import champions
-from dopsd.config import Settings, load_settings
-from dopsd.pipeline import inputs_hash
 from dopsd.stages import STAGES
 
 ROOT = Path(__file__).parent.parent
@@ -23,15 +20,20 @@ ROOMS: dict[str, set[str]] = {
     # room: the rooms it may import from
     "config": set(),
     "files": set(),
+    "versions": set(),
     "data": {"config", "files"},
-    "models": {"config", "files", "data"},
+    "models": {"config", "files", "versions", "data"},
+    "identity": {"config", "versions", "data", "models"},
     "distill": {"config", "files", "models"},
-    "train": {"config", "files", "data", "models", "distill"},
+    "train": {"config", "files", "data", "models", "identity", "distill"},
     "evaluation": {"config", "files", "data", "models", "distill", "train"},
     "emoji_turbo": {"config", "files", "data", "models", "distill", "train", "evaluation"},
     "export": {"config", "files", "data", "models", "distill"},
     "tracking": {"config", "files"},
-    "registry": {"config", "files", "tracking"},
+    "registry": {"config", "files", "identity", "tracking"},
+    "lock": {"config", "files"},
+    "memory": {"config"},
+    "project": {"config", "data", "models", "evaluation"},
 }
 """Arrows of house.md. The edges (stages, cli, doctor) may import from every room, and no room from them."""
 
@@ -40,7 +42,7 @@ ONLY_THERE = {
     "mlflow": ("dopsd/tracking/", "dopsd/registry/"),
     "ray": ("dopsd/train/launch.py", "dopsd/train/worker.py", "dopsd/train/crew.py"),
     "pandera": ("dopsd/data/schema.py",),
-    "dvc": ("dopsd/data/concept.py",),
+    "dvc": ("dopsd/data/concept.py", "dopsd/memory.py"),
     "typer": ("dopsd/cli.py", "emoji_turbo/cli.py", "flows/train.py", "flows/nightly.py"),
 }
 
@@ -151,12 +153,14 @@ def _pipeline() -> dict:
 
 def test_dvc_has_the_stages_of_the_code_and_runs_them_through_the_cli() -> None:
     pipeline = _pipeline()
-    base, *names = pipeline
+    base, plan, *names = pipeline
     assert pipeline[base]["cmd"] == "dopsd base identify"
+    assert plan == "plan"
     assert names == list(STAGES)
-    for name, stage in list(pipeline.items())[1:]:
-        assert stage["cmd"] == f"dopsd {name} --concept ${{item.concept}}"
-        assert stage["matrix"] == {"concept": "${concepts}"}
+    for name in (plan, *names):
+        assert pipeline[name]["cmd"] == f"dopsd {name} --concept ${{item.concept}}"
+        assert pipeline[name]["matrix"] == {"concept": "${concepts}"}
+    assert [name for name, stage in pipeline.items() if stage.get("always_changed")] == [base, plan]
 
 
 def test_dvc_reads_its_pipeline_for_every_concept() -> None:
@@ -168,64 +172,18 @@ def test_dvc_reads_its_pipeline_for_every_concept() -> None:
         check=True,
     ).stdout.split()
     concepts = yaml.safe_load((ROOT / "params.yaml").read_text())["concepts"]
-    assert set(listed) == {"base", *(f"{stage}@{concept}" for stage in STAGES for concept in concepts)}
+    assert set(listed) == {"base", *(f"{stage}@{concept}" for stage in ("plan", *STAGES) for concept in concepts)}
 
 
-def test_dvc_depends_on_code_that_exists() -> None:
-    for name, stage in _pipeline().items():
-        for dep in stage.get("deps", []):
-            if dep.startswith("dopsd/"):
-                assert (ROOT / dep).exists(), f"stage {name}: {dep}"
-
-
-def test_all_code_that_decides_a_result_is_a_dependency() -> None:
-    """A new file in a room must not be forgotten: every one is a dependency of some stage, or named here."""
-    listed = {dep for stage in _pipeline().values() for dep in stage.get("deps", [])}
-    not_a_result = {
-        "dopsd/data/cache.py",
-        "dopsd/data/concept.py",
-        "dopsd/models/folder.py",
-        "dopsd/models/hashes.py",
-        "dopsd/models/hub.py",
-        "dopsd/models/sources.py",
-        "dopsd/train/errors.py",
-        "dopsd/train/job.py",
-        "dopsd/train/launch.py",
-        "dopsd/train/machine.py",
-        "dopsd/train/worker.py",
-        "dopsd/train/crew.py",
-    }  # fmt: skip
-    for room in ("data", "models", "distill", "train", "evaluation"):
-        for path in (PACKAGE / room).rglob("*.py"):
-            name = _name(path)
-            covered = any(name == dep or name.startswith(dep + "/") for dep in listed)
-            assert covered or name in not_a_result or path.name == "__init__.py", f"{name}: in no stage of dvc.yaml"
-
-
-def test_versions_of_method_and_scores_are_of_the_code_that_the_stages_depend_on() -> None:
-    def code(*stages: str) -> set[str]:
-        deps = {dep for stage in stages for dep in _pipeline()[stage]["deps"]}
-        return {dep.removeprefix("dopsd/") for dep in deps if dep.startswith("dopsd/")}
-
-    assert set(champions._TRAINING_CODE) == code("encode", "train")
-    shown = {"evaluation/grids.py", "evaluation/naming.py"}  # pictures and words
-    assert set(champions._SCORING_CODE) == code("evaluate") - shown
-
-
-def test_evaluation_settings_and_code_do_not_retrain() -> None:
-    train = _pipeline()["train"]
-    assert not any("evaluation" in item for item in [*train["params"], *train["deps"]])
-    assert "evaluation" in _pipeline()["evaluate"]["params"]
-
-
-def test_settings_of_one_concept_run_that_concept_alone_again() -> None:
-    def inputs(stage: str, concept: str, settings: Settings) -> str:
-        return inputs_hash(stage, concept, settings, ROOT)
-
-    before, after = (load_settings(ROOT / "params.yaml", (f"tuning.style-ink.max_steps={n}",)) for n in (7, 8))
-    assert inputs("train", "style-ink", before) != inputs("train", "style-ink", after)
-    assert inputs("train", "style-3d", before) == inputs("train", "style-3d", after)
-    assert inputs("evaluate", "style-ink", before) == inputs("evaluate", "style-ink", after)
+def test_every_stage_is_asked_for_by_its_part_of_the_plan() -> None:
+    """The page alone depends on code: it is made anew in seconds, and no number could say that its words changed."""
+    own = "runs/${item.concept}/plan.json"
+    for name in STAGES:
+        stage = _pipeline()[name]
+        code = [dep for dep in stage["deps"] if dep.startswith("dopsd/")]
+        assert all((ROOT / dep).exists() for dep in code)
+        assert bool(code) == (name == "report"), name
+        assert stage.get("params") == (None if name == "report" else [{own: [name]}])
 
 
 # --- what is said about it --------------------------------------------------------------------------------------------

@@ -78,13 +78,13 @@ def bucket() -> Iterator[Bucket]:
 
 
 def _settings(root: Path, *overrides: str) -> Settings:
-    return load_settings(root / "params.yaml", overrides).of("blots")
+    return load_settings(root / "params.yaml", overrides).of("blots", root)
 
 
 def _job(root: Path, name: str, *overrides: str) -> Job:
     settings = _settings(root, *overrides)
     encoded = read_encoded(root / "runs/blots/encoded")
-    return Job(name, encoded, settings.train, settings.model, root)
+    return Job(name, encoded, settings.train, settings.model, root, "made from")
 
 
 class _Watcher(tiny.Recorder):

@@ -16,10 +16,11 @@ from mlflow import MlflowClient
 from dopsd.config import LoraSettings, ModelSettings, RegistrySettings
 from dopsd.distill.adapters import adapter_parameters, add_adapters, save_adapter
 from dopsd.export import CARD_FILE, DIFFUSERS_FILE, Card, draw_student, export_adapter
+from dopsd.identity import Made
 from dopsd.models import load_family
 from dopsd.models.base import Request
 from dopsd.models.z_image import ZImage
-from dopsd.registry import CHAMPION, Made, Registry, RegistryAway
+from dopsd.registry import CHAMPION, Registry, RegistryAway
 from dopsd.registry.gate import judge, scores_of
 from emoji_turbo import architecture
 from tests import tiny

@@ -85,7 +85,7 @@ def test_the_family_comes_back_as_it_was_and_the_adapter_changes_it(tmp_path):
 
     result = train(
         family, tiny.tiny_examples(), [], [], tiny.tiny_settings(), "d-opsd", tmp_path / "t", tmp_path / "a",
-        tiny.Recorder(),
+        tiny.Recorder(), "identity",
     )  # fmt: skip
     after = family.transformer.state_dict()
     assert after.keys() == before.keys()
@@ -265,7 +265,7 @@ def test_gradient_checkpointing_trains_the_same_adapter(tmp_path):
             family.transformer.enable_gradient_checkpointing()
         train(
             family, tiny.tiny_examples(), [], [], tiny.tiny_settings(max_steps=3), "d-opsd", tmp_path / name / "train",
-            tmp_path / name / "adapters", tiny.Recorder(),
+            tmp_path / name / "adapters", tiny.Recorder(), "identity",
         )  # fmt: skip
         results.append(_adapter(tmp_path / name, "d-opsd"))
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
@@ -287,7 +287,7 @@ def test_a_bfloat16_base_trains_float32_adapters(tmp_path, kind, checkpointing):
     )
     train(
         family, tiny.tiny_examples(), [], [], settings, "d-opsd", tmp_path / "train",
-        tmp_path / "adapters", tiny.Recorder(),
+        tmp_path / "adapters", tiny.Recorder(), "identity",
     )  # fmt: skip
     assert all(row["train/grad_norm"] > 0 for row in _log(tmp_path))
     trained = _adapter(tmp_path, "d-opsd")

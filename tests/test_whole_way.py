@@ -209,7 +209,7 @@ def _take(recipe: str, file: Path, stand_in: dict[str, str]) -> None:
     """The recipe for its concept here, small."""
     concept, few = OTHERS[recipe]
     file.write_text((RECIPES / f"{recipe}.yaml").read_text())
-    edit_settings(file, _small(few) | stand_in | {"concepts": [concept], "tuning": {concept: {}}})
+    edit_settings(file, _small(few) | stand_in | {"concepts": [concept]})
 
 
 def test_two_families_one_after_another_by_dvc(

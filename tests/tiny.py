@@ -20,6 +20,8 @@ from PIL import Image
 
 from dopsd.config import Method, TrainSettings
 from dopsd.data.dataset import Example, Preview
+from dopsd.data.encoded import Encoded
+from dopsd.identity import training_identity
 from dopsd.models.base import Conditioning, Parts, Teaching
 from dopsd.models.loading import use_plain_attention
 from dopsd.models.z_image import ZImage
@@ -158,10 +160,19 @@ def run_tiny(
 ) -> TrainResult:
     """Train the tiny family on the tiny examples in ``folder/train`` and ``folder/adapters``."""
     family, prompts = tiny_family(), tiny_prompts()
+    examples = examples if examples is not None else tiny_examples()
     return train(
-        family, examples if examples is not None else tiny_examples(), [Preview("a fox", prompts[0], SIDE, SIDE)],
-        prompts, settings, method, folder / "train", folder / "adapters", observer or Recorder(),
+        family, examples, [Preview("a fox", prompts[0], SIDE, SIDE)], prompts, settings, method, folder / "train",
+        folder / "adapters", observer or Recorder(), tiny_identity(settings, method, examples, prompts),
     )  # fmt: skip
+
+
+def tiny_identity(
+    settings: TrainSettings, method: Method, examples: Sequence[Example], replay: Sequence[Conditioning] = ()
+) -> str:
+    """Of a training on the tiny family."""
+    encoded = Encoded(tuple(examples), (), tuple(("", prompt) for prompt in replay), 1, "")
+    return training_identity(settings, method, encoded.identity(settings.replay.weight > 0))
 
 
 class _Teller(Recorder):

@@ -15,6 +15,7 @@ import torch
 
 from dopsd.config import ModelSettings, Settings
 from dopsd.data.images import MULTIPLE
+from dopsd.versions import ENCODING_VERSION
 
 from .base import Family, Parts, Teaching
 from .folder import CONFIG, read_json
@@ -27,8 +28,6 @@ FAMILIES = {
     "krea-2": "dopsd.models.krea2:Krea2",
 }
 """Name in the settings to module and class."""
-ENCODING_VERSION = 2
-"""Raised when the same caption and pictures are encoded into something else than before."""
 
 Use = Literal["train", "draw", "teach"]
 """What a base is opened for: training needs no encoders, drawing no VLM, teaching all of it."""
@@ -39,7 +38,7 @@ COMMITS = Path(".cache/hub-commits.json")
 """Which commit a hub's name meant when the base was last identified: no stage may take another one than that."""
 
 __all__ = [
-    "ENCODING_VERSION", "FAMILIES", "Base", "Family", "ModelError", "Use", "family_class", "licence_of", "load_family",
+    "FAMILIES", "Base", "Family", "ModelError", "Use", "family_class", "licence_of", "load_family",
     "open_base", "references_rule", "remember_commits", "resolved", "teaching_of",
 ]  # fmt: skip
 
