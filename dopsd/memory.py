@@ -2,7 +2,7 @@
 
 ``dvc repro`` compares a stage with ``dvc.lock``, runs it and writes there what it left. Whoever else runs stages asks
 and tells the same file through here, so that what one door made is known at the other. DVC's own lock is held for
-milliseconds only, while a stage is compared or committed.
+milliseconds only, while a stage is compared or committed. As with DVC itself, the process must run inside the project.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ class PipelineError(ValueError):
 
 def reasons_to_run(stage: str, concept: str, root: Path) -> list[str]:
     """What changed since ``dvc.lock`` was written: dependencies, results, or all of it; empty where nothing did."""
-    name = f"{stage}@{concept}"
     with _project(root, concept) as repo:
-        found = _patiently(repo.status, targets=[name]).get(name, [])
-    return [reason for entry in found for reason in _reasons(entry)]
+        found = _patiently(repo.status, targets=[f"{stage}@{concept}"])
+    return [reason for entries in found.values() for entry in entries for reason in _reasons(entry)]
 
 
 def remember(stage: str, root: Path, concept: str | None = None) -> None:
