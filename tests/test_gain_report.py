@@ -76,7 +76,7 @@ def directly(one: Settings, folder: Path, count: int, seeds: int, drop: str | No
 
     ``drop``: a caption variant that this data set is taken not to have.
     """
-    one = one.of("blots")
+    one = one.of("blots", folder.parents[2])
     table = validate_concept(folder, "blots", one.data)
     table = replace(table, rows=tuple(
         replace(row, captions=tuple(pair for pair in row.captions if pair[0] != drop)) for row in table.rows

@@ -6,11 +6,11 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
+from docs.draw_house import DRAWING, draw, imports, room_of
 from dopsd.stages import STAGES
 
 ROOT = Path(__file__).parent.parent
@@ -53,35 +53,19 @@ def _name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def _imports(path: Path) -> Iterator[tuple[str, int]]:
-    """Full names of the modules that a file imports anywhere in it, relative ones resolved, with their lines."""
-    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = list(package[: len(package) - node.level + 1]) if node.level else []
-            module = ".".join([*base, *((node.module or "").split(".") if node.module else [])])
-            yield module, node.lineno
-            yield from ((f"{module}.{alias.name}", node.lineno) for alias in node.names)
-
-
-def _room(module: str) -> str | None:
-    parts = module.split(".")
-    if parts[0] == "emoji_turbo":
-        return parts[0]
-    return parts[1] if parts[0] == "dopsd" and len(parts) > 1 else None
-
-
 def test_the_arrows_point_one_way() -> None:
     wrong = []
     for path in _FILES:
-        room = _room(".".join(path.relative_to(ROOT).with_suffix("").parts))
-        for module, line in _imports(path) if room in ROOMS else ():
-            other = _room(module)
+        room = room_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        for module, line in imports(path) if room in ROOMS else ():
+            other = room_of(module)
             if other not in (None, room, *ROOMS[room]):
                 wrong.append(f"{_name(path)}:{line} imports {module}; {room} may import {sorted(ROOMS[room])}")
     assert not wrong
+
+
+def test_the_drawing_of_the_house_is_of_this_house() -> None:
+    assert DRAWING.read_text() == draw(), "python docs/draw_house.py"
 
 
 def test_the_package_knows_nothing_of_the_embedded_base() -> None:
@@ -90,7 +74,7 @@ def test_the_package_knows_nothing_of_the_embedded_base() -> None:
         f"{_name(path)}:{line} imports {module}"
         for path in _FILES
         if not _name(path).startswith("emoji_turbo/")
-        for module, line in _imports(path)
+        for module, line in imports(path)
         if module.partition(".")[0] == "emoji_turbo"
     ]
     assert not wrong
@@ -104,7 +88,7 @@ def test_nothing_outside_of_models_asks_which_family_it_has() -> None:
     for path in _FILES:
         if _name(path).startswith(("dopsd/models/", "emoji_turbo/")):
             continue
-        named = [module for module, _ in _imports(path) if module.rpartition(".")[2] in files]
+        named = [module for module, _ in imports(path) if module.rpartition(".")[2] in files]
         strings = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
         named += sorted(strings & {"z-image", "flux2-klein", "krea-2"})
         if named and (_name(path), named) != ("dopsd/config.py", ["z-image"]):
@@ -116,7 +100,7 @@ def test_heavy_libraries_are_imported_only_there() -> None:
     wrong = [
         f"{_name(path)}:{line} imports {module}"
         for path in _FILES
-        for module, line in _imports(path)
+        for module, line in imports(path)
         if (places := ONLY_THERE.get(module.partition(".")[0])) and not _name(path).startswith(places)
     ]
     assert not wrong
@@ -125,7 +109,7 @@ def test_heavy_libraries_are_imported_only_there() -> None:
 def test_nothing_is_pickled_and_yaml_is_safe() -> None:
     wrong = []
     for path in _FILES:
-        if any(module.partition(".")[0] in ("pickle", "joblib", "dill") for module, _ in _imports(path)):
+        if any(module.partition(".")[0] in ("pickle", "joblib", "dill") for module, _ in imports(path)):
             wrong.append(f"{_name(path)} imports a pickler")
         for call in (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)):
             name = ast.unparse(call.func)

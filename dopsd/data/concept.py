@@ -42,10 +42,10 @@ def add_concept(
     ``DataError`` for faults of the data, ``SettingsError`` for a name that is none, and :class:`ConceptError` for one
     that is taken, or where DVC refuses.
     """
-    root = Path(os.path.abspath(root))
+    root, name = Path(os.path.abspath(root)), concept_name(name)
     if not (root / ".dvc").is_dir():
         raise ConceptError(f"{root}: not a DVC project; run from the project's root, or `dvc init` there first")
-    target = root / CONCEPTS / concept_name(name)
+    target = root / CONCEPTS / name
     in_place = target.exists() and folder.exists() and target.samefile(folder)
     if os.path.lexists(target) and not in_place and not replace:
         raise ConceptError(f"{target} is there already; choose another name or pass --replace")
@@ -142,7 +142,8 @@ def list_concept(params: Path, name: str) -> None:
         place = listed.end_mark.index - 1
         added = f", {name}" if listed.value else name
     else:
-        place = listed.value[-1].end_mark.index
+        text += "" if text.endswith("\n") else "\n"
+        place = text.index("\n", listed.value[-1].end_mark.index)  # after a comment
         added = f"\n{' ' * listed.start_mark.column}- {name}"
     with whole_file(params) as partial:
         partial.write_text(text[:place] + added + text[place:], encoding="utf-8")
