@@ -19,7 +19,9 @@ SINGLE_VARIANT = "caption"
 """The variant name of a caption that was given alone."""
 _KEYS = ("image", "caption", "captions", "references")
 _SHOWN = 80
-_MAX_PARQUET_BYTES = 1 << 30
+_MAX_TEXT_BYTES = 64 << 10
+"""Of a caption's own file."""
+_MAX_JSONL_BYTES = _MAX_PARQUET_BYTES = 256 << 20
 _MAX_PARQUET_ROWS = 10_000_000
 
 
@@ -96,7 +98,7 @@ def read_texts(folder: Path, images: Sequence[str], texts: Sequence[str]) -> lis
 
 def _read_text(folder: Path, image: str, text: str) -> Record:
     record = Record(text, 1, image)
-    content = _read_bytes(folder / text, record)
+    content = _read_bytes(folder / text, record, _MAX_TEXT_BYTES)
     if content is not None:
         try:
             record.captions = {SINGLE_VARIANT: content.removeprefix(b"\xef\xbb\xbf").decode().rstrip("\r\n")}
@@ -105,11 +107,15 @@ def _read_text(folder: Path, image: str, text: str) -> Record:
     return record
 
 
-def _read_bytes(path: Path, record: Record) -> bytes | None:
+def _read_bytes(path: Path, record: Record, most: int) -> bytes | None:
     try:
         if not path.is_file():
             raise OSError("not an ordinary file")
-        return path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(most + 1)  # not by its size beforehand: a file may grow
+        if len(content) > most:
+            raise OSError(f"larger than {most >> 10:,} KiB; it should hold captions and paths only")
+        return content
     except OSError as error:
         record.problems.append((None, f"cannot be read ({shown(error.strerror or str(error))}); check it"))
         return None
@@ -121,7 +127,7 @@ def _read_bytes(path: Path, record: Record) -> bytes | None:
 def read_jsonl(folder: Path, source: str) -> Iterator[Record]:
     """A row for every line that is not blank."""
     whole = Record(source, 0)
-    content = _read_bytes(folder / source, whole)
+    content = _read_bytes(folder / source, whole, _MAX_JSONL_BYTES)
     if content is None:
         yield whole
         return
