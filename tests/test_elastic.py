@@ -76,7 +76,7 @@ def _workers() -> list[psutil.Process]:
 def test_a_job_grows_when_a_node_comes_and_goes_on_when_it_dies(cluster: Cluster, tmp_path: Path) -> None:
     root = make_project(tmp_path / "project", max_steps=100_000, checkpoint_steps=5, methods=["d-opsd"])
     how = ("launcher=ray", "workers=[1, 2]", "cpus_per_worker=1", "resize_seconds=1", "max_failures=1")
-    settings = load_settings(root / "params.yaml", [f"compute.{setting}" for setting in how]).of("blots")
+    settings = load_settings(root / "params.yaml", [f"compute.{setting}" for setting in how]).of("blots", root)
     for stage in ("validate", "encode"):
         STAGES[stage]("blots", settings, root)
     job = Job("elastic", read_encoded(root / "runs/blots/encoded"), settings.train, settings.model, root, "made from")
