@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -39,6 +40,23 @@ class Browser:
         WebDriverWait(self._driver, SECONDS).until(
             lambda driver: driver.execute_script(script) >= least, f"fewer than {least} pictures"
         )
+
+    def log_in_to_prefect(self, url: str, login: str) -> None:
+        """As a person does: paste the line into its only field."""
+        self.open(url, "Login")
+        self._driver.find_element(By.CSS_SELECTOR, "input[type=password]").send_keys(login)
+        self._driver.find_element(By.XPATH, "//button[normalize-space(.)='Login']").click()
+        self.wait("Dashboard")
+
+    def log_in_to_mlflow(self, url: str, login: str) -> None:
+        """What the browser's own dialogue does, which no script can fill in: from here on it sends ``login`` along."""
+        self._driver.get(url.replace("://", f"://{login}@"))
+        self.open(url, "Welcome to MLflow")  # a page with a password in its address may fetch nothing
+
+    def run(self, script: str, *arguments: object) -> Any:
+        """What an async JavaScript function with this body returns, called in the page."""
+        code = f"const done = arguments[arguments.length - 1]; (async (...given) => {{{script}}})(...arguments)"
+        return self._driver.execute_async_script(f"{code}.then(done, error => done(String(error)))", *arguments)
 
     def click(self, text: str) -> None:
         """Click on what says just ``text``."""

@@ -10,6 +10,7 @@ What Ray's workers run is ``worker``; Ray itself is imported when it is used.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import socket
 import threading
@@ -37,6 +38,7 @@ _OWN_RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # of cloud nodes; here a process for nothing
     "RAY_worker_niceness": "0",  # Ray would let everything else on the machine go before training
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name: else Ray leaves loopback on Linux too
+    "RAY_AUTH_MODE": "token",
 }
 _OWN_RAY = {
     "object_store_memory": 256 * 2**20,  # it carries little more than the encoded examples
@@ -64,6 +66,10 @@ def connect_ray(compute: ComputeSettings) -> None:
     address = os.environ.get("RAY_ADDRESS")
     for name, value in (_RAY_ENVIRONMENT | ({} if address else _OWN_RAY_ENVIRONMENT)).items():
         os.environ.setdefault(name, value)
+    if not address and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        # Other users of this machine reach its ports. Left alone Ray would write a token into the home folder, and take
+        # that of whatever made one there before.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
     with _RAY_LOCK:

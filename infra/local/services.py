@@ -34,6 +34,8 @@ def up(stack: Stack) -> None:
     supervisor = Supervisor(stack)
     if running := supervisor.pid() is not None:
         stack = stack.as_started()
+        if not stack.logins.made:
+            raise ServiceError("what runs is of an earlier version that asks for no password: `make down`, `make up`")
         if all(health.is_healthy(stack, name) for name in SERVICES) and health.registered(stack):
             OUT.print("It already runs.")
             return _explain(stack, supervisor)
@@ -137,7 +139,10 @@ def _table(stack: Stack, supervisor: Supervisor) -> Table:
 def _explain(stack: Stack, supervisor: Supervisor) -> None:
     OUT.print(_table(stack, supervisor))
     OUT.print(
-        f"\nIn a shell that is to use it:  source {stack.shown(stack.env_file)}\n"
+        "\nLog in, in a browser once:\n"
+        f"  Prefect                      the whole line in {stack.shown(stack.logins.prefect_file)}\n"
+        f"  MLflow                       user:password in {stack.shown(stack.logins.mlflow_file)}\n"
+        f"In a shell that is to use it:  source {stack.shown(stack.env_file)}   (logs in too)\n"
         "Train on it:                   prefect deployment run dopsd/train\n"
         "After changing prefect.yaml:   prefect --no-prompt deploy --all\n"
         f"See what they say:             tail -f {stack.shown(stack.log('worker'))}   (or mlflow, prefect, ray)\n"
