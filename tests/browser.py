@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from selenium import webdriver
@@ -73,6 +75,33 @@ class Browser:
         path.write_bytes(self._driver.get_screenshot_as_png())
 
 
+class _Empty(BaseHTTPRequestHandler):
+    """One page for every address, and no log."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<!doctype html><body>a foreign page")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def foreign_page() -> Iterator[str]:
+    """The address of a page of somebody else on this machine: of another port, so of another origin."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Empty)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
 @contextmanager
 def browser() -> Iterator[Browser]:
     """A browser that ends with the block."""
@@ -81,6 +110,7 @@ def browser() -> Iterator[Browser]:
     for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size={},{}".format(*SIZE)):
         options.add_argument(flag)
     driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    driver.set_script_timeout(SECONDS)
     try:
         yield Browser(driver)
     finally:

@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -38,7 +39,6 @@ _OWN_RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # of cloud nodes; here a process for nothing
     "RAY_worker_niceness": "0",  # Ray would let everything else on the machine go before training
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name: else Ray leaves loopback on Linux too
-    "RAY_AUTH_MODE": "token",
 }
 _OWN_RAY = {
     "object_store_memory": 256 * 2**20,  # it carries little more than the encoded examples
@@ -66,10 +66,8 @@ def connect_ray(compute: ComputeSettings) -> None:
     address = os.environ.get("RAY_ADDRESS")
     for name, value in (_RAY_ENVIRONMENT | ({} if address else _OWN_RAY_ENVIRONMENT)).items():
         os.environ.setdefault(name, value)
-    if not address and "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        # Other users of this machine reach its ports. Left alone Ray would write a token into the home folder, and take
-        # that of whatever made one there before.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if not address:
+        _want_a_token()
     import ray
 
     with _RAY_LOCK:
@@ -83,6 +81,15 @@ def connect_ray(compute: ComputeSettings) -> None:
         except (OSError, RuntimeError, ValueError) as error:
             where = f"the cluster at {address}" if address else "a Ray on this machine"
             raise LaunchError(f"cannot reach {where}: {str(error).strip().splitlines()[0]}") from None
+
+
+def _want_a_token() -> None:
+    """Other users of this machine reach the ports of a Ray of our own, so it is to take nothing without a token, one
+    that no file holds. Left alone it would make one in the home folder, or take what lies there, whoever knows it."""
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if "ray" not in sys.modules:  # it reads this when it is imported; later it asks for tokens by its own default
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _start(address: str, own: dict[str, Any]) -> None:
