@@ -7,6 +7,7 @@ this machine, on any port: on a shared machine that is a page of any user.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from flask import Request, Response, request
 
@@ -29,7 +30,7 @@ def is_foreign(asked: Request) -> bool:
     A link to a page is followed from anywhere; what it shows stays in a window of its own.
     """
     origin = asked.headers.get("Origin")
-    if origin is not None and origin != asked.host_url.rstrip("/"):
+    if origin is not None and urlsplit(origin).netloc != asked.host:  # behind a proxy the scheme is another here
         return True
     if asked.headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin"):
         return False
