@@ -146,8 +146,10 @@ class PrefectLogin(httpx.Auth):
             client = str(uuid4())
             ask = httpx.Request("GET", f"{self._api}/csrf-token", params={"client": client})
             answer = yield next(self._basic.auth_flow(ask))
+            if not answer.is_success:
+                return  # the caller gets this answer: a wrong password, or a server that is busy
             request.headers["Prefect-Csrf-Client"] = client
-            request.headers["Prefect-Csrf-Token"] = answer.json().get("token", "") if answer.is_success else ""
+            request.headers["Prefect-Csrf-Token"] = answer.json()["token"]
         yield next(self._basic.auth_flow(request))
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import health
+from .logins import USER
 from .processes import Supervisor, below, end, of_stack
 from .stack import PORTS, SERVICES, ServiceError, Stack
 
@@ -141,7 +142,7 @@ def _explain(stack: Stack, supervisor: Supervisor) -> None:
     OUT.print(
         "\nLog in, in a browser once:\n"
         f"  Prefect                      the whole line in {stack.shown(stack.logins.prefect_file)}\n"
-        f"  MLflow                       user:password in {stack.shown(stack.logins.mlflow_file)}\n"
+        f"  MLflow                       user {USER}, password after the colon in {stack.shown(stack.logins.mlflow_file)}\n"
         f"In a shell that is to use it:  source {stack.shown(stack.env_file)}   (logs in too)\n"
         "Train on it:                   prefect deployment run dopsd/train\n"
         "After changing prefect.yaml:   prefect --no-prompt deploy --all\n"
