@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from infra.local.logins import PrefectLogin
+from infra.local.logins import PrefectLogin, write_private
 from tests import attacks, stack
 from tests.browser import CHROMIUM, DRIVER, browser, foreign_page
 from tests.stack import Stack, until
@@ -171,6 +171,24 @@ def test_a_second_up_starts_nothing(service: Stack) -> None:
     assert "user dopsd, password after the colon in .cache/services/mlflow-login" in again.stdout
     assert service.logins.mlflow[1] not in again.stdout
     assert before >= {process.pid for process in service.processes()}
+    assert service.run("status").returncode == 0
+
+
+def test_a_password_that_is_not_taken_is_one_clear_line(service: Stack) -> None:
+    for file in (service.logins.mlflow_file, service.logins.prefect_file):
+        kept = file.read_text()
+        try:
+            file.write_text("dopsd:another\n")
+            wrong = service.run("status")
+            file.unlink()
+            none = service.run("up")
+        finally:
+            write_private(file, kept)
+        name = file.name.removesuffix("-login")
+        assert wrong.returncode == none.returncode == 1
+        said = f"{name} does not take the password in .cache/services/{file.name}: `make down`, delete that file"
+        assert said in wrong.stderr.splitlines()[-1]
+        assert "of an earlier version that asks for no password" in none.stderr
     assert service.run("status").returncode == 0
 
 

@@ -138,11 +138,12 @@ def _table(stack: Stack, supervisor: Supervisor) -> Table:
 
 
 def _explain(stack: Stack, supervisor: Supervisor) -> None:
+    prefect, mlflow = stack.shown(stack.logins.prefect_file), stack.shown(stack.logins.mlflow_file)
     OUT.print(_table(stack, supervisor))
     OUT.print(
         "\nLog in, in a browser once:\n"
-        f"  Prefect                      the whole line in {stack.shown(stack.logins.prefect_file)}\n"
-        f"  MLflow                       user {USER}, password after the colon in {stack.shown(stack.logins.mlflow_file)}\n"
+        f"  Prefect                      the whole line in {prefect}\n"
+        f"  MLflow                       user {USER}, password after the colon in {mlflow}\n"
         f"In a shell that is to use it:  source {stack.shown(stack.env_file)}   (logs in too)\n"
         "Train on it:                   prefect deployment run dopsd/train\n"
         "After changing prefect.yaml:   prefect --no-prompt deploy --all\n"
