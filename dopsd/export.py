@@ -157,7 +157,7 @@ def check_export(
     pipeline = DiffusionPipeline.from_pretrained(base, torch_dtype=dtype, use_safetensors=True).to(device)
     pipeline.set_progress_bar_config(disable=True)
     before = _draw(pipeline, drawn, family)
-    pipeline.load_lora_weights(export, weight_name=file)
+    pipeline.load_lora_weights(export, weight_name=file, use_safetensors=True)
     if not pipeline.get_active_adapters():
         raise ExportError(
             f"{export / file}: diffusers loads it as nothing; the names of its tensors do not fit the base"

@@ -223,7 +223,7 @@ def test_make_secrets_makes_each_secret_once(tmp_path: Path) -> None:
     assert set(made) == set(COMPOSE["secrets"])
     assert (tmp_path / "secrets").stat().st_mode & 0o777 == 0o700
     assert len(made["oauth2_cookie_secret"]) == 32
-    assert made["s3_secret_key"] in made["s3_credentials"]
+    assert made["s3_secret_key"] in made["s3_root_credentials"]
     assert not any(made[name].endswith(b"\n") for name in ("ray_auth_token", "prefect_auth", "postgres_password"))
     subprocess.run([script], check=True, capture_output=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "secrets").iterdir()} == made

@@ -55,7 +55,7 @@ class FewStepModel(mlflow.pyfunc.PythonModel):
         self.pipeline = DiffusionPipeline.from_pretrained(
             stored or config["base"], torch_dtype=dtype, use_safetensors=True, **named
         )
-        self.pipeline.load_lora_weights(context.artifacts["adapter"])
+        self.pipeline.load_lora_weights(context.artifacts["adapter"], use_safetensors=True)
         if not self.pipeline.get_active_adapters():
             raise RuntimeError("the adapter loaded as nothing: this diffusers is not the one it was made for")
         self.pipeline.to("cuda" if torch.cuda.is_available() else "cpu")

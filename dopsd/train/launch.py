@@ -10,8 +10,10 @@ What Ray's workers run is ``worker``; Ray itself is imported when it is used.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import socket
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -64,6 +66,8 @@ def connect_ray(compute: ComputeSettings) -> None:
     address = os.environ.get("RAY_ADDRESS")
     for name, value in (_RAY_ENVIRONMENT | ({} if address else _OWN_RAY_ENVIRONMENT)).items():
         os.environ.setdefault(name, value)
+    if not address:
+        _want_a_token()
     import ray
 
     with _RAY_LOCK:
@@ -77,6 +81,15 @@ def connect_ray(compute: ComputeSettings) -> None:
         except (OSError, RuntimeError, ValueError) as error:
             where = f"the cluster at {address}" if address else "a Ray on this machine"
             raise LaunchError(f"cannot reach {where}: {str(error).strip().splitlines()[0]}") from None
+
+
+def _want_a_token() -> None:
+    """Other users of this machine reach the ports of a Ray of our own, so it is to take nothing without a token, one
+    that no file holds. Left alone it would make one in the home folder, or take what lies there, whoever knows it."""
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if "ray" not in sys.modules:  # it reads this when it is imported; later it asks for tokens by its own default
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _start(address: str, own: dict[str, Any]) -> None:
