@@ -103,8 +103,9 @@ def run(concept: str, variant: str, seed: int) -> None:
 @cache
 def _done() -> Path:
     """Where finished runs of today's base are."""
-    from dopsd.config import load_settings
     from dopsd.pipeline import hash_path
+
+    from dopsd.config import load_settings
 
     base = ROOT / load_settings(ROOT / "params.yaml").model.path
     return WORK / "done" / hash_path(base, ROOT)[:16]

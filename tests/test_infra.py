@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+
+from dopsd.memory import reasons_to_run, remember
 
 ROOT = Path(__file__).parent.parent
 INFRA = ROOT / "infra"
@@ -122,6 +125,24 @@ def test_the_image_is_pinned_and_does_not_run_as_root() -> None:
     users = [rest for word, rest in steps if word == "USER"]
     assert users
     assert users[-1].partition(":")[0] not in ("root", "0")
+
+
+def test_containers_remember_on_their_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The image's own commands, in a folder that stands for ``/app``."""
+    (command,) = [rest for word, rest in _dockerfile() if word == "RUN" and "dvc init" in rest]
+    command = command.replace("/app", str(tmp_path)).partition("&& chown")[0]
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "dvc.yaml").write_text('stages: {x: {matrix: {c: [a]}, cmd: "true", outs: ["runs/${item.c}/o"]}}')
+    (tmp_path / "runs/a/o").write_text("made")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    done = subprocess.run(["bash", "-ec", command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    remember("x", tmp_path, "a")
+    assert reasons_to_run("x", "a", tmp_path) == []
+    assert (tmp_path / "dvc.lock").is_symlink()
+    assert "runs/a/o" in (tmp_path / "runs/dvc.lock").read_text()
+    assert list((tmp_path / ".cache/dvc/files").rglob("*")), "DVC's cache is on a volume too"
 
 
 def test_what_the_image_copies_is_there_and_not_ignored() -> None:
