@@ -131,6 +131,8 @@ class TeacherSettings(_Settings):
 
 
 class ReplaySettings(_Settings):
+    """Every method's, whichever is trained: the base's own prompts, held to the frozen base (docs/method.md)."""
+
     weight: Annotated[float, Field(ge=0)] = 0.0
     prompts: tuple[str, ...] = ()
 
@@ -178,20 +180,21 @@ class TrainSettings(_Settings):
                 steps += (f", then on to {self.sft_steps_at_equal_compute()} for equal compute: as much work again as "
                           "d-opsd, and only to compare (train.methods: [d-opsd] leaves it out)")  # fmt: skip
             parts.append(steps)
-        return f"{'; '.join(parts)}; {self.batch_size * self.accumulation} images a step"
+        replayed = ", each with a replayed prompt beside it" if self.replay.weight > 0 else ""
+        return f"{'; '.join(parts)}; {self.batch_size * self.accumulation} images a step{replayed}"
 
     def sft_steps_at_equal_compute(self) -> int:
         """How many SFT steps cost as much as ``max_steps`` of D-OPSD, where a backward pass costs two forwards.
 
-        A step of a roll-out is one teacher forward (a second one with guidance) and a student forward and backward;
-        replay adds such a roll-out without guidance. SFT has one student forward and backward.
+        A step of a roll-out is one teacher forward (a second one with guidance) and a student forward and backward.
+        SFT has one student forward and backward. Replay adds the same to both: a roll-out without guidance.
         """
         factor = self.sft_compute_factor
         if factor is None:
             student, teacher = 3, 1
-            rollout = student + teacher * (2 if self.teacher.guidance != 1 else 1)
-            replayed = student + teacher if self.replay.weight > 0 else 0
-            factor = self.rollout_steps * (rollout + replayed) / student
+            rollout = self.rollout_steps * (student + teacher * (2 if self.teacher.guidance != 1 else 1))
+            replayed = self.rollout_steps * (student + teacher) if self.replay.weight > 0 else 0
+            factor = (rollout + replayed) / (student + replayed)
         return round(factor * self.max_steps)
 
 

@@ -1,7 +1,8 @@
 """The trainer against the method written down plainly: one loop, without peft, accelerate or checkpoints.
 
-Everything that a setting promises is in it: guidance, the x0 loss, replay by the frozen base, the schedule, betas and
-decay, clipping, the EMA, flow matching at the grid's shifted levels. A trainer that ignores one of them ends elsewhere.
+Everything that a setting promises is in it: guidance, the x0 loss, replay by the frozen base beside either method, the
+schedule, betas and decay, clipping, the EMA, flow matching at the grid's shifted levels. A trainer that ignores one of
+them ends elsewhere.
 """
 
 from __future__ import annotations
@@ -85,21 +86,19 @@ def reference(s: TrainSettings, method: str) -> PlainLora:
         turns = []
         for index in next(batches):
             noise = family.initial_latents(1, 64, 64, draw)
+            uniform = float(torch.rand(1, generator=draw)) if method == "sft" else 0.0
+            old = int(torch.randint(len(replay), (1,), generator=draw)) if s.replay.weight else 0
+            other = family.initial_latents(1, 64, 64, draw) if s.replay.weight else noise
+            turns.append((examples[index], noise, uniform, replay[old], other))
+        for e, noise, uniform, old, other in turns:
             if method == "sft":
-                turns.append((index, noise, float(torch.rand(1, generator=draw)), None))
-            else:
-                old = int(torch.randint(len(replay), (1,), generator=draw)) if s.replay.weight else None
-                turns.append((index, noise, old, family.initial_latents(1, 64, 64, draw) if s.replay.weight else None))
-        for index, noise, chosen, other in turns:
-            e = examples[index]
-            if method == "sft":
-                level = 3 * chosen / (1 + 2 * chosen)
+                level = 3 * uniform / (1 + 2 * uniform)
                 mine = u((1 - level) * e.latents + level * noise, level, e.prompt, lora.student)
                 loss = loss + (mine - (noise - e.latents)).square().mean()
             else:
                 loss = loss + roll_out(noise, e.prompt, e.context, lora.teacher, s.teacher.guidance)
-                if s.replay.weight:
-                    loss = loss + s.replay.weight * roll_out(other, replay[chosen], replay[chosen], None, 1.0)
+            if s.replay.weight:
+                loss = loss + s.replay.weight * roll_out(other, old, old, None, 1.0)
         grads = torch.autograd.grad(loss / len(turns), theta)
         norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
         warm = step / s.warmup_steps if step <= s.warmup_steps else None
@@ -123,7 +122,8 @@ def reference(s: TrainSettings, method: str) -> PlainLora:
     ("method", "changes"),
     [("d-opsd", {}), ("d-opsd", {"loss": "velocity", "schedule": "linear", "replay": {"weight": 0.0}}),
      ("d-opsd", {"teacher": {"decay": 0.7, "guidance": 1.0}, "clip_norm": 1e9, "weight_decay": 0.0}),
-     ("sft", {}), ("sft", {"schedule": "constant", "warmup_steps": 0, "clip_norm": 1e9})],
+     ("sft", {}), ("sft", {"loss": "velocity"}),
+     ("sft", {"replay": {"weight": 0.0}, "schedule": "constant", "warmup_steps": 0, "clip_norm": 1e9})],
 )  # fmt: skip
 def test_the_trainer_ends_where_the_plain_loop_ends(tmp_path, method, changes):
     settings = TrainSettings.model_validate(FULL | changes | {"methods": [method]})

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 STEPS = 3
 RUNS = {
     "d-opsd": {"batch_size": 4, "replay": {"weight": 0.5, "prompts": ["a fox"]}},
-    "sft": {"batch_size": 1, "accumulation": 3},
+    "sft": {"batch_size": 1, "accumulation": 3, "replay": {"weight": 0.5, "prompts": ["a fox"]}},
 }
 """A batch that two processes share evenly, and one of which the first takes two examples and the second one."""
 

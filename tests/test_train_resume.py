@@ -16,7 +16,7 @@ from tests import tiny
 ROOT = Path(__file__).parent.parent
 METHODS = {
     "d-opsd": {"teacher": {"guidance": 1.5, "decay": 0.9}, "replay": {"weight": 0.5, "prompts": ["a fox"]}},
-    "sft": {"schedule": "cosine", "warmup_steps": 2},
+    "sft": {"schedule": "cosine", "warmup_steps": 2, "replay": {"weight": 0.5, "prompts": ["a fox"]}},
 }
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dopsd.config import TrainSettings
+from dopsd.config import METHODS, TrainSettings
 from dopsd.distill.adapters import adapter_applied, add_adapters
 from dopsd.train.objective import Objective
-from dopsd.train.trainer import TrainError, learning_rate, milestones
+from dopsd.train.trainer import TrainError, learning_rate, milestones, train
 from tests import tiny
 
 REPLAY = {"weight": 0.5, "prompts": ["a fox"]}
@@ -25,7 +25,7 @@ def _log(folder):
     return [json.loads(line) for line in (folder / "train" / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", ["d-opsd", "sft", "off-policy"])
+@pytest.mark.parametrize("method", METHODS)
 def test_gradients_of_4_examples_one_by_one_are_those_of_the_batch(method):
     """Each example has its own draws, whatever it is batched with; prompts of other lengths do not matter either."""
     family, examples, settings = tiny.tiny_family(), tiny.tiny_examples(4), tiny.tiny_settings(replay=REPLAY)
@@ -49,7 +49,7 @@ def test_gradients_of_4_examples_one_by_one_are_those_of_the_batch(method):
         losses.append(sums)
         for parameter in pair.student_parameters():
             parameter.grad = None
-    assert losses[0].keys() == ({"train/loss", "train/replay_loss"} if method == "d-opsd" else {"train/loss"})
+    assert losses[0].keys() == {"train/loss", "train/replay_loss"}
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-7)
     scale = max(float(g.abs().max()) for g in gradients[0])
     for whole, parts in zip(*gradients, strict=True):
@@ -81,8 +81,6 @@ def test_the_family_comes_back_as_it_was_and_the_adapter_changes_it(tmp_path):
     before = {name: value.clone() for name, value in family.transformer.state_dict().items()}
     noise = family.initial_latents(1, 64, 64, torch.Generator().manual_seed(0))
     base = family.predict_velocity(noise, torch.tensor(1.0), tiny.tiny_prompts(1))
-    from dopsd.train.trainer import train
-
     result = train(
         family, tiny.tiny_examples(), [], [], tiny.tiny_settings(), "d-opsd", tmp_path / "t", tmp_path / "a",
         tiny.Recorder(), "identity",
@@ -117,8 +115,9 @@ def test_sft_is_kept_at_equal_images_and_goes_on_to_equal_compute(tmp_path):
         ({}, 16 / 3),  # 4 x (1 teacher forward + 3 for the student's forward and backward) against 3
         ({"rollout_steps": 2}, 8 / 3),
         ({"teacher": {"guidance": 1.5}}, 20 / 3),  # the teacher without its picture, too
-        ({"replay": {"weight": 1.0, "prompts": ["a fox"]}}, 32 / 3),
-        ({"teacher": {"guidance": 1.5}, "replay": {"weight": 1.0, "prompts": ["a fox"]}}, 36 / 3),
+        ({"replay": {"weight": 1.0, "prompts": ["a fox"]}}, 32 / 19),  # 4 x (1 + 3) more for either of the two
+        ({"teacher": {"guidance": 1.5}, "replay": {"weight": 1.0, "prompts": ["a fox"]}}, 36 / 19),
+        ({"rollout_steps": 2, "replay": {"weight": 1.0, "prompts": ["a fox"]}}, 16 / 11),
         ({"sft_compute_factor": 2.0}, 2),
     ],
 )
@@ -127,6 +126,42 @@ def test_equal_compute_counts_every_pass_through_the_model(changes, factor):
         {"max_steps": 60, "batch_size": 1, "learning_rate": 1.0, "rollout_steps": 4, **changes}
     )
     assert milestones(settings, "sft") == {60: "sft", round(60 * factor): "sft-compute"}
+
+
+def test_what_is_going_to_be_trained_is_said_with_its_replay():
+    plain, replayed = tiny.tiny_settings(methods=["sft"]), tiny.tiny_settings(methods=["sft"], replay=REPLAY)
+    assert plain.work().startswith("sft, 6 steps, then on to 9 for equal compute")
+    assert replayed.work() == f"{plain.work()}, each with a replayed prompt beside it"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_replays_prompts_that_are_not_there(tmp_path, method):
+    with pytest.raises(TrainError, match=r"no replay prompts were encoded"):
+        train(
+            tiny.tiny_family(), tiny.tiny_examples(), [], [], tiny.tiny_settings(replay=REPLAY), method,
+            tmp_path / "t", tmp_path / "a", tiny.Recorder(),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_replay_draws_nothing_where_it_is_off(method):
+    """Switched off it costs nothing, and the same example comes with the same noise as ever."""
+    family, examples, prompts = tiny.tiny_family(), tiny.tiny_examples(1), tiny.tiny_prompts()
+    drawn, after = [], []
+    for settings in (tiny.tiny_settings(), tiny.tiny_settings(replay=REPLAY)):
+        pair = add_adapters(family.transformer, settings.lora, family.lora_targets, 0)
+        objective = Objective(method, settings, family, family.predict_velocity, pair, examples, [None], prompts)
+        generator = torch.Generator().manual_seed(0)
+        drawn.append(objective.draw(0, generator))
+        after.append(float(torch.rand(1, generator=generator)))
+        pair.remove()
+    off, on = drawn
+    assert torch.equal(off.noise, on.noise)
+    assert off.level == on.level
+    assert (off.replay, off.replay_noise) == (None, None)
+    assert on.replay is not None
+    assert on.replay_noise is not None
+    assert after[0] != after[1]
 
 
 def test_max_minutes_stops_between_steps_and_a_longer_limit_goes_on(tmp_path):
@@ -256,8 +291,6 @@ def test_a_run_that_blows_up_says_so_and_gives_the_family_back(tmp_path):
 
 
 def test_gradient_checkpointing_trains_the_same_adapter(tmp_path):
-    from dopsd.train.trainer import train
-
     results = []
     for name in ("plain", "checkpointed"):
         family = tiny.tiny_family()
@@ -275,8 +308,6 @@ def test_gradient_checkpointing_trains_the_same_adapter(tmp_path):
 @pytest.mark.parametrize("kind", ["ema", "copy"])
 def test_a_bfloat16_base_trains_float32_adapters(tmp_path, kind, checkpointing):
     """The path that a GPU takes: two live adapters (in float32 the teacher is merged), autocast, checkpointing."""
-    from dopsd.train.trainer import train
-
     family = tiny.tiny_family()
     family.transformer.to(torch.bfloat16)
     family.dtype = torch.bfloat16

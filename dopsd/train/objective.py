@@ -19,6 +19,8 @@ from dopsd.distill.adapters import AdapterPair
 from dopsd.distill.rollout import Velocity, rollout
 from dopsd.models.base import Conditioning, Family
 
+_FLOW_MATCHING = ("sft", "sft-teacher")
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -30,6 +32,7 @@ class Draw:
     level: Tensor | None = None
     """``[1]`` uniform, for flow matching."""
     replay: int | None = None
+    """Which of the base's own prompts is replayed beside the example; ``None`` without replay."""
     replay_noise: Tensor | None = None
 
 
@@ -51,57 +54,62 @@ class Objective:
         self._method, self._settings, self._family = method, settings, family
         self._predict, self._adapters = predict, adapters
         self._examples, self._targets = examples, targets
-        self._replay = replay if method == "d-opsd" and settings.replay.weight > 0 else ()
+        self._replay = replay if settings.replay.weight > 0 else ()
         self._grids: dict[tuple[int, int, int], Tensor] = {}
 
     def draw(self, index: int, generator: torch.Generator) -> Draw:
         """The random numbers of one turn of example ``index``."""
         height, width = self._examples[index].height, self._examples[index].width
         noise = self._family.initial_latents(1, height, width, generator)
-        if self._method in ("sft", "sft-teacher"):
-            return Draw(index, noise, level=torch.rand(1, generator=generator))
+        level = torch.rand(1, generator=generator) if self._method in _FLOW_MATCHING else None
         if not self._replay:
-            return Draw(index, noise)
+            return Draw(index, noise, level)
         chosen = int(torch.randint(len(self._replay), (1,), generator=generator))
-        return Draw(index, noise, None, chosen, self._family.initial_latents(1, height, width, generator))
+        return Draw(index, noise, level, chosen, self._family.initial_latents(1, height, width, generator))
 
     def backward(self, draws: Sequence[Draw], weight: float, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
-        """Add the gradients of ``weight * loss`` to the student; returns the parts of the loss, detached."""
+        """Add the gradients of ``weight * loss`` to the student; returns the parts of the loss, detached.
+
+        Replay is added to every method alike, so that a comparison of two methods is not one of with and without it.
+        """
+        parts = {"train/loss": self._backward_method(draws, weight, backward)}
+        if self._replay:
+            parts["train/replay_loss"] = self._backward_replay(draws, weight, backward)
+        return parts
+
+    def _backward_method(self, draws: Sequence[Draw], weight: float, backward: Callable[[Tensor], None]) -> Tensor:
+        """The method's own loss, on the examples."""
         examples = [self._examples[draw.index] for draw in draws]
         noise = torch.cat([draw.noise for draw in draws])
         prompts = [_to(example.prompt, noise.device) for example in examples]
         height, width = examples[0].height, examples[0].width
-        if self._method in ("sft", "sft-teacher"):
+        if self._method in _FLOW_MATCHING:
             uniform = torch.cat([draw.level for draw in draws if draw.level is not None])
             sigma = self._family.levels(uniform, self._settings.rollout_steps, height, width).to(noise.device)
-            loss = baselines.flow_matching(
+            return baselines.flow_matching(
                 self._predict, self._adapters, self._latents(draws, noise), noise, sigma, prompts,
                 weight=weight, backward=backward,
             )  # fmt: skip
-            return {"train/loss": loss}
         sigmas = self._grid(self._settings.rollout_steps, height, width).to(noise.device)
         contexts = [_to(example.context, noise.device) for example in examples]
         teacher, loss_kind, guidance = self._adapters.teacher, self._settings.loss, self._settings.teacher.guidance
         if self._method == "off-policy":
-            loss = baselines.off_policy(
+            return baselines.off_policy(
                 self._predict, self._adapters, self._latents(draws, noise), noise, sigmas, prompts, contexts,
                 teacher=teacher, loss=loss_kind, guidance=guidance, weight=weight, backward=backward,
             )  # fmt: skip
-            return {"train/loss": loss}
         _, loss = rollout(
             self._predict, self._adapters, noise, sigmas, prompts, contexts, teacher=teacher, loss=loss_kind,
             guidance=guidance, weight=weight, backward=backward,
         )  # fmt: skip
-        if not self._replay:
-            return {"train/loss": loss}
-        return {"train/loss": loss, "train/replay_loss": self._backward_replay(draws, sigmas, weight, backward)}
+        return loss
 
-    def _backward_replay(
-        self, draws: Sequence[Draw], sigmas: Tensor, weight: float, backward: Callable[[Tensor], None]
-    ) -> Tensor:
+    def _backward_replay(self, draws: Sequence[Draw], weight: float, backward: Callable[[Tensor], None]) -> Tensor:
         """A roll-out on the base's own prompts: the frozen base, shown no image, says what is to be kept."""
         noise = torch.cat([draw.replay_noise for draw in draws if draw.replay_noise is not None])
         prompts = [_to(self._replay[draw.replay], noise.device) for draw in draws if draw.replay is not None]
+        example = self._examples[draws[0].index]
+        sigmas = self._grid(self._settings.rollout_steps, example.height, example.width).to(noise.device)
         _, loss = rollout(
             self._predict, self._adapters, noise, sigmas, prompts, prompts, teacher=None, loss=self._settings.loss,
             weight=weight * self._settings.replay.weight, backward=backward,

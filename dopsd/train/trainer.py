@@ -139,7 +139,7 @@ def _check(
         raise TrainError("no training examples: encode the concept first")
     if method in ("sft", "off-policy") and any(example.latents is None for example in examples):
         raise TrainError(f"method {method} needs the clean latents of every target image, and some examples have none")
-    if method == "d-opsd" and settings.replay.weight > 0 and not replay:
+    if settings.replay.weight > 0 and not replay:
         raise TrainError("replay.weight is above 0 but no replay prompts were encoded; set replay.prompts")
 
 
