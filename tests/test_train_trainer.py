@@ -139,7 +139,7 @@ def test_no_method_replays_prompts_that_are_not_there(tmp_path, method):
     with pytest.raises(TrainError, match=r"no replay prompts were encoded"):
         train(
             tiny.tiny_family(), tiny.tiny_examples(), [], [], tiny.tiny_settings(replay=REPLAY), method,
-            tmp_path / "t", tmp_path / "a", tiny.Recorder(),
+            tmp_path / "t", tmp_path / "a", tiny.Recorder(), "identity",
         )  # fmt: skip
 
 
