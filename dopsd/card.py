@@ -17,10 +17,10 @@ _LISTED_LICENCES = ("apache-2.0", "mit", "openrail", "creativeml-openrail-m", "c
 
 
 def card_of(
-    concept: str, settings: Settings, table: ConceptTable, run: Path, base: Base, asked: tuple[Request, int, int]
+    concept: str, settings: Settings, table: ConceptTable, run: Path, base: Base, example: tuple[Request, int, int]
 ) -> Card:
     """The card of the first method's adapter in ``run``. ``asked``: an example request with height and width."""
-    train, (request, height, width) = settings.train, asked
+    train, (request, height, width) = settings.train, example
     call = family_class(settings.model).call(request, height, width, settings.evaluation.few)
     licence = settings.model.licence or licence_of(base.source)
     trained = read_json(run / "adapters" / f"{train.methods[0]}.json", "train")

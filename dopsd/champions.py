@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dopsd.config import Settings
 from dopsd.files import write_json
-from dopsd.identity import Made, plan_of, questions_of, version_made_of
+from dopsd.identity import VersionIdentity, plan_of, questions_of, version_identity
 from dopsd.models import ModelError, family_class, open_base, resolved
 from dopsd.models.base import Request
 from dopsd.project import cache_of, load_base, read_concept, read_json, run_folder, world_of
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
     from dopsd.data.manifest import ConceptTable
 
 
-def made_today(concept: str, content_hash: str, settings: Settings, root: Path) -> Made:
+def identity_today(concept: str, content_hash: str, settings: Settings, root: Path) -> VersionIdentity:
     """What a version of ``concept`` would be made from today. ``content_hash``: of its data."""
     own = resolved(settings.of(concept, root))
-    return version_made_of(content_hash, own, open_base(own.model, root))
+    return version_identity(content_hash, own, open_base(own.model, root))
 
 
 def reasons_to_train(concept: str, table: ConceptTable, settings: Settings, root: Path) -> list[str]:
     """Why ``concept`` is to be tuned again; empty where its champion, or its latest candidate that the gate judged, was
     made from just this data, base, method and settings. Raises ``RegistryAway``."""
     registry = Registry(root)
-    now = made_today(concept, table.content_hash, settings, root)
+    now = identity_today(concept, table.content_hash, settings, root)
     champion = registry.champion(concept)
     if champion is None:
         judged = registry.judged(concept, now)
         return [] if judged else ["it has no champion"]
-    version, made, _ = champion
-    differences = now.differences(made)
+    version, identity, _ = champion
+    differences = now.differences(identity)
     if not differences or registry.judged(concept, now):
         return []
     return [f"{what} changed since version {version.version}" for what in differences]
@@ -50,7 +50,7 @@ def is_registered(concept: str, settings: Settings, root: Path) -> bool:
     if not (settings.tracking.enabled and settings.registry.enabled):
         return True
     validated = read_json(run_folder(concept, root) / "validated.json", "validate")
-    return Registry(root).judged(concept, made_today(concept, validated["content_hash"], settings, root))
+    return Registry(root).judged(concept, identity_today(concept, validated["content_hash"], settings, root))
 
 
 def register_version(concept: str, settings: Settings, root: Path) -> None:
@@ -66,13 +66,13 @@ def register_version(concept: str, settings: Settings, root: Path) -> None:
     validated = read_json(run / "validated.json", "validate")
     metrics = read_json(run / "evaluation" / "metrics.json", "evaluate")
     base = open_base(settings.model, root)
-    made = version_made_of(validated["content_hash"], settings, base)
-    asked = questions_of(plan_of(settings, base), validated)
+    identity = version_identity(validated["content_hash"], settings, base)
+    questions = questions_of(plan_of(settings, base), validated)
     tags = git_tags(root) | {"dopsd.training": training, "dopsd.data.hash": validated["content_hash"],
                              "dopsd.base": base.source.shown}  # fmt: skip
-    champion_scores, obstacle = _champion_scores(registry, concept, made, asked, settings, root)
+    champion_scores, obstacle = _champion_scores(registry, concept, identity, questions, settings, root)
     outcome = registry.register(
-        concept, found, made, scores_of(metrics, settings.train.methods[0], asked), tags, champion_scores,
+        concept, found, identity, scores_of(metrics, settings.train.methods[0], questions), tags, champion_scores,
         _files(run, settings, base.source.folder), _serving(concept, settings, root), settings.registry, obstacle,
     )  # fmt: skip
     write_json(run / "registered.json", outcome.__dict__)
@@ -107,7 +107,7 @@ def _serving(concept: str, settings: Settings, root: Path) -> dict[str, Any]:
 
 
 def _champion_scores(
-    registry: Registry, concept: str, made: Made, asked: str, settings: Settings, root: Path
+    registry: Registry, concept: str, identity: VersionIdentity, questions: str, settings: Settings, root: Path
 ) -> tuple[Mapping[str, Any] | None, str]:
     """The champion's answers to what is asked today (none where there is no champion), and why they cannot be had.
 
@@ -116,18 +116,18 @@ def _champion_scores(
     if champion is None:
         return None, ""
     version, before, scores = champion
-    if scores.get("asked") == asked:
+    if scores.get("asked") == questions:
         return scores, ""
     print(f"register: the champion, version {version.version}, was asked other things; evaluating it anew")
     with tempfile.TemporaryDirectory(prefix="dopsd-champion-") as place:
-        its_base = None if before.base == made.base else registry.base(version, Path(place))
-        if its_base is None and before.base != made.base:
+        its_base = None if before.base == identity.base else registry.base(version, Path(place))
+        if its_base is None and before.base != identity.base:
             return scores, f"version {version.version}, the champion, was made for another base, which is gone"
         try:
             again = _evaluate_again(concept, settings, root, registry.adapter(version, Path(place)), its_base)
         except ModelError as error:  # of another family, say: it cannot be asked what today's models are asked
             return scores, f"version {version.version}, the champion, cannot be drawn with these settings ({error})"
-    return scores_of(again, CHAMPION, asked), ""
+    return scores_of(again, CHAMPION, questions), ""
 
 
 def _evaluate_again(

@@ -286,9 +286,11 @@ def verdict(report: GainReport) -> str:
                 "to learn from it. Check the captions, the context and the base (docs/method.md).")  # fmt: skip
     best = max(helping, key=lambda found: found.mean["gain"])
     if current not in helping:
-        return f"Take {best.way.name}: it gains, and what is set does not. {_say_change(current, best)}{sure(best)}"
+        return (
+            f"Take {best.way.name}: it gains, and what is set does not. {_describe_change(current, best)}{sure(best)}"
+        )
     if clearly(best, current):
-        return f"Take {best.way.name}: it gains clearly more. {_say_change(current, best)}{sure(best)}"
+        return f"Take {best.way.name}: it gains clearly more. {_describe_change(current, best)}{sure(best)}"
     if not others:
         return f"{current.way.name} gains: there is something to learn from this teacher.{sure(current)}"
     if all(clearly(current, other) for other in others):
@@ -296,7 +298,7 @@ def verdict(report: GainReport) -> str:
     return f"Keep {current.way.name}: nothing gains clearly more on {pictures}.{sure(current)}"
 
 
-def _say_change(before: Measured, after: Measured) -> str:
+def _describe_change(before: Measured, after: Measured) -> str:
     """The settings that make one way the other."""
     keys = ("context", "context_suffix", "vlm_positions")
     old, new = before.way.settings.model, after.way.settings.model

@@ -66,7 +66,7 @@ def plan_of(settings: Settings, base: Base) -> Plan:
     })  # fmt: skip
 
 
-def made_from(plan: Plan, encoded: Encoded, replayed: bool) -> str:
+def common_identity(plan: Plan, encoded: Encoded, replayed: bool) -> str:
     """Hash of what all methods of a training have in common: code, base, encoded data (replay where it counts)."""
     common = {key: value for key, value in plan["train"].items() if key not in ("methods", "max_minutes")}
     return hash_of([common, encoded.identity(replayed)])
@@ -79,12 +79,12 @@ def training_name(train: TrainSettings, common: str) -> str:
 
 def training_identity(train: TrainSettings, method: Method, common: str) -> str:
     """Hash of everything that decides what ``method`` learns; two equal ones may be resumed. ``common``: from
-    :func:`made_from`."""
+    :func:`common_identity`."""
     return hash_of([method, _deciding(train, method), common])
 
 
 @dataclass(frozen=True)
-class Made:
+class VersionIdentity:
     """What a version was made from. Two equal ones need no second training."""
 
     data: str
@@ -96,25 +96,25 @@ class Made:
     method: str
     """The version of the method."""
 
-    def differences(self, other: Made) -> list[str]:
+    def differences(self, other: VersionIdentity) -> list[str]:
         """Which parts differ, in words."""
         words = {"data": "data", "settings": "settings", "base": "base model", "method": "method version"}
         return [word for key, word in words.items() if getattr(self, key) != getattr(other, key)]
 
 
-def version_made_of(content_hash: str, settings: Settings, base: Base) -> Made:
+def version_identity(content_hash: str, settings: Settings, base: Base) -> VersionIdentity:
     """What a version would be made from. ``content_hash``: of the concept's data; resolved settings of the concept."""
     decides = [_deciding(settings.train, settings.train.methods[0]), settings.model.decides_learning(),
                settings.data.resolution]  # fmt: skip
-    return Made(content_hash[:32], hash_of(decides), base.identity, f"{METHOD_VERSION}.{ENCODING_VERSION}")
+    return VersionIdentity(content_hash[:32], hash_of(decides), base.identity, f"{METHOD_VERSION}.{ENCODING_VERSION}")
 
 
 def questions_of(plan: Plan, validated: Mapping[str, Any]) -> str:
     """Hash of what the evaluation asks: two sets of scores may be compared only where it is the same. The pictures that
     were trained on are part of it: likeness to them is a score, and without a holdout their captions are the prompts.
     """
-    asked = [validated[key] for key in ("content_hash", "holdout_hash", "kind_hash")]
-    return hash_of([plan["evaluate"], asked])
+    data = [validated[key] for key in ("content_hash", "holdout_hash", "kind_hash")]
+    return hash_of([plan["evaluate"], data])
 
 
 def hash_of(value: Any) -> str:

@@ -56,8 +56,8 @@ def concept_lock(
 def _held(concept: str, holder: Path) -> str:
     """Who holds it, as far as that is known: the file is written after the lock is taken."""
     try:
-        about = json.loads(holder.read_text())
-        return (f"{concept} is held by `{about['work']}` (process {about['pid']} on {about['host']}, "
-                f"since {about['since']})")  # fmt: skip
+        known = json.loads(holder.read_text())
+        return (f"{concept} is held by `{known['work']}` (process {known['pid']} on {known['host']}, "
+                f"since {known['since']})")  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError):
         return f"{concept} is held by another process"

@@ -112,7 +112,7 @@ def encode(concept: str, settings: Settings, root: Path) -> None:
 def train(concept: str, settings: Settings, root: Path) -> None:
     """``encoded/`` and the base's transformer -> ``train/<method>/`` and ``adapters/``, for each method."""
     from dopsd.data.encoded import read_encoded
-    from dopsd.identity import made_from, plan_of, training_name
+    from dopsd.identity import common_identity, plan_of, training_name
     from dopsd.models import open_base
     from dopsd.tracking import flow_tags, git_tags
     from dopsd.train.job import Job
@@ -120,7 +120,9 @@ def train(concept: str, settings: Settings, root: Path) -> None:
 
     run = run_folder(concept, root)
     encoded = read_encoded(run / "encoded")
-    common = made_from(plan_of(settings, open_base(settings.model, root)), encoded, settings.train.replay.weight > 0)
+    common = common_identity(
+        plan_of(settings, open_base(settings.model, root)), encoded, settings.train.replay.weight > 0
+    )
     name = training_name(settings.train, common)
     write_json(run / "train" / "training.json", {"training": name})
     with _tracker(concept, settings, root) as tracker:

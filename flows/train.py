@@ -154,14 +154,15 @@ def tune_all(concepts: Sequence[str], settings: Settings, root: Path) -> Any:
     base(settings, str(root.resolve()))
     futures = {concept: tune.submit(concept, settings, str(root.resolve())) for concept in concepts}
     wait(list(futures.values()))
-    said, failed = {}, []
+    outcomes, failed = {}, []
     for concept, future in futures.items():
         result = future.result(raise_on_failure=False)
-        said[concept] = f"failed: {artifacts.one_line(result)}" if isinstance(result, BaseException) else str(result)
+        outcomes[concept] = str(result)
         if isinstance(result, BaseException):
+            outcomes[concept] = f"failed: {artifacts.one_line(result)}"
             failed.append(concept)
-    message = "; ".join(f"{concept}: {text}" for concept, text in said.items())
-    return Failed(message=message, data=said) if failed else Completed(message=message, data=said)
+    message = "; ".join(f"{concept}: {text}" for concept, text in outcomes.items())
+    return Failed(message=message, data=outcomes) if failed else Completed(message=message, data=outcomes)
 
 
 def _name_flow_run() -> None:

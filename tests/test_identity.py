@@ -176,10 +176,10 @@ def test_a_plan_is_the_same_in_every_process_and_plain_json() -> None:
 def test_a_version_says_what_changed_since() -> None:
     settings = resolved(load_settings(SHIPPED).of("style-ink", ROOT))
     base = open_base(settings.model, ROOT)
-    made = identity.version_made_of("d" * 64, settings, base)
-    assert made.differences(identity.version_made_of("e" * 64, settings, base)) == ["data"]
+    made = identity.version_identity("d" * 64, settings, base)
+    assert made.differences(identity.version_identity("e" * 64, settings, base)) == ["data"]
     other = load_settings(SHIPPED, ("train.seed=5", "train.preview_steps=3")).of("style-ink", ROOT)
-    assert made.differences(identity.version_made_of("d" * 64, resolved(other), base)) == ["settings"]
+    assert made.differences(identity.version_identity("d" * 64, resolved(other), base)) == ["settings"]
 
 
 # --- the numbers that stand for code ----------------------------------------------------------------------------------

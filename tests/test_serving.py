@@ -27,7 +27,7 @@ from dopsd.config import LoraSettings, RegistrySettings, load_settings
 from dopsd.data.images import bucket_size, load_image
 from dopsd.distill.adapters import adapter_parameters, add_adapters, save_adapter
 from dopsd.export import CARD_FILE, DIFFUSERS_FILE, Card, export_adapter
-from dopsd.identity import Made
+from dopsd.identity import VersionIdentity
 from dopsd.models import load_family
 from dopsd.models.flux2_klein import Flux2Klein
 from dopsd.registry import Registry
@@ -277,7 +277,7 @@ def test_an_editing_adapter_draws_in_a_fresh_process_what_plain_diffusers_draws(
     for concept, edits in (("edits", True), ("text", False)):
         serving = {"base": "data/base", "revision": None, "call": CALL, "edits": edits}
         run = client.create_run(experiment).info.run_id
-        made = Made(data="d", settings="s", base="b", method="m")
+        made = VersionIdentity(data="d", settings="s", base="b", method="m")
         outcome = registry.register(concept, run, made, scores, {}, None, klein, serving, RegistrySettings())
         assert outcome.promoted, outcome.reason
     inputs = mlflow.models.get_model_info("models:/dopsd-edits@champion").signature.inputs

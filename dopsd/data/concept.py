@@ -159,8 +159,8 @@ def _dvc_add(root: Path, target: Path) -> None:
         with Repo(str(root)) as repo:
             repo.add(str(target))
     except (DvcException, SCMError, OSError) as error:
-        said = " ".join(str(error).split())
-        raise ConceptError(f"{target}: dvc add failed: {said}; nothing was added") from None
+        message = " ".join(str(error).split())
+        raise ConceptError(f"{target}: dvc add failed: {message}; nothing was added") from None
 
 
 def pull_missing(root: Path, name: str) -> bool:

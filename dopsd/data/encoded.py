@@ -49,8 +49,8 @@ class Encoded:
         for e in self.examples:
             latents = {} if e.latents is None else {"latents": e.latents}
             groups += [((e.height, e.width, e.image_index, e.caption), e.prompt), ((), e.context), ((), latents)]
-        for about, tensors in [*groups, *(self.replay if replayed else ())]:
-            digest.update(f"{json.dumps(about)}:{checksum(tensors)}".encode())
+        for entry, tensors in [*groups, *(self.replay if replayed else ())]:
+            digest.update(f"{json.dumps(entry)}:{checksum(tensors)}".encode())
         return digest.hexdigest()[:32]
 
 
@@ -99,15 +99,15 @@ def read_encoded(folder: Path) -> Encoded:
         Example(
             prompt=groups[f"example/{number}/prompt"],
             context=groups[f"example/{number}/context"],
-            latents=latents.get(str(about["image_index"])),
-            **about,
+            latents=latents.get(str(entry["image_index"])),
+            **entry,
         )
-        for number, about in enumerate(index["examples"])
+        for number, entry in enumerate(index["examples"])
     )
     return Encoded(
         examples=examples,
         previews=tuple(
-            Preview(conditioning=groups[f"preview/{number}"], **about) for number, about in enumerate(index["preview"])
+            Preview(conditioning=groups[f"preview/{number}"], **entry) for number, entry in enumerate(index["preview"])
         ),
         replay=tuple((text, groups[f"replay/{number}"]) for number, text in enumerate(index["replay"])),
         images=index["images"],

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from ..config import OWN_SETTINGS
 from .images import EXTENSIONS
-from .records import Record, leaves, read_jsonl, read_parquet, read_texts, say_extra, shown, stem_of
+from .records import Record, leaves, read_jsonl, read_parquet, read_texts, describe_extra, shown, stem_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -139,7 +139,7 @@ def _read_folder(folder: Path) -> list[Record]:
     parquets = [file for file in files if file.lower().endswith(".parquet")]
     kinds = [*([METADATA] if METADATA in files else []), *parquets, *beside[:1]]
     if len(kinds) != 1:
-        return [Record(".", 0, problems=[(None, _say_kinds(kinds, bool(images)))]), *broken]
+        return [Record(".", 0, problems=[(None, _describe_kinds(kinds, bool(images)))]), *broken]
     if beside:
         records = read_texts(folder, images, texts)
         expected = {*images, *texts}
@@ -150,7 +150,7 @@ def _read_folder(folder: Path) -> list[Record]:
         if not records:
             records = [Record(source, 0, problems=[(None, "holds no rows; write one for each picture")])]
     extra = [file for file in files if file not in expected and not _is_document(file)]
-    return [*records, *(Record(file, 0, problems=[(None, say_extra(file))]) for file in extra), *broken]
+    return [*records, *(Record(file, 0, problems=[(None, describe_extra(file))]) for file in extra), *broken]
 
 
 def _walk(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
@@ -189,7 +189,7 @@ def _mentioned(records: Sequence[Record]) -> set[str]:
     return {os.path.normpath(name) for name in named if "\0" not in name}
 
 
-def _say_kinds(kinds: Sequence[str], any_images: bool) -> str:
+def _describe_kinds(kinds: Sequence[str], any_images: bool) -> str:
     expected = f"{METADATA}, or a .txt beside each picture, or one .parquet file"
     if kinds:
         return f"captions are given in more than one way ({', '.join(map(shown, kinds))}); keep only one: {expected}"

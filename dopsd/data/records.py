@@ -93,7 +93,7 @@ def read_texts(folder: Path, images: Sequence[str], texts: Sequence[str]) -> lis
             records.append(_read_text(folder, image, beside))
         seen[stem] = image
     orphans = [text for stem, text in by_stem.items() if stem not in seen]
-    return records + [Record(text, 0, problems=[(None, say_extra(text))]) for text in orphans]
+    return records + [Record(text, 0, problems=[(None, describe_extra(text))]) for text in orphans]
 
 
 def _read_text(folder: Path, image: str, text: str) -> Record:
@@ -189,7 +189,7 @@ def read_parquet(folder: Path, source: str) -> Iterator[Record]:
         yield whole
         return
     if unknown:
-        whole.problems.append((None, _say_unknown(unknown)))
+        whole.problems.append((None, _describe_unknown(unknown)))
         yield whole
     for number, row in enumerate(rows, start=1):
         yield _to_record(source, number, _without_nulls(row))
@@ -214,7 +214,7 @@ def _to_record(source: str, number: int, value: Any) -> Record:
         return record
     unknown = [key for key in value if key not in _KEYS]
     if unknown:
-        record.problems.append((None, _say_unknown(unknown)))
+        record.problems.append((None, _describe_unknown(unknown)))
     _take_image(record, value)
     _take_captions(record, value)
     _take_references(record, value)
@@ -271,7 +271,7 @@ def _take_references(record: Record, value: Mapping[str, Any]) -> None:
             record.problems.append(("references", problem))
 
 
-def _say_unknown(keys: Sequence[Any]) -> str:
+def _describe_unknown(keys: Sequence[Any]) -> str:
     names = ", ".join(shown(str(key), _SHOWN) for key in keys[:5]) + (", ..." if len(keys) > 5 else "")
     return f"unknown {'key' if len(keys) == 1 else 'keys'} {names}; known are {', '.join(_KEYS)}: rename or remove"
 
@@ -290,7 +290,7 @@ def stem_of(file: str) -> str:
     return file.rpartition(".")[0]
 
 
-def say_extra(file: str) -> str:
+def describe_extra(file: str) -> str:
     """What to say of a file that no row needs."""
     suffix = Path(file).suffix.lower()
     if suffix in EXTENSIONS:

@@ -135,8 +135,8 @@ class Base:
     def encoders(self) -> str:
         """Of all that decides an encoding: every component but those that only draw, and the index's own settings."""
         parts = [name for name in self.components if name not in ("transformer", "scheduler")]
-        about = {key: value for key, value in self.index.items() if not key.startswith("_")}
-        return _hash([identity(self.source, self.hashes, parts), about])
+        values = {key: value for key, value in self.index.items() if not key.startswith("_")}
+        return _hash([identity(self.source, self.hashes, parts), values])
 
     def differences(self) -> str:
         """What a person should know of VLM and text encoder before one looks through the other; mostly nothing."""
