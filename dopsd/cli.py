@@ -157,7 +157,7 @@ def sample(
     """
     from dopsd.models import resolved
     from dopsd.sampling import draw, read_references, size_of
-    from dopsd.tracking import picture_row
+    from dopsd.train.observer import picture_row
 
     settings = resolved(_settings(params, overrides))
     if adapter is not None and not adapter.is_file():
@@ -169,7 +169,7 @@ def sample(
     for image in draw(prompt, references, settings, Path(), adapter, width, height, steps, seed):
         _save(image, out / f"{len(images):02d}.png")
         images.append(image)
-    _save(picture_row(images), out / "grid.png")
+    _save(picture_row(images, at_least=128), out / "grid.png")
     print(f"{len(images)} pictures, {steps} steps, seed {seed} -> {out}")
 
 
@@ -247,11 +247,13 @@ def concept_add(
 
 @track_app.command("sync")
 def track_sync(concept: Concept, params: Params = PARAMS) -> None:
-    """Send what an outage of the tracker left behind."""
-    from dopsd.tracking import sync
+    """Send what the tracker has not got of a concept's runs: after an outage, or to another tracker."""
+    from dopsd.tracking import public_uri, send, tracking_uri
 
-    if not sync(Path(), run_folder(concept, Path()) / "tracking", _settings(params, None).tracking):
+    run = run_folder(concept, Path())
+    if not send(Path(), run, _settings(params, None).tracking):
         raise typer.Exit(1)
+    print(f"{public_uri(tracking_uri(Path()))} has all of {run} that it takes")
 
 
 @base_app.command("identify")

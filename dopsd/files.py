@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +45,27 @@ def write_json(path: Path, value: Any) -> None:
     """``value`` as readable JSON."""
     with whole_file(path) as partial:
         partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def append_line(path: Path, line: str) -> None:
+    """One more line at the end of ``path``. Half a line that a kill left there becomes a line of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n":
+            file.write(b"\n")
+        file.write(line.encode() + b"\n")
+
+
+def now() -> int:
+    """Milliseconds since 1970, as all files of a run have their times."""
+    return int(time.time() * 1000)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write failed for want of room. Safetensors has an error of its own, which says it in words."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return type(error).__name__ == "SafetensorError" and any(f"code: {code}," in str(error) for code in (28, 122, 27))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from dopsd.config import Method, Settings
+from dopsd.config import Settings
 from dopsd.files import write_json
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from dopsd.evaluation.world import World
     from dopsd.models import Base, Use
     from dopsd.models.base import Family, Request
-    from dopsd.tracking import Tracker
 
 BASE = Path("runs/base.json")
 
@@ -68,8 +66,8 @@ def encode(concept: str, settings: Settings, root: Path) -> None:
     """The data set and the base's encoders -> ``encoded/``: prompts, teacher contexts, target latents, once."""
     from dopsd.data.encoded import Encoded, write_encoded
     from dopsd.models import open_base
-    from dopsd.train.crew import SpreadEncoders, crew
     from dopsd.train.encode import BATCH, EncodingRequest, encode_concept, encode_previews, encode_prompts
+    from dopsd.train.workers import SpreadEncoders, workers
 
     run = run_folder(concept, root)
     table, holdout = read_concept(concept, settings, root)
@@ -79,7 +77,7 @@ def encode(concept: str, settings: Settings, root: Path) -> None:
     cache = cache_of(root)
     if note := open_base(settings.model, root).differences():
         print(f"encode: {note}")
-    with crew(settings.model, settings.compute, root, "teach") as helpers:
+    with workers(settings.model, settings.compute, root, "teach") as helpers:
         family = load_base(settings, root)
         if helpers is not None:
             family = cast("Family", SpreadEncoders(family, helpers, BATCH))
@@ -100,30 +98,23 @@ def encode(concept: str, settings: Settings, root: Path) -> None:
 def train(concept: str, settings: Settings, root: Path) -> None:
     """``encoded/`` and the base's transformer -> ``train/<method>/`` and ``adapters/``, for each method."""
     from dopsd.data.encoded import read_encoded
-    from dopsd.tracking import flow_tags, git_tags
+    from dopsd.tracking import Sender
     from dopsd.train.job import Job
-    from dopsd.train.launch import launch
+    from dopsd.train.launch import run_training
+    from dopsd.train.observer import Terminal
 
     run = run_folder(concept, root)
     encoded = read_encoded(run / "encoded")
     training = _begin_training(run, settings, encoded.content_hash, root)
-    with _tracker(concept, settings, root) as tracker:
-        _describe(tracker, concept, settings, root, encoded.content_hash, images=encoded.images)
+    name = training["training"]
+    _describe(run, settings, root, encoded.content_hash, images=encoded.images)
     print(f"train: {settings.train.work()}")
-    job = Job(f"{concept}-{training['training']}", encoded, settings.train, settings.model, root)
-
-    @contextmanager
-    def observe(method: Method) -> Iterator[Tracker]:
-        with _tracker(concept, settings, root, method) as tracker:  # settings: above; MLflow puts them before pictures
-            tracker.tags(git_tags(root) | flow_tags())
-            yield tracker
-
-    results = launch(job, settings.compute, root, run / "train", run / "adapters", observe)
+    job = Job(f"{concept}-{name}", encoded, settings.train, settings.model, root, name)
+    with Sender(root, run, settings.tracking) as sender:
+        watching = Terminal(sender.wake)
+        results = run_training(job, settings.compute, root, run / "train", run / "adapters", watching)
     _remove_others(run / "adapters", {path.stem for found in results.values() for path in found.adapters.values()})
     for method, result in results.items():
-        with _tracker(concept, settings, root, method) as tracker:
-            for path in result.adapters.values():
-                tracker.artifact(path, "adapters")
         print(
             f"train: {method}, {result.steps} steps ({result.stopped}), {result.images} images, {result.seconds:.0f} s "
             f"-> {', '.join(str(path) for path in result.adapters.values())}"
@@ -134,33 +125,30 @@ def train(concept: str, settings: Settings, root: Path) -> None:
 def evaluate(concept: str, settings: Settings, root: Path) -> None:
     """Adapters, base and held-out truth -> ``evaluation/``: scores, curves and grids, before and after."""
     from dopsd.evaluation.suite import evaluate as evaluate_subjects
-    from dopsd.tracking import flatten
-    from dopsd.train.crew import crew
+    from dopsd.tracking import send
+    from dopsd.train.workers import workers
 
     run = run_folder(concept, root)
     table, holdout = read_concept(concept, settings, root)
     subjects = _subjects(run / "adapters")
-    with crew(settings.model, settings.compute, root, "train") as helpers:
-        metrics = evaluate_subjects(
+    with workers(settings.model, settings.compute, root, "train") as helpers:
+        evaluate_subjects(
             load_base(settings, root), table, holdout, world_of(settings, root), subjects, settings, cache_of(root),
-            run / "evaluation", crew=helpers,
+            run / "evaluation", workers=helpers,
         )  # fmt: skip
-    with _tracker(concept, settings, root) as tracker:
-        numbers = {k: v for k, v in flatten(metrics).items() if isinstance(v, int | float) and not isinstance(v, bool)}
-        tracker.metrics(0, {f"evaluation/{key}".replace(".", "/"): value for key, value in numbers.items()})
-        tracker.artifact(run / "evaluation", "evaluation")
+    send(root, run, settings.tracking)
     print(f"evaluate: {', '.join(s.name for s in subjects)} -> {run / 'evaluation'}")
 
 
 def report(concept: str, settings: Settings, root: Path) -> None:
     """``evaluation/`` and ``train/`` -> ``report.html``, one page that needs nothing else."""
     from dopsd.evaluation.report import write_report
+    from dopsd.tracking import send
 
     run = run_folder(concept, root)
     about = _read_json(run / "validated.json", "validate")
     write_report(run / "evaluation", run / "train", about, run / "report.html")
-    with _tracker(concept, settings, root) as tracker:
-        tracker.artifact(run / "report.html")
+    send(root, run, settings.tracking)
     print(f"report: {run / 'report.html'}")
 
 
@@ -168,6 +156,7 @@ def register(concept: str, settings: Settings, root: Path) -> None:
     """The first method's adapter -> ``export/``: files for diffusers and ComfyUI, model card; loaded and compared."""
     from dopsd.export import check_export, draw_student, export_adapter
     from dopsd.models import family_class, open_base
+    from dopsd.tracking import send
 
     run = run_folder(concept, root)
     method = settings.train.methods[0]
@@ -181,9 +170,8 @@ def register(concept: str, settings: Settings, root: Path) -> None:
     drawn = draw_student(loaded, adapter, asked, settings.evaluation.few, settings.evaluation.seed)
     del loaded  # a large base fits once
     compared = check_export(base.source.folder, export, drawn, family, dtype=dtype, device=device)
-    with _tracker(concept, settings, root) as tracker:
-        tracker.metrics(0, {f"export/{key}": value for key, value in compared.items()})
-        tracker.artifact(export, "export")
+    write_json(run / "exported.json", compared)
+    send(root, run, settings.tracking)
     print(
         f"register: {method} -> {export}; plain diffusers draws the student's pictures "
         f"(difference {compared['difference']:.3f} of 255, the adapter changes {compared['change']:.1f})"
@@ -209,11 +197,12 @@ def _register_version(concept: str, settings: Settings, root: Path, table: Conce
     """A version in the registry, judged; the outcome is kept in ``registered.json``."""
     from dopsd.champions import register_version
     from dopsd.models import open_base
+    from dopsd.origin import git_tags
     from dopsd.registry import CHAMPION, RegistryAway
-    from dopsd.tracking import git_tags, run_id
+    from dopsd.tracking import run_id
 
     training = _read_json(run / "train" / "training.json", "train")["training"]
-    found = run_id(root, run / "tracking", training, settings.tracking)
+    found = run_id(root, run, training, settings.tracking)
     if found is None:
         raise RegistryAway("the tracker has not got this training yet; run stage register again when it answers")
     about = _read_json(run / "validated.json", "validate")
@@ -341,8 +330,12 @@ def _begin_training(run: Path, settings: Settings, content_hash: str, root: Path
 
     code = method_version()
     path = run / "train" / "training.json"
-    before = json.loads(path.read_text()) if path.exists() else None
-    if before and before["code"] != code:
+    try:
+        before = json.loads(path.read_text())["code"] if path.exists() else code
+    except (ValueError, KeyError, TypeError):
+        print(f"train: {path} is broken; it is written anew")
+        before = code
+    if before != code:
         for folder in sorted(p for p in (run / "train").iterdir() if p.is_dir() and p.suffix != ".previous"):
             print(f"train: the code of training changed; the old run is now {set_aside(folder)}")
     decides = [
@@ -358,25 +351,15 @@ def _begin_training(run: Path, settings: Settings, content_hash: str, root: Path
 # --- what comes out ---------------------------------------------------------------------------------------------------
 
 
-def _tracker(concept: str, settings: Settings, root: Path, method: str | None = None) -> Tracker:
-    from dopsd.tracking import Tracker
-
-    run = run_folder(concept, root)
-    training = _read_json(run / "train" / "training.json", "train")["training"]
-    return Tracker(root, run / "tracking", concept, training, method, settings.tracking)
-
-
-def _describe(
-    tracker: Tracker, concept: str, settings: Settings, root: Path, content_hash: str, **profile: int
-) -> None:
-    """What a training is made of: settings, data, code."""
-    from dopsd.tracking import flow_tags, git_tags
+def _describe(run: Path, settings: Settings, root: Path, content_hash: str, **profile: int) -> None:
+    """What a training is made of, for the tracker: settings, data, code."""
+    from dopsd.origin import flow_tags, git_tags
 
     values = settings.model_dump(mode="json", include={"model", "data", "train"})
     values["train"].pop("methods")  # a method more is the same training
-    tracker.params(values)
-    tracker.dataset(concept, content_hash, f"data/concepts/{concept}", **profile)
-    tracker.tags(git_tags(root) | flow_tags())
+    write_json(run / "train" / "settings.json", values)
+    data = {"name": run.name, "hash": content_hash, "source": f"data/concepts/{run.name}", "profile": profile}
+    write_json(run / "about.json", {"data": data, "tags": git_tags(root) | flow_tags()})
 
 
 def _card(
@@ -439,3 +422,5 @@ def _read_json(path: Path, made_by: str) -> dict[str, Any]:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise StageError(f"{path}: missing; run stage {made_by} first") from None
+    except ValueError:
+        raise StageError(f"{path}: broken; run stage {made_by} again") from None

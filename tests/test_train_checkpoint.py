@@ -39,10 +39,10 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_taken(tmp_path, f
     for step in (5, 10):
         ckpt.save_checkpoint(tmp_path, _checkpoint(step))
     (tmp_path / "step-00000010" / file).write_bytes(b"{")
-    said = []
-    assert ckpt.load_checkpoint(tmp_path, said.append).step == 5
-    assert len(said) == 1
-    assert "step-00000010" in said[0]
+    messages = []
+    assert ckpt.load_checkpoint(tmp_path, messages.append).step == 5
+    assert len(messages) == 1
+    assert "step-00000010" in messages[0]
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -1,139 +1,313 @@
-"""The sender: a thread that brings a spool's records to the server in order, and waits out the server's absences."""
+"""Compares a run folder with what MLflow has of it, and sends what is missing there.
+
+It can be repeated at any time and by anybody, and keeps no account of its own: what was sent is asked of the server.
+Numbers by step are those after the last step that it has; files are compared with ``sent.json``, which lies among the
+run's artifacts and says which content was sent.
+"""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+import hashlib
+import json
+import re
+import tempfile
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-from tenacity import RetryError, Retrying, retry_if_exception_type
-from tenacity.nap import sleep_using_event
-from tenacity.stop import stop_when_event_set
-from tenacity.wait import wait_exponential
+from dopsd.config import TrackingSettings
+from dopsd.files import now, whole_file
 
-from .server import Server, is_rejection, public_uri, without_secrets
-from .spool import Record, Spool
+from .folder import Content, LogReader, contents
+from .server import Refused, connect, tracking_uri, understood
 
-BATCH_SECONDS = 1.0
-"""Metrics of this long travel together."""
-LONGEST_WAIT = 30.0
-"""Seconds between two tries, at most, while the server is away."""
-METRICS_PER_BATCH = 200
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+RUN_KEY, SENT = "dopsd.run_key", "sent.json"
+MOST = {"metrics": 1000, "params": 100, "tags": 100}
+"""Of a kind in one call: MLflow's own limits."""
+CHANCES = 3
+"""How often something of one name may be refused before it is not tried again."""
+FILES_PER_NOTE = 20
+"""After so many files ``sent.json`` is written again: as many are sent twice at most, after a kill."""
+PREVIEW_SIDE = 128
+"""Small previews are enlarged to this many pixels of height: MLflow's page shows files as they are."""
+LARGEST = 1.7976931348623157e308
+"""What MLflow keeps of an infinite number."""
 
 
-class Away(Exception):
-    """The tracker could not be reached or would not talk to us; the records stay where they are."""
+@dataclass
+class _Known:
+    """What the server has of a run, as asked once and kept up to date since."""
+
+    run_id: str
+    started: int
+    steps: dict[str, int]
+    values: dict[str, float]
+    params: set[str]
+    tags: dict[str, str]
+    data: set[str]
+    status: tuple[Any, Any]
+    sent: dict[str, str] = field(default_factory=dict)
+    """Path of an artifact to the hash of what was sent."""
+    listed: dict[str, set[str]] = field(default_factory=dict)
+    """Folder of artifacts to the paths in it."""
+    logs: dict[Path, LogReader] = field(default_factory=dict)
+    compared: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    """Size and time of change of files here that were compared."""
 
 
-class Sender:
-    """Delivers ``spool`` to ``server`` in the background; ``say`` gets a line when the server goes and comes back."""
+class Comparison:
+    """Of the run folder ``run`` with the tracker. ``log`` gets a line for all that a person should know, once."""
 
-    def __init__(self, spool: Spool, server: Server, say: Callable[[str], None]) -> None:
-        self._spool, self._server, self._say = spool, server, say
-        self._wake = threading.Event()
-        self._closing = threading.Event()
-        self._away = False
-        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+    def __init__(self, root: Path, run: Path, settings: TrackingSettings, log: Callable[[str], None]) -> None:
+        self.uri = tracking_uri(root)
+        self._run, self._experiment, self._artifacts = run, settings.experiment, root / "mlartifacts"
+        self._log, self._logged = log, set[str]()
+        self._client: MlflowClient | None = None
+        self._known: dict[str, _Known] = {}
+        self._refused: Counter[tuple[str, str]] = Counter()
+        self._reasons: dict[str, list[str]] = {}
 
-    def start(self) -> None:
-        """Begin to deliver."""
-        self._thread.start()
+    def forget(self) -> None:
+        """Ask the server anew for all that it has, and for what it refused."""
+        self._known.clear()
+        self._refused.clear()
 
-    def wake(self) -> None:
-        """There is something new."""
-        self._wake.set()
-
-    def close(self) -> bool:
-        """Stop the thread, try a last time, and tell whether everything was delivered."""
-        self._closing.set()
-        self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join()
+    def send(self, last: bool) -> None:
+        """Send what the server lacks. ``last``: nobody writes the folder now. Raises :class:`~.server.Away`; then some
+        of it is still missing there, and the server is to be asked anew (:meth:`forget`)."""
         try:
-            self.drain()
-        except Away as error:
-            self._report(error)
-        return self._spool.backlog() == 0
+            for content in contents(self._run, self.warn):
+                self._send(content, last)
+        finally:
+            self._report_refusals()
 
-    def drain(self) -> int:
-        """Deliver all that waits, in order; how many records went. Raises :class:`Away`, losing nothing.
+    def warn(self, text: str) -> None:
+        """A line for the person at the terminal, once."""
+        if text not in self._logged:
+            self._logged.add(text)
+            self._log(f"tracking: {text}")
 
-        Whoever else delivers this spool at the moment goes on; we leave it to them.
-        """
-        try:
-            with FileLock(self._spool.lock, timeout=0):
-                return sum(self._deliver(records, position) for records, position in _batches(self._spool))
-        except Timeout:
-            return 0
+    def find(self, key: str) -> Any:
+        """The run of ``key`` (a training, or ``training/method``), where the server has one."""
+        query = f"tags.`{RUN_KEY}` = '{self._identity()}/{key}'"
+        return next(iter(self._call("search_runs", [self._experiment_id()], query)), None)
 
-    def _work(self) -> None:
-        patient = Retrying(
-            retry=retry_if_exception_type(Away),
-            wait=wait_exponential(multiplier=0.5, max=LONGEST_WAIT),
-            stop=stop_when_event_set(self._closing),
-            sleep=sleep_using_event(self._closing),
-            before_sleep=lambda state: self._report(state.outcome.exception() if state.outcome else None),
-        )
-        while not self._closing.is_set():
-            self._wake.wait()
-            self._wake.clear()
-            self._closing.wait(BATCH_SECONDS)
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """A call of MLflow's client, which is made in the thread that sends: importing MLflow takes seconds."""
+        with understood(self.uri):
+            self._client = self._client or connect(self.uri)
+            return getattr(self._client, method)(*args, **kwargs)
+
+    def _experiment_id(self) -> str:
+        found = self._call("get_experiment_by_name", self._experiment)
+        if found is not None:
+            return found.experiment_id
+        local = self._artifacts.resolve().as_uri() if self.uri.startswith("sqlite:") else None
+        return self._call("create_experiment", self._experiment, artifact_location=local)
+
+    def _identity(self) -> str:
+        """A name of this run folder's own, so that what was made of it is found again; a new one where it is lost."""
+        path = self._run / "tracking" / "id"
+        name = path.read_text(errors="replace").strip() if path.exists() else None
+        if name and re.fullmatch(r"[0-9a-f]{32}", name):
+            return name
+        if name is not None:
+            self.warn(f"{path} is broken; all of {self._run} is sent to runs of a new name")
+        with whole_file(path) as partial:
+            partial.write_text(uuid.uuid4().hex)
+        return path.read_text()
+
+    # --- what is sent ---
+
+    def _send(self, content: Content, last: bool) -> None:
+        parent = self._known.get(content.key.partition("/")[0])
+        if ("/" in content.key and parent is None) or self._refused[content.key, "run"] >= CHANCES:
+            return  # refused, as was said
+        parents = {"mlflow.parentRunId": parent.run_id} if "/" in content.key and parent else {}
+        if content.key not in self._known:
             try:
-                sent = patient(self.drain)
-            except RetryError:
-                return  # closing while the server is away; close() tries once more and says so
-            if self._away:
-                self._away = False
-                self._say(f"tracking: {public_uri(self._server.uri)} answers again, {sent} kept records were sent")
+                self._known[content.key] = self._open(content, parents)
+            except Refused as refusal:
+                self._refuse(content, "run", refusal)
+                return
+        known = self._known[content.key]
+        self._send_notes(content, content.tags | parents, known)
+        metrics = self._new_metrics(content, known, last)
+        while rows := list(islice(metrics, MOST["metrics"])):
+            self._send_batch(content, known, "metrics", rows)
+        self._send_files(content, known)
+        self._send_status(content, known)
 
-    def _deliver(self, records: list[Record], position: int) -> int:
+    def _open(self, content: Content, parents: Mapping[str, str]) -> _Known:
+        """Find the run of ``content`` on the server, or make it."""
+        run = self.find(content.key) or self._call(
+            "create_run", self._experiment_id(), start_time=content.status.get("started"), run_name=content.name,
+            tags={RUN_KEY: f"{self._identity()}/{content.key}", **parents},
+        )  # fmt: skip
+        latest = run.data.to_proto().metrics
+        known = _Known(
+            run_id=run.info.run_id,
+            started=run.info.start_time,
+            steps={metric.key: metric.step for metric in latest},
+            values={metric.key: metric.value for metric in latest},
+            params=set(run.data.params),
+            tags=dict(run.data.tags),
+            data={found.dataset.digest for found in (run.inputs.dataset_inputs if run.inputs else ())},
+            status=(run.info.status, run.info.end_time),
+        )
+        if self._is_listed(known, SENT):
+            known.sent = self._read_sent(known.run_id)
+        return known
+
+    def _send_notes(self, content: Content, tags: Mapping[str, str], known: _Known) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
+
+        changed = [RunTag(key, value) for key, value in tags.items() if known.tags.get(key) != value]
+        self._send_batch(content, known, "tags", changed)
+        missing = [Param(key, value) for key, value in content.params.items() if key not in known.params]
+        self._send_batch(content, known, "params", missing)
+        known.tags |= tags
+        known.params |= set(content.params)
+        data = content.data
+        if data and data["hash"][:36] not in known.data:
+            dataset = Dataset(data["name"], data["hash"][:36], "local", data["source"], json.dumps(data["profile"]))
+            inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
+            self._attempt(content, f"data set {data['name']}", "log_inputs", known.run_id, inputs)
+            known.data.add(data["hash"][:36])
+
+    def _new_metrics(self, content: Content, known: _Known, last: bool) -> Iterator[Any]:
+        """What the server has not got; from here on it counts as what it has."""
+        from mlflow.entities import Metric
+
+        for path in content.logs:
+            for step, when, values in known.logs.setdefault(path, LogReader(path)).rows(self.warn, last):
+                for key, value in values.items():
+                    if step > known.steps.get(key, -1):
+                        known.steps[key] = step
+                        yield Metric(key, value, when, step)
+        for key, value in content.numbers.items():
+            kept = max(min(value, LARGEST), -LARGEST)  # nan stays nan
+            if repr(known.values.get(key)) != repr(kept):
+                known.values[key] = kept
+                yield Metric(key, value, now(), 0)
+
+    def _send_batch(self, content: Content, known: _Known, kind: str, rows: Sequence[Any]) -> None:
+        """Send rows of one kind in one call; by halves where they are too many, or some of them are refused."""
+        rows = [row for row in rows if self._refused[content.key, f"{kind[:-1]} {row.key}"] < CHANCES]
+        if rows and len(rows) <= MOST[kind]:
+            try:
+                self._call("log_batch", known.run_id, **{kind: rows}, synchronous=True)
+                return
+            except Refused as refusal:
+                if len(rows) == 1:
+                    self._refuse(content, f"{kind[:-1]} {rows[0].key}", refusal)
+                    return
+        if rows:
+            self._send_batch(content, known, kind, rows[: len(rows) // 2])
+            self._send_batch(content, known, kind, rows[len(rows) // 2 :])
+
+    def _send_files(self, content: Content, known: _Known) -> None:
+        unnoted = 0
+        for path, target in content.files:
+            try:
+                about = path.stat()
+                stamp = about.st_size, about.st_mtime_ns
+                if known.compared.get(path) == stamp:
+                    continue
+                with path.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                name = target if isinstance(target, str) else _picture_name(*target, known.started)
+                there = known.sent.get(name) == digest and self._is_listed(known, name)
+                if not there and self._upload(content, known, path, name, is_picture=not isinstance(target, str)):
+                    known.sent[name], unnoted = digest, unnoted + 1
+                known.compared[path] = stamp
+            except FileNotFoundError:
+                pass  # replaced at this moment: the next comparison sees it
+            except (OSError, ValueError) as error:
+                self.warn(f"{path} cannot be read ({error}); it is left out")
+            if unnoted and (unnoted == FILES_PER_NOTE or path == content.files[-1][0]):
+                self._attempt(content, f"file {SENT}", "log_dict", known.run_id, known.sent, SENT)
+                unnoted = 0
+
+    def _upload(self, content: Content, known: _Known, path: Path, name: str, is_picture: bool) -> bool:
+        folder, _, file = name.rpartition("/")
+        if not is_picture:
+            return self._attempt(content, f"file {name}", "log_artifact", known.run_id, str(path), folder or None)
+        with tempfile.TemporaryDirectory(prefix="dopsd-preview-") as place:
+            _write_picture(path, Path(place) / file)
+            return self._attempt(content, f"file {name}", "log_artifacts", known.run_id, place, folder)
+
+    def _send_status(self, content: Content, known: _Known) -> None:
+        status, ended = content.status.get("status"), content.status.get("ended")
+        if status == "RUNNING" and known.status[0] != status:
+            self._attempt(content, "status", "update_run", known.run_id, status=status)
+        elif status in ("FINISHED", "FAILED", "KILLED") and known.status != (status, ended):
+            self._attempt(content, "status", "set_terminated", known.run_id, status, ended)
+        known.status = (status, ended) if status else known.status
+
+    # --- which files the server has ---
+
+    def _is_listed(self, known: _Known, name: str) -> bool:
+        folder = name.rpartition("/")[0]
+        if folder not in known.listed:
+            found = self._call("list_artifacts", known.run_id, folder or None)
+            known.listed[folder] = {info.path for info in found}
+        return name in known.listed[folder]
+
+    def _read_sent(self, run_id: str) -> dict[str, str]:
+        with tempfile.TemporaryDirectory(prefix="dopsd-sent-") as place:
+            try:
+                found = json.loads(Path(self._call("download_artifacts", run_id, SENT, place)).read_text())
+            except ValueError:  # an upload that died halfway: all files are sent again, once
+                found = {}
+        return found if isinstance(found, dict) else {}
+
+    # --- refusals ---
+
+    def _attempt(self, content: Content, what: str, method: str, *args: Any, **kwargs: Any) -> bool:
+        """A call whose refusal is noted and passed over; whether it was taken."""
         try:
-            if records[0]["kind"] == "metrics":
-                self._server.metrics(records)
-            else:
-                self._server.deliver(records[0])
-        except Exception as error:
-            # whatever went wrong there must not reach the training: keep the records, or set aside what is refused
-            self._server.forget()
-            if not is_rejection(error):
-                raise Away(self._plain(error)) from None
-            self._reject(records, error)
-        self._spool.acknowledge(position)
-        for record in records:
-            if "file" in record:
-                self._spool.drop(record["file"])
-        return len(records)
+            self._call(method, *args, **kwargs)
+        except Refused as refusal:
+            self._refuse(content, what, refusal)
+            return False
+        return True
 
-    def _reject(self, records: list[Record], error: Exception) -> None:
-        for record in records:
-            path = self._spool.reject(record, self._plain(error))
-        self._say(f"tracking: the tracker refused {len(records)} record(s), listed in {path}: {self._plain(error)}")
+    def _refuse(self, content: Content, what: str, refusal: Refused) -> None:
+        self._refused[content.key, what] += 1
+        self._reasons.setdefault(str(refusal), []).append(f"{what} of {content.name}")
 
-    def _report(self, error: BaseException | None) -> None:
-        """Tell of an outage, once."""
-        if not self._away:
-            self._away = True
-            self._say(
-                f"tracking: {public_uri(self._server.uri)} cannot be reached ({error}); the run goes on, "
-                f"its records are kept in {self._spool.folder} and sent when it answers"
-            )
-
-    def _plain(self, error: Exception) -> str:
-        """One short line about an error, without passwords."""
-        text = " ".join(without_secrets(str(error), self._server.uri).split())
-        return f"{type(error).__name__}: {text[:160]}"
+    def _report_refusals(self) -> None:
+        """A line for each reason to refuse; what was named before is not named again."""
+        for reason, names in self._reasons.items():
+            new = [name for name in dict.fromkeys(names) if name not in self._logged]
+            self._logged.update(new)
+            if new:
+                more = f" and {len(new) - 5} more" if len(new) > 5 else ""
+                self._log(f"tracking: refused by the tracker: {', '.join(new[:5])}{more} ({reason}); the rest is sent")
+        self._reasons.clear()
 
 
-def _batches(spool: Spool) -> Iterator[tuple[list[Record], int]]:
-    """The waiting records, neighbouring metrics of one run together."""
-    group: list[Record] = []
-    end = 0
-    for record, position in spool.pending():
-        together = record["kind"] == "metrics" and group and group[0]["run"] == record["run"]
-        if group and not (together and group[0]["kind"] == "metrics" and len(group) < METRICS_PER_BATCH):
-            yield group, end
-            group = []
-        group.append(record)
-        end = position
-    if group:
-        yield group, end
+def _picture_name(key: str, step: int, started: int) -> str:
+    """As ``MlflowClient.log_image`` has it, but always the same: one that is drawn again replaces the first."""
+    unique = uuid.uuid5(uuid.NAMESPACE_OID, f"{key}/{step}")
+    return f"images/{key.replace('/', '~')}+step+{step}+timestamp+{started + step}+{unique}.png"
+
+
+def _write_picture(source: Path, target: Path) -> None:
+    """A preview as MLflow's page wants it: enlarged where it is small, and a small copy beside."""
+    from mlflow.tracking.multimedia import compress_image_size
+    from PIL import Image
+
+    with Image.open(source) as picture:
+        factor = max(1, PREVIEW_SIDE // picture.height)
+        image = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    image.save(target)
+    compress_image_size(image).save(target.with_name(f"{target.stem}+compressed.webp"))
