@@ -1,4 +1,4 @@
-"""A real MLflow server of a test's own, and a proxy before it that refuses, breaks or goes silent when it is told to."""
+"""A real MLflow server of a test's own, and a proxy before it that refuses, breaks or goes silent when told to."""
 
 from __future__ import annotations
 
@@ -88,7 +88,14 @@ class Proxy:
 
             def _pass(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                if self.command in ("PUT", "PATCH", "DELETE") or re.search("create|log|set|update", self.path):
+                if self.headers.get("Transfer-Encoding") == "chunked":  # of an empty file
+                    while size := int(self.rfile.readline(), 16):
+                        body += self.rfile.read(size)
+                        self.rfile.readline()
+                    self.rfile.readline()
+                    self.headers["Content-Length"] = str(len(body))
+                    del self.headers["Transfer-Encoding"]
+                if self.command in ("PUT", "PATCH", "DELETE") or re.search(r"/(create|log|set|update)\b", self.path):
                     proxy.writes.append(f"{self.command} {self.path}")
                 status = proxy.fault(self.command, self.path, body)
                 if status == 0:

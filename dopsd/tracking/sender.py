@@ -177,7 +177,9 @@ class Comparison:
         known.params |= set(content.params)
         data = content.data
         if data and data["hash"][:36] not in known.data:
-            dataset = Dataset(data["name"], data["hash"][:36], "local", data["source"], json.dumps(data["profile"]))
+            dataset = Dataset(
+                data["name"], data["hash"][:36], "local", data["source"], profile=json.dumps(data["profile"])
+            )
             inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
             self._attempt(content, f"data set {data['name']}", "log_inputs", known.run_id, inputs)
             known.data.add(data["hash"][:36])

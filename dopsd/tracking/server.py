@@ -57,6 +57,7 @@ def connect(uri: str) -> MlflowClient:
     for name, value in (
         ("MLFLOW_DISABLE_TELEMETRY", "true"),
         ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
+        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
         ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"),
         ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10"),
     ):
@@ -76,8 +77,8 @@ def understood(uri: str) -> Iterator[None]:
     except (Away, Refused):
         raise
     except Exception as error:  # MLflow's, those of four libraries below it, a database's: none may reach a training
-        text = " ".join(without_secrets(str(error), uri).split())
-        status, text = _status(error), f"{type(error).__name__}: {text[:160]}"
+        text = " ".join(without_secrets(str(error), uri).split()).rpartition("(Caused by ")[2]
+        status, text = _status(error), f"{type(error).__name__}: {text[:200]}"
         if status == 401:
             raise LoginNeeded(text) from None
         if status is not None and 400 <= status < 500 and status not in (408, 429):
