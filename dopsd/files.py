@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -61,11 +62,15 @@ def now() -> int:
     return int(time.time() * 1000)
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether a write failed for want of room. Safetensors has an error of its own, which says it in words."""
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return type(error).__name__ == "SafetensorError" and any(f"code: {code}," in str(error) for code in (28, 122, 27))
+        return error.errno in _NO_ROOM
+    found = re.search(r"(?:os error |code: )(\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return found is not None and int(found[1]) in _NO_ROOM
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -412,7 +412,7 @@ def test_a_full_artifact_store_loses_nothing(small_disk: Path, proxy: Proxy, fol
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("status", "as_json"), [(400, True), (403, False), (404, False), (413, False), (413, True)])
+@pytest.mark.parametrize(("status", "as_json"), [(400, False), (403, True), (404, False), (413, True)])
 def test_what_is_refused_is_named_once_and_the_rest_goes_through(
     proxy: Proxy, folder: Folder, status: int, as_json: bool
 ) -> None:
@@ -513,10 +513,9 @@ def test_broken_files_are_named_and_the_rest_is_sent(proxy: Proxy, folder: Folde
     assert folder.send(log)
     assert _history(folder) == [(1, 0.5), (3, 0.25)]
     assert len(_artifacts(folder, "images")) == 2
-    lines = "\n".join(log)
     assert all(len(line.splitlines()) == 1 for line in log)
     for path in [*empty[:3], "log.jsonl: line 2", "log.jsonl: line 4", "student-000001.png"]:
-        assert lines.count(str(path)) == 1, (path, log)
+        assert sum(str(path) in line for line in log) == 1, (path, log)
     (folder.train / "training.json").write_text("[]")
     assert folder.send(log)
     assert "training.json" in log[-1]

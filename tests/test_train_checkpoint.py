@@ -1,9 +1,12 @@
 """Checkpoints: whole or not there, the last two kept, and exact."""
 
+import weakref
+
 import pytest
 import torch
 
 from dopsd.train import checkpoint as ckpt
+from tests import tiny
 
 
 def _checkpoint(step):
@@ -103,3 +106,48 @@ def test_setting_aside_replaces_what_was_set_aside_before(tmp_path):
     assert place == tmp_path / "d-opsd.previous"
     assert not run.exists()
     assert (place / "log.jsonl").read_text() == "second"
+
+
+def test_a_run_holds_no_checkpoint_while_it_trains(tmp_path, monkeypatch):
+    """Neither the one that it wrote nor the one that it began with; and nothing is copied where it lies."""
+    held, clones = [], []
+    original = {name: getattr(ckpt, name) for name in ("save_checkpoint", "load_checkpoint", "optimizer_tensors")}
+
+    def saving(folder, checkpoint):
+        assert {tensor.device.type for tensor in checkpoint.tensors.values()} == {"cpu"}
+        held.extend(weakref.ref(tensor) for tensor in checkpoint.tensors.values())
+        return original["save_checkpoint"](folder, checkpoint)
+
+    def loading(*arguments):
+        found = original["load_checkpoint"](*arguments)
+        held.extend(weakref.ref(tensor) for tensor in (found.tensors.values() if found else ()))
+        return found
+
+    def cloning(self, **how):
+        clones.append(self.shape)
+        return torch.empty_like(self).copy_(self)
+
+    class Looks(tiny.Recorder):
+        def metrics(self, step, values):
+            super().metrics(step, values)
+            assert not [tensor for tensor in held if tensor() is not None]
+            if step == 5 and len(self.steps) > 4:
+                raise KeyboardInterrupt
+
+    def copying(optimizer):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "clone", cloning)
+            return original["optimizer_tensors"](optimizer)
+
+    monkeypatch.setattr(ckpt, "save_checkpoint", saving)
+    monkeypatch.setattr(ckpt, "load_checkpoint", loading)
+    monkeypatch.setattr(ckpt, "optimizer_tensors", copying)
+    settings = tiny.tiny_settings(max_steps=8, checkpoint_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.run_tiny("d-opsd", tmp_path, settings, Looks())
+    written = len(held)
+    seen = Looks()
+    tiny.run_tiny("d-opsd", tmp_path, settings, seen)
+    assert seen.steps == [5, 6, 7, 8]
+    assert len(held) > written > 100, "some were written, one was read"
+    assert not clones

@@ -21,17 +21,15 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
 from torch import Tensor
 
 from dopsd.config import Method, TrainSettings
 from dopsd.data.dataset import BucketSampler, Example, Preview
 from dopsd.distill.adapters import STUDENT, add_adapters, save_adapter
-from dopsd.distill.rollout import sample
-from dopsd.files import whole_file, write_json, write_tensors
+from dopsd.files import whole_file, write_json
 from dopsd.models.base import Conditioning, Family
 from dopsd.train import checkpoint as ckpt
-from dopsd.train.gain import choose, helps, teacher_gain
+from dopsd.train.gain import choose, described, helps, teacher_gain, teacher_samples
 from dopsd.train.objective import Objective
 from dopsd.train.observer import Observer, Previews, Progress, RunLog
 from dopsd.train.parallel import exchange, share
@@ -285,11 +283,7 @@ class _Run:
             return
         gain, improved = self.gain["gain"], self.gain["improved"]
         self.log.append(0, {"train/teacher_gain": gain, "train/teacher_improved": improved})
-        self.observer.message(
-            f"teacher gain: shown the target, {self.settings.rollout_steps}-step samples are {abs(gain):.0%} "
-            f"{'nearer to it' if gain >= 0 else 'further from it'}; nearer on {improved:.0%} of "
-            f"{self.gain['images']:.0f} examples"
-        )
+        self.observer.message(described(self.gain, self.settings.rollout_steps))
         if not helps(self.gain):
             text = (f"the teacher is no better than the student (gain {gain:.3f}, nearer on {improved:.0%}): there is "
                     "nothing to learn from it; check the captions, the context and the base")  # fmt: skip
@@ -308,13 +302,11 @@ class _Run:
         """The clean latents to learn from: the images', or for ``sft-teacher`` samples of the teacher, drawn once."""
         if self.method != "sft-teacher":
             return [example.latents for example in self.examples]
-        path = self.folder / "teacher_samples.safetensors"
-        if not path.exists() or _header(path) != self.identity:
-            with self.adapters.select(None):
-                drawn = _teacher_samples(self.family, self.examples, self.settings)
-            write_tensors(path, drawn, {"fingerprint": self.identity})
-        with safe_open(path, framework="pt") as file:
-            return [file.get_tensor(str(number)) for number in range(len(self.examples))]
+        with self.adapters.select(None):
+            return teacher_samples(
+                self.folder / "teacher_samples.safetensors", self.identity, self.family, self.examples,
+                self.settings.rollout_steps, self.settings.seed + 3,
+            )  # fmt: skip
 
     def _predict(self, latents: Tensor, sigma: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
         # One autocast region per forward: a longer one would reuse the weights that it cast without gradient for the
@@ -408,20 +400,3 @@ class _Run:
             "sampler": self.sampler.state_dict(),
         }  # fmt: skip
         ckpt.save_checkpoint(self.folder / "checkpoints", ckpt.Checkpoint(self.step, tensors, state))
-
-
-def _teacher_samples(family: Family, examples: Sequence[Example], settings: TrainSettings) -> dict[str, Tensor]:
-    """A few-step sample ``[C, h, w]`` of the base shown each example's context, keyed by the example's number."""
-    generator = torch.Generator().manual_seed(settings.seed + 3)
-    drawn = {}
-    for number, example in enumerate(examples):
-        noise = family.initial_latents(1, example.height, example.width, generator)
-        latents = sample(family, [example.context], settings.rollout_steps, example.height, example.width, noise)
-        drawn[str(number)] = latents[0].cpu().contiguous()
-    return drawn
-
-
-def _header(path: Path) -> str | None:
-    """The fingerprint that a file of teacher samples was drawn for."""
-    with safe_open(path, framework="pt") as file:
-        return (file.metadata() or {}).get("fingerprint")
