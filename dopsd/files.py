@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,41 @@ def write_json(path: Path, value: Any) -> None:
     """``value`` as readable JSON."""
     with whole_file(path) as partial:
         partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, warn: Callable[[str], object] = lambda text: None) -> dict[str, Any]:
+    """The object in a JSON file; nothing where it is missing; nothing, and a line to ``warn``, where it is broken."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not isinstance(value, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:
+        warn(f"{path} cannot be read ({error}); what it says is left out")
+        return {}
+    return value
+
+
+class GrowingFile:
+    """Lines that are added to a file; one that was put in the place of the old is read from its start."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = self._position = self._lines = 0
+
+    def new_lines(self, half: bool = False) -> Iterator[tuple[int, bytes]]:
+        """Number (from 0) and content of the lines since the last call; ``half``: one without its end, too."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            about = os.fstat(file.fileno())
+            if about.st_ino != self._file or about.st_size < self._position:
+                self._file, self._position, self._lines = about.st_ino, 0, 0
+            file.seek(self._position)
+            for line in file:
+                if not line.endswith(b"\n") and not half:
+                    return  # being written right now
+                self._position, self._lines = self._position + len(line), self._lines + 1
+                yield self._lines - 1, line
 
 
 def append_line(path: Path, line: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dopsd.config import Settings
-from dopsd.files import write_json
+from dopsd.files import read_json, write_json
 
 if TYPE_CHECKING:
     from dopsd.data.manifest import ConceptTable
@@ -330,12 +330,7 @@ def _begin_training(run: Path, settings: Settings, content_hash: str, root: Path
 
     code = method_version()
     path = run / "train" / "training.json"
-    try:
-        before = json.loads(path.read_text())["code"] if path.exists() else code
-    except (ValueError, KeyError, TypeError):
-        print(f"train: {path} is broken; it is written anew")
-        before = code
-    if before != code:
+    if read_json(path, print).get("code", code) != code:
         for folder in sorted(p for p in (run / "train").iterdir() if p.is_dir() and p.suffix != ".previous"):
             print(f"train: the code of training changed; the old run is now {set_aside(folder)}")
     decides = [

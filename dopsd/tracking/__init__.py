@@ -124,25 +124,22 @@ class Sender:
         """One comparison. That the server went or came back is said; :class:`Away` is raised while it is gone."""
         try:
             self._comparison.send(last)
-            if self._away:
-                self._log(f"tracking: {self._uri} answers again, and has all that was written")
-            self._away = False
-        except LoginNeeded:
-            how = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-            self._comparison.warn(f"login needed at {self._uri} (HTTP 401): {how}; the run goes on without it")
+        except Exception as error:
             self._comparison.forget()
-            raise
-        except Away as error:
-            if not self._away:
+            if isinstance(error, LoginNeeded):
+                how = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+                self._comparison.warn(f"login needed at {self._uri} (HTTP 401): {how}; the run goes on without it")
+            elif not isinstance(error, Away):  # a mistake of ours, or a full disk here: training must not pay for it
+                self._comparison.warn(f"something of {self._run} was not sent ({type(error).__name__}: {error})")
+            elif not self._away:
                 self._log(f"tracking: {self._uri} cannot be reached ({error}); the run goes on, and is sent later")
-            self._away = True
-            self._comparison.forget()
-            raise
-        except Exception as error:  # a mistake of ours, or a full disk here: training must not pay for it
-            self._comparison.warn(f"something of {self._run} was not sent ({type(error).__name__}: {error})")
-            self._comparison.forget()
-            if last:
+            self._away = isinstance(error, Away)
+            if last or self._away:
                 raise Away from error
+            return
+        if self._away:
+            self._log(f"tracking: {self._uri} answers again, and has all that was written")
+        self._away = False
 
 
 def send(root: Path, run: Path, settings: TrackingSettings, log: Callable[[str], None] = log_line) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dopsd.files import PARTIAL
+from dopsd.files import PARTIAL, GrowingFile, read_json
 
 LONGEST_PARAM = 6000
 """Characters that MLflow takes as a parameter's value."""
@@ -28,22 +28,22 @@ Warn = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Content:
-    """What one run of the tracker is to show: a training's own, or the one of a method below it."""
+    """What one run of the tracker is to show: a training's own, or the one of a method below it.
+
+    ``key``: ``<training>`` or ``<training>/<method>``. ``status``: ``status``, ``started``, ``ended`` (milliseconds).
+    ``data``: the data set's ``name``, ``hash``, ``source`` and ``profile``. ``numbers``: those measured once, after
+    training. ``files``: each with its path among the run's artifacts; a preview with its key and step instead.
+    """
 
     key: str
-    """``<training>``, or ``<training>/<method>``."""
     name: str
     status: Mapping[str, Any]
-    """``status``, ``started`` and ``ended`` in milliseconds; or nothing."""
     tags: dict[str, str]
     files: list[tuple[Path, str | tuple[str, int]]]
-    """File here, and its path among the run's artifacts; of a preview instead its key and step."""
     logs: tuple[Path, ...] = ()
     params: Mapping[str, str] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
-    """The data set: ``name``, ``hash``, ``source``, ``profile``; or nothing."""
     numbers: Mapping[str, float] = field(default_factory=dict)
-    """Those that are measured once, after training."""
 
 
 def contents(run: Path, warn: Warn) -> Iterator[Content]:
@@ -57,9 +57,11 @@ def contents(run: Path, warn: Warn) -> Iterator[Content]:
     methods = {k: v for k, v in methods.items() if "." not in k.name and v.get("training", training) == training}
     about = read_json(run / "about.json", warn)
     tags = {"dopsd.concept": run.name, "dopsd.training": training, **about.get("tags", {})}
-    yield _training(run, training, _overall(list(methods.values())), tags, about.get("data", {}), warn)
-    for folder, status in methods.items():
-        yield _method(run, folder, training, status, tags)
+    begun = sorted((status for status in methods.values() if status.get("started")), key=lambda m: m["started"])
+    status = {**begun[-1], "started": begun[0]["started"]} if begun else {}  # one method after the other
+    yield _training(run, training, status, tags, about.get("data", {}), warn)
+    for folder, its in methods.items():
+        yield _method(run, folder, training, its, tags)
 
 
 def _training(
@@ -103,67 +105,25 @@ def _method(run: Path, folder: Path, training: str, status: Mapping[str, Any], t
     )  # fmt: skip
 
 
-def _overall(methods: list[dict[str, Any]]) -> dict[str, Any]:
-    """The status of a training, of its methods'."""
-    known = [method for method in methods if {"status", "started", "ended"} <= method.keys()]
-    states = {method["status"] for method in known}
-    worst = next((state for state in ("RUNNING", "KILLED", "FAILED", "FINISHED") if state in states), None)
-    ended = max((method["ended"] or 0 for method in known), default=0)
-    started = [method["started"] for method in known]
-    return {"status": worst, "started": min(started), "ended": ended} if worst else {}
-
-
 def _files(place: Path) -> list[Path]:
     """A file, or all that are in a folder; those that are being written are not."""
     files = sorted(place.rglob("*")) if place.is_dir() else [place]
     return [path for path in files if path.is_file() and not path.name.endswith(PARTIAL)]
 
 
-def read_json(path: Path, warn: Warn) -> dict[str, Any]:
-    """The object in a JSON file; nothing where it is missing; nothing, and a warning, where it is broken."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if not isinstance(value, dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError) as error:
-        warn(f"{path} cannot be read ({error}); what it says is left out")
-        return {}
-    return value
+def rows(log: GrowingFile, warn: Warn, last: bool) -> Iterator[tuple[int, int, dict[str, float]]]:
+    """The new rows of a log: step, time in milliseconds, numbers. One without a step counts as the line it is on.
 
-
-@dataclass
-class LogReader:
-    """Reads a log's new rows, again and again; one that was put in the place of the old is read from its start."""
-
-    path: Path
-    _file: int = 0
-    _position: int = 0
-    _lines: int = 0
-
-    def rows(self, warn: Warn, last: bool) -> Iterator[tuple[int, int, dict[str, float]]]:
-        """Step, time in milliseconds, numbers. A row without a step counts as the line it is on, from 0.
-
-        ``last``: nobody writes it any more, so that half a line at its end is a fault.
-        """
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as file:
-            about = self.path.stat()
-            if about.st_ino != self._file or about.st_size < self._position:
-                self._file, self._position, self._lines = about.st_ino, 0, 0
-            file.seek(self._position)
-            for line in file:
-                number = self._lines
-                if not line.endswith(b"\n") and not last:
-                    return  # being written right now
-                self._position, self._lines = self._position + len(line), number + 1
-                try:
-                    row = json.loads(line)
-                    step, time = int(row.get("step", number)), int(row.get("time", about.st_mtime * 1000))
-                except (ValueError, TypeError, AttributeError):
-                    warn(f"{self.path}: line {number + 1} is broken; it is left out")
-                    continue
-                yield step, time, {k: float(v) for k, v in row.items() if k not in ("step", "time") and _is_number(v)}
+    ``last``: nobody writes it any more, so that half a line at its end is a fault.
+    """
+    for number, line in log.new_lines(half=last):
+        try:
+            row = json.loads(line)
+            step, time = int(row.get("step", number)), int(row.get("time", 0))
+        except (ValueError, TypeError, AttributeError):
+            warn(f"{log.path}: line {number + 1} is broken; it is left out")
+            continue
+        yield step, time, {k: float(v) for k, v in row.items() if k not in ("step", "time") and _is_number(v)}
 
 
 def _is_number(value: Any) -> bool:

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dopsd.config import TrackingSettings
-from dopsd.files import now, whole_file
+from dopsd.files import GrowingFile, now, read_json, whole_file
 
-from .folder import Content, LogReader, contents
+from .folder import Content, contents, rows
 from .server import Refused, connect, tracking_uri, understood
 
 if TYPE_CHECKING:
@@ -43,7 +43,11 @@ LARGEST = 1.7976931348623157e308
 
 @dataclass
 class _Known:
-    """What the server has of a run, as asked once and kept up to date since."""
+    """What the server has of a run, as asked once and kept up to date since; and how far the files here were read.
+
+    ``sent``: path of an artifact to the hash of what was sent. ``listed``: folder of artifacts to the paths in it.
+    ``compared``: file here to its size and time of change when it was compared.
+    """
 
     run_id: str
     started: int
@@ -54,12 +58,9 @@ class _Known:
     data: set[str]
     status: tuple[Any, Any]
     sent: dict[str, str] = field(default_factory=dict)
-    """Path of an artifact to the hash of what was sent."""
     listed: dict[str, set[str]] = field(default_factory=dict)
-    """Folder of artifacts to the paths in it."""
-    logs: dict[Path, LogReader] = field(default_factory=dict)
+    logs: dict[Path, GrowingFile] = field(default_factory=dict)
     compared: dict[Path, tuple[int, int]] = field(default_factory=dict)
-    """Size and time of change of files here that were compared."""
 
 
 class Comparison:
@@ -83,8 +84,12 @@ class Comparison:
         """Send what the server lacks. ``last``: nobody writes the folder now. Raises :class:`~.server.Away`; then some
         of it is still missing there, and the server is to be asked anew (:meth:`forget`)."""
         try:
-            for content in contents(self._run, self.warn):
-                self._send(content, last)
+            found = list(contents(self._run, self.warn))
+            for content in found:
+                self._send_values(content, last)
+            for content in found:  # after all numbers: where artifacts are kept may be away alone
+                if content.key in self._known:
+                    self._send_files(content, self._known[content.key])
         finally:
             self._report_refusals()
 
@@ -126,7 +131,7 @@ class Comparison:
 
     # --- what is sent ---
 
-    def _send(self, content: Content, last: bool) -> None:
+    def _send_values(self, content: Content, last: bool) -> None:
         parent = self._known.get(content.key.partition("/")[0])
         if ("/" in content.key and parent is None) or self._refused[content.key, "run"] >= CHANCES:
             return  # refused, as was said
@@ -140,9 +145,8 @@ class Comparison:
         known = self._known[content.key]
         self._send_notes(content, content.tags | parents, known)
         metrics = self._new_metrics(content, known, last)
-        while rows := list(islice(metrics, MOST["metrics"])):
-            self._send_batch(content, known, "metrics", rows)
-        self._send_files(content, known)
+        while batch := list(islice(metrics, MOST["metrics"])):
+            self._send_batch(content, known, "metrics", batch)
         self._send_status(content, known)
 
     def _open(self, content: Content, parents: Mapping[str, str]) -> _Known:
@@ -162,8 +166,7 @@ class Comparison:
             data={found.dataset.digest for found in (run.inputs.dataset_inputs if run.inputs else ())},
             status=(run.info.status, run.info.end_time),
         )
-        if self._is_listed(known, SENT):
-            known.sent = self._read_sent(known.run_id)
+        known.sent = self._read_sent(content, known)
         return known
 
     def _send_notes(self, content: Content, tags: Mapping[str, str], known: _Known) -> None:
@@ -189,7 +192,7 @@ class Comparison:
         from mlflow.entities import Metric
 
         for path in content.logs:
-            for step, when, values in known.logs.setdefault(path, LogReader(path)).rows(self.warn, last):
+            for step, when, values in rows(known.logs.setdefault(path, GrowingFile(path)), self.warn, last):
                 for key, value in values.items():
                     if step > known.steps.get(key, -1):
                         known.steps[key] = step
@@ -200,43 +203,48 @@ class Comparison:
                 known.values[key] = kept
                 yield Metric(key, value, now(), 0)
 
-    def _send_batch(self, content: Content, known: _Known, kind: str, rows: Sequence[Any]) -> None:
-        """Send rows of one kind in one call; by halves where they are too many, or some of them are refused."""
-        rows = [row for row in rows if self._refused[content.key, f"{kind[:-1]} {row.key}"] < CHANCES]
-        if rows and len(rows) <= MOST[kind]:
+    def _send_batch(self, content: Content, known: _Known, kind: str, batch: Sequence[Any]) -> None:
+        """Send values of one kind in one call; by halves where they are too many, or some of them are refused."""
+        batch = [each for each in batch if self._refused[content.key, f"{kind[:-1]} {each.key}"] < CHANCES]
+        if batch and len(batch) <= MOST[kind]:
             try:
-                self._call("log_batch", known.run_id, **{kind: rows}, synchronous=True)
+                self._call("log_batch", known.run_id, **{kind: batch}, synchronous=True)
                 return
             except Refused as refusal:
-                if len(rows) == 1:
-                    self._refuse(content, f"{kind[:-1]} {rows[0].key}", refusal)
+                if len(batch) == 1:
+                    self._refuse(content, f"{kind[:-1]} {batch[0].key}", refusal)
                     return
-        if rows:
-            self._send_batch(content, known, kind, rows[: len(rows) // 2])
-            self._send_batch(content, known, kind, rows[len(rows) // 2 :])
+        for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]) if batch else ():
+            self._send_batch(content, known, kind, half)
 
     def _send_files(self, content: Content, known: _Known) -> None:
         unnoted = 0
         for path, target in content.files:
             try:
-                about = path.stat()
-                stamp = about.st_size, about.st_mtime_ns
-                if known.compared.get(path) == stamp:
-                    continue
-                with path.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                name = target if isinstance(target, str) else _picture_name(*target, known.started)
-                there = known.sent.get(name) == digest and self._is_listed(known, name)
-                if not there and self._upload(content, known, path, name, is_picture=not isinstance(target, str)):
-                    known.sent[name], unnoted = digest, unnoted + 1
-                known.compared[path] = stamp
+                unnoted += self._send_file(content, known, path, target)
             except FileNotFoundError:
                 pass  # replaced at this moment: the next comparison sees it
             except (OSError, ValueError) as error:
-                self.warn(f"{path} cannot be read ({error}); it is left out")
-            if unnoted and (unnoted == FILES_PER_NOTE or path == content.files[-1][0]):
+                self.warn(f"{path} cannot be read ({type(error).__name__}); it is left out")
+            if unnoted == FILES_PER_NOTE or (unnoted and path == content.files[-1][0]):
                 self._attempt(content, f"file {SENT}", "log_dict", known.run_id, known.sent, SENT)
                 unnoted = 0
+
+    def _send_file(self, content: Content, known: _Known, path: Path, target: str | tuple[str, int]) -> bool:
+        """Whether it was sent."""
+        about = path.stat()
+        stamp = about.st_size, about.st_mtime_ns
+        if known.compared.get(path) == stamp:
+            return False
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        name = target if isinstance(target, str) else _picture_name(*target, known.started)
+        there = known.sent.get(name) == digest and self._is_listed(content, known, name)
+        known.compared[path] = stamp
+        if there or not self._upload(content, known, path, name, is_picture=not isinstance(target, str)):
+            return False
+        known.sent[name] = digest
+        return True
 
     def _upload(self, content: Content, known: _Known, path: Path, name: str, is_picture: bool) -> bool:
         folder, _, file = name.rpartition("/")
@@ -256,20 +264,23 @@ class Comparison:
 
     # --- which files the server has ---
 
-    def _is_listed(self, known: _Known, name: str) -> bool:
+    def _is_listed(self, content: Content, known: _Known, name: str) -> bool:
         folder = name.rpartition("/")[0]
         if folder not in known.listed:
-            found = self._call("list_artifacts", known.run_id, folder or None)
+            try:
+                found = self._call("list_artifacts", known.run_id, folder or None)
+            except Refused as refusal:
+                self._refuse(content, "the list of files", refusal)
+                found = []
             known.listed[folder] = {info.path for info in found}
         return name in known.listed[folder]
 
-    def _read_sent(self, run_id: str) -> dict[str, str]:
+    def _read_sent(self, content: Content, known: _Known) -> dict[str, str]:
+        """``sent.json``, where there is one; half of one, after an upload that died, has all files sent again, once."""
         with tempfile.TemporaryDirectory(prefix="dopsd-sent-") as place:
-            try:
-                found = json.loads(Path(self._call("download_artifacts", run_id, SENT, place)).read_text())
-            except ValueError:  # an upload that died halfway: all files are sent again, once
-                found = {}
-        return found if isinstance(found, dict) else {}
+            if self._is_listed(content, known, SENT):
+                self._attempt(content, f"file {SENT}", "download_artifacts", known.run_id, SENT, place)
+            return read_json(Path(place) / SENT)
 
     # --- refusals ---
 

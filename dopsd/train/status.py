@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dopsd.files import is_disk_full, now, write_json
+from dopsd.files import is_disk_full, now, read_json, write_json
 from dopsd.train.errors import LaunchError
 from dopsd.train.observer import Observer
 
@@ -20,7 +19,7 @@ def running(folder: Path, observer: Observer, training: str = "") -> Iterator[No
     """RUNNING inside the block; FINISHED, FAILED or KILLED after it. ``training``: the name of what it is part of."""
     try:
         with disk_full_said(folder):
-            before = read_status(folder)
+            before = read_json(folder / RUN_FILE)
             started = before.get("started") if before.get("training") == training else None
             _write(
                 folder,
@@ -56,7 +55,7 @@ def how_it_ended(error: BaseException | None) -> str:
 
 def end_run(folder: Path, observer: Observer, status: str = "FINISHED") -> None:
     """Write down that a run ended, where nobody did."""
-    about = read_status(folder)
+    about = read_json(folder / RUN_FILE)
     if about.get("status") == "RUNNING":
         _write(folder, observer, {**about, "status": status, "ended": now()})
 
@@ -64,18 +63,9 @@ def end_run(folder: Path, observer: Observer, status: str = "FINISHED") -> None:
 def adopt(folder: Path, observer: Observer, training: str) -> None:
     """A finished run is part of ``training`` too: of the same, or one whose settings change nothing in it."""
     end_run(folder, observer)  # killed between its last checkpoint and writing this
-    about = read_status(folder)
+    about = read_json(folder / RUN_FILE)
     if about and about.get("training") != training:
         _write(folder, observer, {**about, "training": training})
-
-
-def read_status(folder: Path) -> dict[str, Any]:
-    """What ``run.json`` says; nothing where it is missing or broken."""
-    try:
-        about = json.loads((folder / RUN_FILE).read_text())
-    except (OSError, ValueError):
-        return {}
-    return about if isinstance(about, dict) else {}
 
 
 def _write(folder: Path, observer: Observer, about: dict[str, Any]) -> None:
