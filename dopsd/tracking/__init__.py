@@ -1,12 +1,9 @@
 """Tracking in MLflow that a training never waits for.
 
-The run folder is the truth and the tracker a copy of it: whoever makes something writes it into ``runs/<concept>/``
-(:mod:`.folder` says where), and a comparison of that folder with MLflow (:mod:`.sender`) sends what is missing there.
-While a training runs, a thread compares whenever something was written; every stage compares once more at its end, and
-``dopsd track sync`` does nothing else. So an outage costs nothing but its time.
-
-One MLflow run is one training of a concept (parameters, data set, before-and-after table, report), and below it there
-is one run per method (metrics by step, previews, adapters).
+The run folder ``runs/<concept>/`` is the truth (:mod:`.folder` says what is where) and the tracker a copy of it: a
+comparison (:mod:`.sender`) sends what is missing there. While a training runs, a thread compares whenever something was
+written; every stage compares once more at its end, and ``dopsd track sync`` does nothing else. One MLflow run is one
+training of a concept (parameters, data set, table, report); below it is one per method (metrics, previews, adapters).
 """
 
 from __future__ import annotations
@@ -31,10 +28,9 @@ from .server import Away, LoginNeeded, Refused, connect, public_uri, tracking_ur
 
 __all__ = ["Sender", "connect", "public_uri", "run_id", "send", "tracking_uri", "without_secrets"]
 
-BATCH_SECONDS = 1.0
-"""What is written within this long travels together."""
-LONGEST_WAIT = 30.0
-"""Seconds between two tries, at most, while the server is away."""
+BATCH_SECONDS = 1.0  # what is written within this long travels together
+Log = Callable[[str], None]
+LONGEST_WAIT = 30.0  # seconds between two tries, at most, while the server is away
 
 
 def log_line(text: str) -> None:
@@ -46,9 +42,7 @@ class Sender:
     """Keeps the tracker's copy of the run folder ``run`` up to date while it is entered; the end of the block waits for
     one last comparison. One process at a time sends a folder; another is told so, and leaves it to the first."""
 
-    def __init__(
-        self, root: Path, run: Path, settings: TrackingSettings, log: Callable[[str], None] = log_line
-    ) -> None:
+    def __init__(self, root: Path, run: Path, settings: TrackingSettings, log: Log = log_line) -> None:
         self._run, self._enabled, self._log = run, settings.enabled, log
         self._comparison = Comparison(root, run, settings, log)
         self._uri = public_uri(self._comparison.uri)
@@ -93,11 +87,9 @@ class Sender:
     def _follow(self) -> bool:
         """Compare whenever something was written; where the server is away, until it answers or all ends."""
         patient = Retrying(
-            retry=retry_if_exception_type(Away),
-            wait=wait_exponential(multiplier=0.5, max=LONGEST_WAIT),
-            stop=stop_when_event_set(self._closing),
-            sleep=sleep_using_event(self._closing),
-        )
+            retry=retry_if_exception_type(Away), wait=wait_exponential(multiplier=0.5, max=LONGEST_WAIT),
+            stop=stop_when_event_set(self._closing), sleep=sleep_using_event(self._closing),
+        )  # fmt: skip
         while not self._closing.is_set():
             self._wake.clear()
             try:
@@ -142,7 +134,7 @@ class Sender:
         self._away = False
 
 
-def send(root: Path, run: Path, settings: TrackingSettings, log: Callable[[str], None] = log_line) -> bool:
+def send(root: Path, run: Path, settings: TrackingSettings, log: Log = log_line) -> bool:
     """Send what the tracker lacks of ``run`` (``runs/<concept>``); whether it has all of it then. Never raises."""
     return not settings.enabled or Sender(root, run, settings, log).send()
 

@@ -17,12 +17,9 @@ from typing import Any
 
 from dopsd.files import PARTIAL, GrowingFile, read_json
 
-LONGEST_PARAM = 6000
-"""Characters that MLflow takes as a parameter's value."""
-CLOCK_TICK = 0.02
-"""Seconds that a file's time may lag behind the clock."""
+LONGEST_PARAM = 6000  # characters that MLflow takes as a parameter's value
+CLOCK_TICK = 0.02  # seconds that a file's time may lag behind the clock
 _PREVIEW = re.compile(r"(\w+)-(\d+)\.png")
-
 Warn = Callable[[str], None]
 
 
@@ -56,10 +53,11 @@ def contents(run: Path, warn: Warn) -> Iterator[Content]:
     # a folder of another training, whose turn to be set aside has not come, says so
     methods = {k: v for k, v in methods.items() if "." not in k.name and v.get("training", training) == training}
     about = read_json(run / "about.json", warn)
-    tags = {"dopsd.concept": run.name, "dopsd.training": training, **about.get("tags", {})}
+    data, tags = ({k: v for k, v in about.items() if isinstance(v, dict)}.get(name, {}) for name in ("data", "tags"))
+    tags = {"dopsd.concept": run.name, "dopsd.training": training, **tags}
     begun = sorted((status for status in methods.values() if status.get("started")), key=lambda m: m["started"])
     status = {**begun[-1], "started": begun[0]["started"]} if begun else {}  # one method after the other
-    yield _training(run, training, status, tags, about.get("data", {}), warn)
+    yield _training(run, training, status, tags, data, warn)
     for folder, its in methods.items():
         yield _method(run, folder, training, its, tags)
 
@@ -83,7 +81,7 @@ def _training(
         if current(path)
     }
     return Content(
-        training, run.name, status, tags | ({"dopsd.data.hash": data["hash"]} if data else {}), data=data,
+        training, run.name, status, tags | ({"dopsd.data.hash": data["hash"]} if "hash" in data else {}), data=data,
         params={k: text if len(text) <= LONGEST_PARAM else "see settings.json" for k, text in texts.items()},
         numbers={k.replace(".", "/"): float(value) for k, value in flatten(measured).items() if _is_number(value)},
         files=[*((p, p.name) for p in _files(settings)), *((p, p.relative_to(run).as_posix()) for p in results)],

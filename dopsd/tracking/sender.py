@@ -1,8 +1,7 @@
 """Compares a run folder with what MLflow has of it, and sends what is missing there.
 
-It can be repeated at any time and by anybody, and keeps no account of its own: what was sent is asked of the server.
-Numbers by step are those after the last step that it has; files are compared with ``sent.json``, which lies among the
-run's artifacts and says which content was sent.
+It can be repeated at any time and keeps no account of its own: what was sent is asked of the server. Numbers by step
+are those after the last step that it has; ``sent.json`` among a run's artifacts says which files were sent.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dopsd.config import TrackingSettings
 from dopsd.files import GrowingFile, now, read_json, whole_file
@@ -25,23 +23,14 @@ from dopsd.files import GrowingFile, now, read_json, whole_file
 from .folder import Content, contents, rows
 from .server import Refused, connect, tracking_uri, understood
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
 RUN_KEY, SENT = "dopsd.run_key", "sent.json"
-MOST = {"metrics": 1000, "params": 100, "tags": 100}
-"""Of a kind in one call: MLflow's own limits."""
-CHANCES = 3
-"""How often something of one name may be refused before it is not tried again."""
-FILES_PER_NOTE = 20
-"""After so many files ``sent.json`` is written again: as many are sent twice at most, after a kill."""
-PREVIEW_SIDE = 128
-"""Small previews are enlarged to this many pixels of height: MLflow's page shows files as they are."""
-LARGEST = 1.7976931348623157e308
-"""What MLflow keeps of an infinite number."""
+MOST = {"metrics": 1000, "params": 100, "tags": 100}  # of a kind in one call: MLflow's own limits
+CHANCES = 3  # so often something of one name may be refused before it is not tried again
+FILES_PER_NOTE = 20  # after so many sent.json is written again: as many are sent twice at most, after a kill
+PREVIEW_SIDE = 128  # small previews are enlarged to so many pixels of height: MLflow's page shows files as they are
+LARGEST = 1.7976931348623157e308  # what MLflow keeps of an infinite number
 
 
-@dataclass
 class _Known:
     """What the server has of a run, as asked once and kept up to date since; and how far the files here were read.
 
@@ -49,18 +38,15 @@ class _Known:
     ``compared``: file here to its size and time of change when it was compared.
     """
 
-    run_id: str
-    started: int
-    steps: dict[str, int]
-    values: dict[str, float]
-    params: set[str]
-    tags: dict[str, str]
-    data: set[str]
-    status: tuple[Any, Any]
-    sent: dict[str, str] = field(default_factory=dict)
-    listed: dict[str, set[str]] = field(default_factory=dict)
-    logs: dict[Path, GrowingFile] = field(default_factory=dict)
-    compared: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    def __init__(self, run: Any) -> None:
+        self.run_id, self.started = run.info.run_id, run.info.start_time or 0
+        self.status = run.info.status, run.info.end_time
+        self.params, self.tags = set(run.data.params), dict(run.data.tags)
+        self.data = {found.dataset.digest for found in (run.inputs.dataset_inputs if run.inputs else ())}
+        latest = run.data.to_proto().metrics
+        self.steps, self.values = {m.key: m.step for m in latest}, {m.key: m.value for m in latest}
+        self.sent, self.listed = dict[str, str](), dict[str, set[str]]()
+        self.logs, self.compared = dict[Path, GrowingFile](), dict[Path, tuple[int, int]]()
 
 
 class Comparison:
@@ -69,16 +55,16 @@ class Comparison:
     def __init__(self, root: Path, run: Path, settings: TrackingSettings, log: Callable[[str], None]) -> None:
         self.uri = tracking_uri(root)
         self._run, self._experiment, self._artifacts = run, settings.experiment, root / "mlartifacts"
-        self._log, self._logged = log, set[str]()
-        self._client: MlflowClient | None = None
-        self._known: dict[str, _Known] = {}
-        self._refused: Counter[tuple[str, str]] = Counter()
-        self._reasons: dict[str, list[str]] = {}
+        self._log, self._logged, self._known = log, set[str](), dict[str, _Known]()
+        self._client: Any = None
+        self._experiment_found: str | None = None
+        self._refused, self._reasons = Counter[tuple[str, str]](), dict[str, list[str]]()
 
     def forget(self) -> None:
         """Ask the server anew for all that it has, and for what it refused."""
         self._known.clear()
         self._refused.clear()
+        self._experiment_found = None
 
     def send(self, last: bool) -> None:
         """Send what the server lacks. ``last``: nobody writes the folder now. Raises :class:`~.server.Away`; then some
@@ -111,38 +97,35 @@ class Comparison:
             return getattr(self._client, method)(*args, **kwargs)
 
     def _experiment_id(self) -> str:
-        found = self._call("get_experiment_by_name", self._experiment)
-        if found is not None:
-            return found.experiment_id
-        local = self._artifacts.resolve().as_uri() if self.uri.startswith("sqlite:") else None
-        return self._call("create_experiment", self._experiment, artifact_location=local)
+        if self._experiment_found is None:
+            found = self._call("get_experiment_by_name", self._experiment)
+            local = self._artifacts.resolve().as_uri() if self.uri.startswith("sqlite:") else None
+            self._experiment_found = found.experiment_id if found else self._call(
+                "create_experiment", self._experiment, artifact_location=local
+            )  # fmt: skip
+        return self._experiment_found
 
     def _identity(self) -> str:
         """A name of this run folder's own, so that what was made of it is found again; a new one where it is lost."""
         path = self._run / "tracking" / "id"
-        name = path.read_text(errors="replace").strip() if path.exists() else None
-        if name and re.fullmatch(r"[0-9a-f]{32}", name):
-            return name
-        if name is not None:
-            self.warn(f"{path} is broken; all of {self._run} is sent to runs of a new name")
-        with whole_file(path) as partial:
-            partial.write_text(uuid.uuid4().hex)
-        return path.read_text()
-
-    # --- what is sent ---
+        name = path.read_text(errors="replace") if path.exists() else ""
+        if not re.fullmatch(r"[0-9a-f]{32}", name):
+            name = uuid.uuid4().hex
+            with whole_file(path) as partial:
+                partial.write_text(name)
+        return name
 
     def _send_values(self, content: Content, last: bool) -> None:
         parent = self._known.get(content.key.partition("/")[0])
         if ("/" in content.key and parent is None) or self._refused[content.key, "run"] >= CHANCES:
             return  # refused, as was said
         parents = {"mlflow.parentRunId": parent.run_id} if "/" in content.key and parent else {}
-        if content.key not in self._known:
-            try:
-                self._known[content.key] = self._open(content, parents)
-            except Refused as refusal:
-                self._refuse(content, "run", refusal)
-                return
-        known = self._known[content.key]
+        try:
+            known = self._known.get(content.key) or self._open(content, parents)
+        except Refused as refusal:
+            self._refuse(content, "run", refusal)
+            return
+        self._known[content.key] = known
         self._send_notes(content, content.tags | parents, known)
         metrics = self._new_metrics(content, known, last)
         while batch := list(islice(metrics, MOST["metrics"])):
@@ -155,17 +138,7 @@ class Comparison:
             "create_run", self._experiment_id(), start_time=content.status.get("started"), run_name=content.name,
             tags={RUN_KEY: f"{self._identity()}/{content.key}", **parents},
         )  # fmt: skip
-        latest = run.data.to_proto().metrics
-        known = _Known(
-            run_id=run.info.run_id,
-            started=run.info.start_time,
-            steps={metric.key: metric.step for metric in latest},
-            values={metric.key: metric.value for metric in latest},
-            params=set(run.data.params),
-            tags=dict(run.data.tags),
-            data={found.dataset.digest for found in (run.inputs.dataset_inputs if run.inputs else ())},
-            status=(run.info.status, run.info.end_time),
-        )
+        known = _Known(run)
         known.sent = self._read_sent(content, known)
         return known
 
@@ -178,14 +151,12 @@ class Comparison:
         self._send_batch(content, known, "params", missing)
         known.tags |= tags
         known.params |= set(content.params)
-        data = content.data
-        if data and data["hash"][:36] not in known.data:
-            dataset = Dataset(
-                data["name"], data["hash"][:36], "local", data["source"], profile=json.dumps(data["profile"])
-            )
+        data = {"profile": None, **content.data}
+        if data.get("hash") and (digest := data["hash"][:36]) not in known.data:
+            dataset = Dataset(data["name"], digest, "local", data["source"], profile=json.dumps(data["profile"]))
             inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
             self._attempt(content, f"data set {data['name']}", "log_inputs", known.run_id, inputs)
-            known.data.add(data["hash"][:36])
+            known.data.add(digest)
 
     def _new_metrics(self, content: Content, known: _Known, last: bool) -> Iterator[Any]:
         """What the server has not got; from here on it counts as what it has."""
@@ -239,20 +210,19 @@ class Comparison:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         name = target if isinstance(target, str) else _picture_name(*target, known.started)
-        there = known.sent.get(name) == digest and self._is_listed(content, known, name)
+        folder, what, sent = name.rpartition("/")[0] or None, f"file {name}", False
+        if known.sent.get(name) == digest and self._is_listed(content, known, name):
+            pass
+        elif isinstance(target, str):
+            sent = self._attempt(content, what, "log_artifact", known.run_id, str(path), folder)
+        else:
+            with tempfile.TemporaryDirectory(prefix="dopsd-preview-") as place:
+                _write_picture(path, Path(place) / Path(name).name)
+                sent = self._attempt(content, what, "log_artifacts", known.run_id, place, folder)
         known.compared[path] = stamp
-        if there or not self._upload(content, known, path, name, is_picture=not isinstance(target, str)):
-            return False
-        known.sent[name] = digest
-        return True
-
-    def _upload(self, content: Content, known: _Known, path: Path, name: str, is_picture: bool) -> bool:
-        folder, _, file = name.rpartition("/")
-        if not is_picture:
-            return self._attempt(content, f"file {name}", "log_artifact", known.run_id, str(path), folder or None)
-        with tempfile.TemporaryDirectory(prefix="dopsd-preview-") as place:
-            _write_picture(path, Path(place) / file)
-            return self._attempt(content, f"file {name}", "log_artifacts", known.run_id, place, folder)
+        if sent:
+            known.sent[name] = digest
+        return sent
 
     def _send_status(self, content: Content, known: _Known) -> None:
         status, ended = content.status.get("status"), content.status.get("ended")
@@ -262,17 +232,15 @@ class Comparison:
             self._attempt(content, "status", "set_terminated", known.run_id, status, ended)
         known.status = (status, ended) if status else known.status
 
-    # --- which files the server has ---
-
     def _is_listed(self, content: Content, known: _Known, name: str) -> bool:
         folder = name.rpartition("/")[0]
         if folder not in known.listed:
+            known.listed[folder] = set()
             try:
                 found = self._call("list_artifacts", known.run_id, folder or None)
+                known.listed[folder] = {info.path for info in found}
             except Refused as refusal:
                 self._refuse(content, "the list of files", refusal)
-                found = []
-            known.listed[folder] = {info.path for info in found}
         return name in known.listed[folder]
 
     def _read_sent(self, content: Content, known: _Known) -> dict[str, str]:
@@ -281,8 +249,6 @@ class Comparison:
             if self._is_listed(content, known, SENT):
                 self._attempt(content, f"file {SENT}", "download_artifacts", known.run_id, SENT, place)
             return read_json(Path(place) / SENT)
-
-    # --- refusals ---
 
     def _attempt(self, content: Content, what: str, method: str, *args: Any, **kwargs: Any) -> bool:
         """A call whose refusal is noted and passed over; whether it was taken."""
@@ -300,11 +266,10 @@ class Comparison:
     def _report_refusals(self) -> None:
         """A line for each reason to refuse; what was named before is not named again."""
         for reason, names in self._reasons.items():
-            new = [name for name in dict.fromkeys(names) if name not in self._logged]
-            self._logged.update(new)
-            if new:
-                more = f" and {len(new) - 5} more" if len(new) > 5 else ""
-                self._log(f"tracking: refused by the tracker: {', '.join(new[:5])}{more} ({reason}); the rest is sent")
+            if new := [name for name in dict.fromkeys(names) if name not in self._logged]:
+                self._logged.update(new)
+                shown = ", ".join(new[:5]) + (f" and {len(new) - 5} more" if len(new) > 5 else "")
+                self._log(f"tracking: refused by the tracker: {shown} ({reason}); the rest is sent")
         self._reasons.clear()
 
 

@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from traceback import walk_tb
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
 if TYPE_CHECKING:
@@ -95,12 +96,8 @@ def _status(error: Exception) -> int | None:
     from mlflow.exceptions import MlflowException
     from requests import Response
 
-    answers: list[Any] = [getattr(error, "response", None)]
-    trace = error.__traceback__
-    while trace is not None:
-        answers += trace.tb_frame.f_locals.values()
-        trace = trace.tb_next
-    for answer in answers:
+    frames = (frame for frame, _ in walk_tb(error.__traceback__))
+    for answer in (getattr(error, "response", None), *(value for frame in frames for value in frame.f_locals.values())):
         if isinstance(answer, Response) and answer.status_code >= 400:
             return answer.status_code
     return error.get_http_status_code() if isinstance(error, MlflowException) else None
