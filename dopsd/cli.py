@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dopsd.config import Settings, load_settings
+from dopsd.files import is_disk_full
 from dopsd.stages import STAGES, StageError, needs_of, run_folder
 
 if TYPE_CHECKING:
@@ -77,9 +78,10 @@ def main() -> None:
     """The entry point: run the command, and turn a person's mistake into one line."""
     try:
         app()
-    except (ValueError, RuntimeError, FileNotFoundError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         # our own errors are a person's mistakes, or a machine that is away; those out of a library need their traceback
-        ours = type(error).__module__.partition(".")[0] == "dopsd" or isinstance(error, FileNotFoundError)
+        known = isinstance(error, FileNotFoundError) or is_disk_full(error)
+        ours = type(error).__module__.partition(".")[0] == "dopsd" or known
         if not ours or "--debug" in sys.argv[1:]:
             raise
         typer.secho(f"error: {error}", fg="red", err=True)

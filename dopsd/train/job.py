@@ -12,7 +12,6 @@ from pathlib import Path
 from dopsd.config import Method, ModelSettings, TrainSettings
 from dopsd.data.encoded import Encoded
 from dopsd.models import load_family
-from dopsd.train.machine import MachineLoad
 from dopsd.train.trainer import Observer, TrainResult, train
 
 
@@ -39,11 +38,10 @@ def run_job(
     how, results = job.train, {}
     replay = [conditioning for _, conditioning in job.encoded.replay]
     for method in job.train.methods:
-        with MachineLoad(folder / method, observer):
-            result = train(
-                family, job.encoded.examples, job.encoded.previews, replay, how, method, folder / method, adapters,
-                observer, on_saved, job.training,
-            )  # fmt: skip
+        result = train(
+            family, job.encoded.examples, job.encoded.previews, replay, how, method, folder / method, adapters,
+            observer, on_saved, job.training,
+        )  # fmt: skip
         results[method] = result
         if result.stopped == "max_minutes":
             # the clock ended it: those that are compared with it draw as many images, not as many minutes

@@ -179,7 +179,10 @@ def _run_on_ray(
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     asked = resources(compute, job.model.device)
     storage = JobStorage(compute.storage or str((root / ".cache" / "ray").resolve()), job.name)
-    storage.offer(folder, job.train.methods)
+    try:
+        storage.offer(folder, job.train.methods)
+    except OSError as error:
+        raise LaunchError(f"{job.name}: cannot write to the storage {_shown(storage.place)} ({error})") from None
     trainer = DataParallelTrainer(
         worker.run,
         # one worker meets nobody: torch's meeting point would listen on every address, and asks nobody who they are
@@ -231,6 +234,11 @@ def _bring_home(storage: JobStorage, folder: Path, adapters: Path, results: Mapp
                     shutil.rmtree(target)
                 arrived.replace(target)
             publish(folder / method / "adapters", adapters, dict(enumerate(found["adapters"])))
+
+
+def _shown(place: str) -> str:
+    """A storage without its options, among which may be keys."""
+    return place.partition("?")[0]
 
 
 def _last_line(error: Exception) -> str:

@@ -25,7 +25,7 @@ class JobStorage:
     place: str
     name: str
     _known: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Size and time of change of the files that this process put there."""
+    """Size and time of change of this process's files that are there."""
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
@@ -42,9 +42,11 @@ class JobStorage:
         from pyarrow.fs import copy_files
 
         system, path = self._opened
-        if self._files():
+        names = self._files()
+        if names:
             folder.mkdir(parents=True, exist_ok=True)
             copy_files(path, str(folder), source_filesystem=system)
+        self._known |= {name: _stamp(folder / name) for name in names}
 
     def save(self, folder: Path, methods: Sequence[str]) -> None:
         """Bring the runs ``folder/<method>`` up to date there; what did not change since the last call is not copied.
@@ -54,10 +56,10 @@ class JobStorage:
         system, path = self._opened
         wanted = {file.relative_to(folder).as_posix(): file for m in methods for file in needed(folder / m)}
         for name, file in wanted.items():
-            about = file.stat()
-            if self._known.get(name) != (about.st_size, about.st_mtime_ns):
+            stamp = _stamp(file)
+            if self._known.get(name) != stamp:
                 self._put(file, f"{path}/{name}")
-                self._known[name] = about.st_size, about.st_mtime_ns
+                self._known[name] = stamp
         for name in self._files():
             if name.partition("/")[0] in methods and name not in wanted:
                 system.delete_file(f"{path}/{name}")
@@ -94,6 +96,11 @@ class JobStorage:
         system.create_dir(str(Path(target).parent), recursive=True)
         copy_files(str(file), f"{target}.partial", destination_filesystem=system)
         system.move(f"{target}.partial", target)
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    about = file.stat()
+    return about.st_size, about.st_mtime_ns
 
 
 def needed(run: Path) -> list[Path]:

@@ -30,6 +30,7 @@ from dopsd.files import whole_file, write_json
 from dopsd.models.base import Conditioning, Family
 from dopsd.train import checkpoint as ckpt
 from dopsd.train.gain import choose, described, helps, teacher_gain, teacher_samples
+from dopsd.train.machine import MachineLoad
 from dopsd.train.objective import Objective
 from dopsd.train.observer import Observer, Previews, Progress, RunLog
 from dopsd.train.parallel import exchange, share
@@ -104,25 +105,20 @@ def train(
     """Train ``method`` on encoded ``examples``; adapters end up as ``adapters/<label>.safetensors`` (and ``.json``).
 
     ``replay``: encoded prompts of the base's own domain. Every process calls ``on_saved`` after each checkpoint.
-    ``training``: what the run is part of, for ``run.json``. Raises :class:`TrainError` before any work where settings
-    and data do not fit each other, :class:`~dopsd.train.errors.LaunchError` where the disk is full. The family's
-    transformer is given back without adapters.
+    ``training``: what the run is part of. Raises :class:`TrainError` before any work where settings and data do not fit
+    each other, ``LaunchError`` where the disk is full. The family's transformer is given back without adapters.
     """
     _check(examples, replay, settings, method)
     identity = _identity(family, examples, replay, settings, method)
     saved = _find_saved(folder, identity, observer)
     done = _Done.of(saved) if saved else None
     if done is None or not _stopped(settings, method, done.step, done.seconds):
-        with running(folder, observer, training):
+        with running(folder, observer, training), MachineLoad(folder, observer):
             run = _Run(family, examples, replay, settings, method, folder, observer, identity, saved)
             del saved  # its tensors are in the run now: two copies of them would be held to the end
             try:
-                done = run.until_stopped(
-                    Previews(
-                        family, previews, examples, settings.rollout_steps, settings.batch_size, settings.seed + 1
-                    ),
-                    on_saved,
-                )
+                drawn = settings.rollout_steps, settings.batch_size, settings.seed + 1
+                done = run.until_stopped(Previews(family, previews, examples, *drawn), on_saved)
             finally:
                 run.close()
     else:
