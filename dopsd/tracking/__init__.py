@@ -40,13 +40,15 @@ def log_line(text: str) -> None:
 
 class Sender:
     """Keeps the tracker's copy of the run folder ``run`` up to date while it is entered; the end of the block waits for
-    one last comparison. One process at a time sends a folder; another is told so, and leaves it to the first."""
+    one last comparison. Call ``wake`` whenever something was written. One process at a time sends a folder; another
+    logs that, and leaves it to the first."""
 
     def __init__(self, root: Path, run: Path, settings: TrackingSettings, log: Log = log_line) -> None:
         self._run, self._enabled, self._log = run, settings.enabled, log
         self._comparison = Comparison(root, run, settings, log)
         self._uri = public_uri(self._comparison.uri)
         self._wake, self._closing, self._away = threading.Event(), threading.Event(), False
+        self.wake = self._wake.set
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
 
     def __enter__(self) -> Sender:
@@ -59,10 +61,6 @@ class Sender:
         self._wake.set()
         if self._enabled:
             self._thread.join()
-
-    def wake(self) -> None:
-        """Something was written."""
-        self._wake.set()
 
     def send(self) -> bool:
         """Compare once, in this thread; whether all of the folder is on the server then, but for what it refuses."""
@@ -92,6 +90,8 @@ class Sender:
         )  # fmt: skip
         while not self._closing.is_set():
             self._wake.clear()
+            if self._closing.is_set():  # the last wake came just before
+                break
             try:
                 patient(self._compare, last=False)
             except RetryError:
@@ -143,7 +143,7 @@ def run_id(root: Path, run: Path, training: str, settings: TrackingSettings) -> 
     """The tracker's id of a training's own run; ``None`` while the tracker does not answer or has not got it."""
     try:
         found = Comparison(root, run, settings, log_line).find(training)
-    except (Away, Refused) as error:
+    except (Away, Refused, OSError) as error:
         log_line(f"tracking: {error}")
         return None
     return found.info.run_id if found else None

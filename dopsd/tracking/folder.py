@@ -110,10 +110,8 @@ def _files(place: Path) -> list[Path]:
 
 
 def rows(log: GrowingFile, warn: Warn, last: bool) -> Iterator[tuple[int, int, dict[str, float]]]:
-    """The new rows of a log: step, time in milliseconds, numbers. One without a step counts as the line it is on.
-
-    ``last``: nobody writes it any more, so that half a line at its end is a fault.
-    """
+    """The new rows of a log: step (or the number of the line), time in milliseconds, numbers. ``last``: nobody writes
+    it any more, so that half a line at its end is a fault."""
     for number, line in log.new_lines(half=last):
         try:
             row = json.loads(line)

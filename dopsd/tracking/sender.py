@@ -32,11 +32,9 @@ LARGEST = 1.7976931348623157e308  # what MLflow keeps of an infinite number
 
 
 class _Known:
-    """What the server has of a run, as asked once and kept up to date since; and how far the files here were read.
-
+    """What the server has of a run, as asked once and kept up to date since, and how far the files here were read.
     ``sent``: path of an artifact to the hash of what was sent. ``listed``: folder of artifacts to the paths in it.
-    ``compared``: file here to its size and time of change when it was compared.
-    """
+    ``compared``: file here to its size and time of change when it was compared."""
 
     def __init__(self, run: Any) -> None:
         self.run_id, self.started = run.info.run_id, run.info.start_time or 0
@@ -54,7 +52,8 @@ class Comparison:
 
     def __init__(self, root: Path, run: Path, settings: TrackingSettings, log: Callable[[str], None]) -> None:
         self.uri = tracking_uri(root)
-        self._run, self._experiment, self._artifacts = run, settings.experiment, root / "mlartifacts"
+        self._artifacts = (root / "mlartifacts").resolve().as_uri() if self.uri.startswith("sqlite:") else None
+        self._run, self._experiment = run, settings.experiment
         self._log, self._logged, self._known = log, set[str](), dict[str, _Known]()
         self._client: Any = None
         self._experiment_found: str | None = None
@@ -99,10 +98,13 @@ class Comparison:
     def _experiment_id(self) -> str:
         if self._experiment_found is None:
             found = self._call("get_experiment_by_name", self._experiment)
-            local = self._artifacts.resolve().as_uri() if self.uri.startswith("sqlite:") else None
-            self._experiment_found = found.experiment_id if found else self._call(
-                "create_experiment", self._experiment, artifact_location=local
-            )  # fmt: skip
+            try:
+                made = found or self._call("create_experiment", self._experiment, artifact_location=self._artifacts)
+            except Refused:  # another process may have made it at this moment
+                made = self._call("get_experiment_by_name", self._experiment)
+                if made is None:
+                    raise
+            self._experiment_found = made if isinstance(made, str) else made.experiment_id
         return self._experiment_found
 
     def _identity(self) -> str:

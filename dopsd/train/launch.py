@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import socket
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -223,17 +222,18 @@ def _run_on_ray(
 
 def _bring_home(storage: JobStorage, folder: Path, adapters: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
     """Add to the run folders what did not come through the queue: checkpoints and adapters."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="arriving.", dir=folder) as place:
-        storage.load(Path(place))
-        for method, found in results.items():
-            (folder / method).mkdir(exist_ok=True)
-            for arrived in sorted((Path(place) / method).iterdir()):
-                target = folder / method / arrived.name
-                if target.is_dir():
-                    shutil.rmtree(target)
-                arrived.replace(target)
-            publish(folder / method / "adapters", adapters, dict(enumerate(found["adapters"])))
+    place = folder / "arriving.partial"
+    shutil.rmtree(place, ignore_errors=True)
+    storage.load(place)
+    for method, found in results.items():
+        (folder / method).mkdir(exist_ok=True)
+        for arrived in sorted((place / method).iterdir()):
+            target = folder / method / arrived.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            arrived.replace(target)
+        publish(folder / method / "adapters", adapters, dict(enumerate(found["adapters"])))
+    shutil.rmtree(place)
 
 
 def _shown(place: str) -> str:
@@ -267,10 +267,11 @@ class _Reader:
             self._queue.shutdown()
         except RayError:
             pass  # Ray itself is gone, which the job's own error says
+        for method in self._job.train.methods:  # those whose worker had no time to write it
+            with suppress(OSError):  # a disk that is full is said anyway
+                end_run(self._folder / method, self._observer, how_it_ended(error or self._failure))
         if self._failure is not None and error is None:
             raise self._failure
-        for method in self._job.train.methods:  # those whose worker had no time to write it
-            end_run(self._folder / method, self._observer, how_it_ended(error))
 
     def _read(self) -> None:
         from ray.exceptions import RayError
