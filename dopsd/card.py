@@ -10,7 +10,7 @@ from dopsd.evaluation.table import table_as_text
 from dopsd.export import Card
 from dopsd.models import Base, family_class, licence_of, teaching_of
 from dopsd.models.base import Request
-from dopsd.project import read_json
+from dopsd.project import read_result
 
 _LISTED_LICENCES = ("apache-2.0", "mit", "openrail", "creativeml-openrail-m", "cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0")
 """Identifiers that a hub takes as a licence; any other is given as the name of one."""
@@ -23,8 +23,8 @@ def card_of(
     train, (request, height, width) = settings.train, example
     call = family_class(settings.model).call(request, height, width, settings.evaluation.few)
     licence = settings.model.licence or licence_of(base.source)
-    trained = read_json(run / "adapters" / f"{train.methods[0]}.json", "train")
-    metrics = read_json(run / "evaluation" / "metrics.json", "evaluate")
+    trained = read_result(run / "adapters" / f"{train.methods[0]}.json", "train")
+    metrics = read_result(run / "evaluation" / "metrics.json", "evaluate")
     columns, rows = table_as_text(metrics)
     return Card(
         concept=concept,

@@ -15,7 +15,7 @@ from dopsd.files import write_json
 from dopsd.identity import VersionIdentity, plan_of, questions_of, version_identity
 from dopsd.models import ModelError, family_class, open_base, resolved
 from dopsd.models.base import Request
-from dopsd.project import cache_of, load_base, read_concept, read_json, run_folder, world_of
+from dopsd.project import cache_of, load_base, read_concept, read_result, run_folder, world_of
 from dopsd.registry import CHAMPION, Registry, RegistryAway
 from dopsd.registry.gate import scores_of
 
@@ -49,22 +49,23 @@ def is_registered(concept: str, settings: Settings, root: Path) -> bool:
     """Whether stage register has nothing to do: the registry is off, or has a judged version made from just this."""
     if not (settings.tracking.enabled and settings.registry.enabled):
         return True
-    validated = read_json(run_folder(concept, root) / "validated.json", "validate")
+    validated = read_result(run_folder(concept, root) / "validated.json", "validate")
     return Registry(root).judged(concept, identity_today(concept, validated["content_hash"], settings, root))
 
 
 def register_version(concept: str, settings: Settings, root: Path) -> None:
     """Register the first method's adapter and judge it, on the same prompts and seeds as the champion; the outcome is
     kept in ``registered.json``. Settings: resolved, of the concept. Raises ``RegistryAway``."""
-    from dopsd.tracking import git_tags, run_id
+    from dopsd.origin import git_tags
+    from dopsd.tracking import run_id
 
     run, registry = run_folder(concept, root), Registry(root)
-    training = read_json(run / "train" / "training.json", "train")["training"]
-    found = run_id(root, run / "tracking", training, settings.tracking)
+    training = read_result(run / "train" / "training.json", "train")["training"]
+    found = run_id(root, run, training, settings.tracking)
     if found is None:
         raise RegistryAway("the tracker has not got this training yet; run stage register again when it answers")
-    validated = read_json(run / "validated.json", "validate")
-    metrics = read_json(run / "evaluation" / "metrics.json", "evaluate")
+    validated = read_result(run / "validated.json", "validate")
+    metrics = read_result(run / "evaluation" / "metrics.json", "evaluate")
     base = open_base(settings.model, root)
     identity = version_identity(validated["content_hash"], settings, base)
     questions = questions_of(plan_of(settings, base), validated)

@@ -35,7 +35,7 @@ def concept_folder(concept: str, root: Path) -> Path:
     return root / CONCEPTS / concept_name(concept)
 
 
-def read_json(path: Path, made_by: str) -> dict[str, Any]:
+def read_result(path: Path, made_by: str) -> dict[str, Any]:
     """What the stage ``made_by`` left. Raises :class:`StageError` where it did not."""
     try:
         return json.loads(path.read_text())

@@ -6,13 +6,12 @@ apart from training, which goes on where it was or returns at once when it is fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from dopsd.config import Method, Settings
+from dopsd.config import Settings
 from dopsd.files import write_json
 from dopsd.lock import concept_lock
 from dopsd.project import (
@@ -22,14 +21,13 @@ from dopsd.project import (
     cache_of,
     load_base,
     read_concept,
-    read_json,
+    read_result,
     run_folder,
     world_of,
 )  # fmt: skip
 
 if TYPE_CHECKING:
     from dopsd.models.base import Family
-    from dopsd.tracking import Tracker
 
 
 # --- what the stages are made of --------------------------------------------------------------------------------------
@@ -80,18 +78,18 @@ def encode(concept: str, settings: Settings, root: Path) -> None:
     """The data set and the base's encoders -> ``encoded/``: prompts, teacher contexts, target latents, once."""
     from dopsd.data.encoded import Encoded, write_encoded
     from dopsd.models import open_base
-    from dopsd.train.crew import SpreadEncoders, crew
     from dopsd.train.encode import BATCH, EncodingRequest, encode_concept, encode_previews, encode_prompts
+    from dopsd.train.workers import SpreadEncoders, workers
 
     run = run_folder(concept, root)
     table, holdout = read_concept(concept, settings, root)
-    if read_json(run / "validated.json", "validate")["content_hash"] != table.content_hash:
+    if read_result(run / "validated.json", "validate")["content_hash"] != table.content_hash:
         raise StageError(f"data/concepts/{concept} changed since it was validated; run `dopsd validate` again")
     replay = settings.train.replay.prompts if settings.train.replay.weight > 0 else ()
     cache = cache_of(root)
     if note := open_base(settings.model, root).differences():
         print(f"encode: {note}")
-    with crew(settings.model, settings.compute, root, "teach") as helpers:
+    with workers(settings.model, settings.compute, root, "teach") as helpers:
         family = load_base(settings, root)
         if helpers is not None:
             family = cast("Family", SpreadEncoders(family, helpers, BATCH))
@@ -114,34 +112,24 @@ def train(concept: str, settings: Settings, root: Path) -> None:
     from dopsd.data.encoded import read_encoded
     from dopsd.identity import common_identity, plan_of, training_name
     from dopsd.models import open_base
-    from dopsd.tracking import flow_tags, git_tags
+    from dopsd.tracking import Sender
     from dopsd.train.job import Job
-    from dopsd.train.launch import launch
+    from dopsd.train.launch import run_training
+    from dopsd.train.observer import Terminal
 
     run = run_folder(concept, root)
     encoded = read_encoded(run / "encoded")
-    common = common_identity(
-        plan_of(settings, open_base(settings.model, root)), encoded, settings.train.replay.weight > 0
-    )
+    plan = plan_of(settings, open_base(settings.model, root))
+    common = common_identity(plan, encoded, settings.train.replay.weight > 0)
     name = training_name(settings.train, common)
-    write_json(run / "train" / "training.json", {"training": name})
-    with _tracker(concept, settings, root) as tracker:
-        _describe(tracker, concept, settings, root, encoded.content_hash, images=encoded.images)
+    _describe(run, name, settings, root, encoded.content_hash, images=encoded.images)
     print(f"train: {settings.train.work()}")
-    job = Job(f"{concept}-{name}", encoded, settings.train, settings.model, root, common)
-
-    @contextmanager
-    def observe(method: Method) -> Iterator[Tracker]:
-        with _tracker(concept, settings, root, method) as tracker:  # settings: above; MLflow puts them before pictures
-            tracker.tags(git_tags(root) | flow_tags())
-            yield tracker
-
-    results = launch(job, settings.compute, root, run / "train", run / "adapters", observe)
+    job = Job(f"{concept}-{name}", encoded, settings.train, settings.model, root, common, name)
+    with Sender(root, run, settings.tracking) as sender:
+        watching = Terminal(sender.wake)
+        results = run_training(job, settings.compute, root, run / "train", run / "adapters", watching)
     _remove_others(run / "adapters", {path.stem for found in results.values() for path in found.adapters.values()})
     for method, result in results.items():
-        with _tracker(concept, settings, root, method) as tracker:
-            for path in result.adapters.values():
-                tracker.artifact(path, "adapters")
         print(
             f"train: {method}, {result.steps} steps ({result.stopped}), {result.images} images, {result.seconds:.0f} s "
             f"-> {', '.join(str(path) for path in result.adapters.values())}"
@@ -152,33 +140,30 @@ def evaluate(concept: str, settings: Settings, root: Path) -> None:
     """Adapters, base and held-out truth -> ``evaluation/``: scores, curves and grids, before and after."""
     from dopsd.evaluation.suite import evaluate as evaluate_subjects
     from dopsd.evaluation.suite import subjects_in
-    from dopsd.tracking import flatten
-    from dopsd.train.crew import crew
+    from dopsd.tracking import send
+    from dopsd.train.workers import workers
 
     run = run_folder(concept, root)
     table, holdout = read_concept(concept, settings, root)
     subjects = subjects_in(run / "adapters")
-    with crew(settings.model, settings.compute, root, "train") as helpers:
-        metrics = evaluate_subjects(
+    with workers(settings.model, settings.compute, root, "train") as helpers:
+        evaluate_subjects(
             load_base(settings, root), table, holdout, world_of(settings, root), subjects, settings, cache_of(root),
-            run / "evaluation", crew=helpers,
+            run / "evaluation", workers=helpers,
         )  # fmt: skip
-    with _tracker(concept, settings, root) as tracker:
-        numbers = {k: v for k, v in flatten(metrics).items() if isinstance(v, int | float) and not isinstance(v, bool)}
-        tracker.metrics(0, {f"evaluation/{key}".replace(".", "/"): value for key, value in numbers.items()})
-        tracker.artifact(run / "evaluation", "evaluation")
+    send(root, run, settings.tracking)
     print(f"evaluate: {', '.join(s.name for s in subjects)} -> {run / 'evaluation'}")
 
 
 def report(concept: str, settings: Settings, root: Path) -> None:
     """``evaluation/`` and ``train/`` -> ``report.html``, one page that needs nothing else."""
     from dopsd.evaluation.report import write_report
+    from dopsd.tracking import send
 
     run = run_folder(concept, root)
-    about = read_json(run / "validated.json", "validate")
+    about = read_result(run / "validated.json", "validate")
     write_report(run / "evaluation", run / "train", about, run / "report.html")
-    with _tracker(concept, settings, root) as tracker:
-        tracker.artifact(run / "report.html")
+    send(root, run, settings.tracking)
     print(f"report: {run / 'report.html'}")
 
 
@@ -188,6 +173,7 @@ def register(concept: str, settings: Settings, root: Path) -> None:
     from dopsd.champions import register_version
     from dopsd.export import check_export, draw_student, export_adapter
     from dopsd.models import family_class, open_base
+    from dopsd.tracking import send
     from dopsd.train.encode import first_requests
 
     run, method = run_folder(concept, root), settings.train.methods[0]
@@ -201,9 +187,8 @@ def register(concept: str, settings: Settings, root: Path) -> None:
     drawn = draw_student(loaded, adapter, asked, settings.evaluation.few, settings.evaluation.seed)
     del loaded  # a large base fits once
     compared = check_export(base.source.folder, export, drawn, family, dtype=dtype, device=device)
-    with _tracker(concept, settings, root) as tracker:
-        tracker.metrics(0, {f"export/{key}": value for key, value in compared.items()})
-        tracker.artifact(export, "export")
+    write_json(run / "exported.json", compared)
+    send(root, run, settings.tracking)
     print(
         f"register: {method} -> {export}; plain diffusers draws the student's pictures "
         f"(difference {compared['difference']:.3f} of 255, the adapter changes {compared['change']:.1f})"
@@ -250,22 +235,13 @@ def _remove_others(adapters: Path, wanted: set[str]) -> None:
             file.unlink()
 
 
-def _tracker(concept: str, settings: Settings, root: Path, method: str | None = None) -> Tracker:
-    from dopsd.tracking import Tracker
-
-    run = run_folder(concept, root)
-    training = read_json(run / "train" / "training.json", "train")["training"]
-    return Tracker(root, run / "tracking", concept, training, method, settings.tracking)
-
-
-def _describe(
-    tracker: Tracker, concept: str, settings: Settings, root: Path, content_hash: str, **profile: int
-) -> None:
-    """What a training is made of: settings, data, code."""
-    from dopsd.tracking import flow_tags, git_tags
+def _describe(run: Path, name: str, settings: Settings, root: Path, content_hash: str, **profile: int) -> None:
+    """What a training is called and made of, for the tracker: settings, data, code."""
+    from dopsd.origin import flow_tags, git_tags
 
     values = settings.model_dump(mode="json", include={"model", "data", "train"})
     values["train"].pop("methods")  # a method more is the same training
-    tracker.params(values)
-    tracker.dataset(concept, content_hash, f"data/concepts/{concept}", **profile)
-    tracker.tags(git_tags(root) | flow_tags())
+    write_json(run / "train" / "training.json", {"training": name})
+    write_json(run / "train" / "settings.json", values)
+    data = {"name": run.name, "hash": content_hash, "source": f"data/concepts/{run.name}", "profile": profile}
+    write_json(run / "about.json", {"data": data, "tags": git_tags(root) | flow_tags()})

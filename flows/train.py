@@ -166,7 +166,7 @@ def tune_all(concepts: Sequence[str], settings: Settings, root: Path) -> Any:
 
 
 def _name_flow_run() -> None:
-    """Let the tracker say which flow run a training belongs to (dopsd.tracking reads it)."""
+    """Let the tracker say which flow run a training belongs to (dopsd/origin.py reads it)."""
     url = runtime.flow_run.ui_url
     if url:
         os.environ["DOPSD_FLOW_RUN_URL"] = url

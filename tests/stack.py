@@ -153,16 +153,9 @@ class Stack:
         return len({m.step for m in self.tracker.get_metric_history(runs[0].info.run_id, "train/loss")}) if runs else 0
 
     def rows(self, concept: str) -> int:
-        """Steps that the job has handed to Ray's storage or brought home."""
-        places = [self.root / "runs" / concept / "train", *(self.root / ".cache" / "ray").glob(f"{concept}-*")]
-        # os.walk passes over folders that are removed while it looks, as old checkpoints are; rglob raises
-        logs = [
-            Path(parent, "log.jsonl")
-            for place in places
-            for parent, _, files in os.walk(place)
-            if Path(parent).name == "d-opsd" and "log.jsonl" in files
-        ]
-        return max((path.read_text().count("\n") for path in logs if path.exists()), default=0)
+        """Rows of the log of d-opsd."""
+        path = self.root / "runs" / concept / "train" / "d-opsd" / "log.jsonl"
+        return path.read_text().count("\n") if path.exists() else 0
 
 
 def _command(process: psutil.Process) -> list[str]:

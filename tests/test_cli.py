@@ -85,17 +85,42 @@ def test_the_six_stages_one_after_another(inside: Path) -> None:
     assert runs["blots"].data.params["train.max_steps"] == "3"
     assert any(key.startswith("evaluation/") for key in runs["blots"].data.metrics)
     assert client.list_artifacts(runs["blots d-opsd"].info.run_id, "images"), "previews"
+    assert [a.path for a in client.list_artifacts(runs["blots sft"].info.run_id, "adapters")] == [
+        "adapters/sft-compute.safetensors", "adapters/sft.safetensors"
+    ]  # fmt: skip
+    assert any(key.startswith("export/") for key in runs["blots"].data.metrics)
 
 
 def test_training_again_returns_at_once_and_is_the_same_run(inside: Path) -> None:
     adapter = inside / "runs/blots/adapters/d-opsd.safetensors"
     before = adapter.read_bytes()
+    train = inside / "runs/blots/train"
+    files = {path: path.read_bytes() for path in train.rglob("*") if path.is_file()}
     _run("train", "--concept", "blots")
     assert adapter.read_bytes() == before
+    assert {path: path.read_bytes() for path in train.rglob("*") if path.is_file()} == files, "no stage is due again"
     client = MlflowClient(tracking_uri=f"sqlite:///{inside}/mlflow.db")
     experiment = client.get_experiment_by_name("dopsd")
     assert experiment is not None
     assert len(client.search_runs([experiment.experiment_id])) == 3
+
+
+def test_broken_files_of_a_run_stop_no_stage(inside: Path) -> None:
+    run = inside / "runs/blots"
+    contents = {path: path.read_bytes() for path in (run / "about.json", run / "train/sft/run.json")}
+    for path in (*contents, run / "train/training.json"):
+        path.write_text("")
+    with (run / "train/sft/log.jsonl").open("a") as log:
+        log.write('{"step": 4, "tra')
+    told = {}
+    for command in (("report",), ("train",), ("track", "sync")):
+        done = CliRunner().invoke(cli.app, [*command, "--concept", "blots"], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        told[command[0]] = done.output
+    assert "training.json cannot be read" in told["report"], "nothing can be sent, but all goes on"
+    assert "training.json cannot be read" in told["train"], "it is written anew"
+    assert "sft/log.jsonl: line" in told["track"]
+    assert "has all of runs/blots" in told["track"]
 
 
 def test_other_training_code_starts_afresh(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:

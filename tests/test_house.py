@@ -40,7 +40,7 @@ ROOMS: dict[str, set[str]] = {
 ONLY_THERE = {
     "prefect": ("flows/",),
     "mlflow": ("dopsd/tracking/", "dopsd/registry/"),
-    "ray": ("dopsd/train/launch.py", "dopsd/train/worker.py", "dopsd/train/crew.py"),
+    "ray": ("dopsd/train/launch.py", "dopsd/train/worker.py", "dopsd/train/workers.py"),
     "pandera": ("dopsd/data/schema.py",),
     "dvc": ("dopsd/data/concept.py", "dopsd/memory.py"),
     "typer": ("dopsd/cli.py", "emoji_turbo/cli.py", "flows/train.py", "flows/nightly.py"),

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from diffusers.models import AutoencoderKL, ZImageTransformer2DModel
-from PIL import Image
 
 from dopsd.config import Method, TrainSettings
 from dopsd.data.dataset import Example, Preview
@@ -135,21 +134,25 @@ def tiny_settings(**changes: Any) -> TrainSettings:
 
 
 class Recorder:
-    """An observer that keeps what it is told."""
+    """An observer that keeps what it is told. Subclasses may act at a step: :meth:`metrics` is called for every row."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.values: list[dict[str, float]] = []
-        self.shown: list[tuple[int, str, int]] = []
+        self.shown: list[str] = []
         self.messages: list[str] = []
+
+    def wrote(self, path: Path, line: str | None = None) -> None:
+        if path.parent.name == "previews":
+            self.shown.append(path.name)
+        if path.name == "log.jsonl" and line is not None:
+            row = json.loads(line)
+            del row["time"]
+            self.metrics(row.pop("step"), row)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         self.steps.append(step)
         self.values.append(dict(values))
-
-    def images(self, step: int, key: str, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
-        assert len(images) == len(captions)
-        self.shown.append((step, key, len(images)))
 
     def message(self, text: str) -> None:
         self.messages.append(text)

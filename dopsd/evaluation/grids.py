@@ -49,8 +49,8 @@ class Gallery:
         """Keep the first pictures of a cell."""
         self._tiles[split, model, steps] = [_tile(image) for image in images[:SHOWN]]
 
-    def write(self) -> dict[str, Image.Image]:
-        """Write strips, their index and the labelled grids; returns the grids by name."""
+    def write(self) -> None:
+        """Write strips, their index and the labelled grids."""
         self._write_samples()
         grids = {}
         for name, split in (("few_step", "concept"), ("kept", "kept")):
@@ -66,7 +66,6 @@ class Gallery:
         (self._folder / "grids").mkdir(parents=True, exist_ok=True)
         for name, grid in grids.items():
             grid.save(self._folder / "grids" / f"{name}.png", optimize=True)
-        return grids
 
     def _steps_grid(self) -> Image.Image:
         rows = [

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,26 +44,30 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         if stale.exists():
             shutil.rmtree(stale)
     partial.mkdir()
-    tensors = {key: value.detach().cpu().contiguous() for key, value in checkpoint.tensors.items()}
-    save_file(tensors, partial / _TENSORS)
-    (partial / _STATE).write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1) + "\n")
-    for path in (partial / _TENSORS, partial / _STATE, partial):
-        _sync(path)
+    try:
+        tensors = {key: value.detach().cpu().contiguous() for key, value in checkpoint.tensors.items()}
+        save_file(tensors, partial / _TENSORS)
+        (partial / _STATE).write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1) + "\n")
+        for path in (partial / _TENSORS, partial / _STATE, partial):
+            _sync(path)
+    except BaseException:  # on a full disk half of it would take the room that the next try needs
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     partial.rename(final)
     _sync(folder)
-    for old in _complete(folder)[:-KEEP]:
+    for old in complete(folder)[:-KEEP]:
         shutil.rmtree(old)
     return final
 
 
-def load_checkpoint(folder: Path, say: Any = print) -> Checkpoint | None:
-    """The newest readable checkpoint below ``folder``, or ``None``; ``say`` is told of one that cannot be read."""
-    for path in reversed(_complete(folder)):
+def load_checkpoint(folder: Path, log: Callable[[str], object] = print) -> Checkpoint | None:
+    """The newest readable checkpoint below ``folder``, or ``None``; one that cannot be read is a line to ``log``."""
+    for path in reversed(complete(folder)):
         try:
             state = json.loads((path / _STATE).read_text())
             return Checkpoint(state.pop("step"), load_file(path / _TENSORS), state)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            say(f"{path}: unreadable checkpoint ({error}); going back to the one before it, or to the start")
+            log(f"{path}: unreadable checkpoint ({error}); going back to the one before it, or to the start")
     return None
 
 
@@ -73,7 +77,8 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(partial)
 
 
-def _complete(folder: Path) -> list[Path]:
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints below ``folder``, oldest first."""
     return sorted(path for path in folder.glob("step-*") if path.is_dir() and path.suffix != ".partial")
 
 
@@ -99,10 +104,10 @@ def set_aside(folder: Path) -> Path:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors, ``optimizer/<parameter's number>/<what>``."""
+    """Copies on the CPU of the optimizer's state, ``optimizer/<parameter's number>/<what>``."""
     state = optimizer.state_dict()["state"]
     return {
-        f"optimizer/{number}/{what}": torch.as_tensor(value).detach().clone()
+        f"optimizer/{number}/{what}": torch.as_tensor(value).detach().to("cpu", copy=True)
         for number, values in state.items()
         for what, value in values.items()
     }

@@ -38,8 +38,8 @@ class EncodingRequest:
 
 
 def _together(family: Family) -> int:
-    """How many encodings are asked for at once: a crew's encoders take several batches."""
-    return BATCH * getattr(family, "lanes", 1)
+    """How many encodings are asked for at once: the encoders of several workers take as many batches."""
+    return BATCH * getattr(family, "parallel_batches", 1)
 
 
 def encode_prompts(family: Family, requests: Sequence[EncodingRequest], cache: EncodingCache) -> list[Conditioning]:
