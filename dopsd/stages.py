@@ -60,17 +60,17 @@ def validate(concept: str, settings: Settings, root: Path) -> None:
     from dopsd.data.manifest import kind_hash
 
     table, holdout = read_concept(concept, settings, root)
-    about: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "concept": concept, "content_hash": table.content_hash, "images": len(table.rows),
         "captions": sum(len(row.captions) for row in table.rows),
         "holdout_images": len(holdout.rows) if holdout else 0,
         "holdout_hash": holdout.content_hash if holdout else None,
         "kind_hash": kind_hash(table.root),
     }  # fmt: skip
-    write_json(run_folder(concept, root) / "validated.json", about)
+    write_json(run_folder(concept, root) / "validated.json", summary)
     print(
-        f"validate: {concept} has {about['images']} images, {about['captions']} captions and "
-        f"{about['holdout_images']} held-out images; no faults"
+        f"validate: {concept} has {summary['images']} images, {summary['captions']} captions and "
+        f"{summary['holdout_images']} held-out images; no faults"
     )
 
 
@@ -161,8 +161,8 @@ def report(concept: str, settings: Settings, root: Path) -> None:
     from dopsd.tracking import send
 
     run = run_folder(concept, root)
-    about = read_result(run / "validated.json", "validate")
-    write_report(run / "evaluation", run / "train", about, run / "report.html")
+    summary = read_result(run / "validated.json", "validate")
+    write_report(run / "evaluation", run / "train", summary, run / "report.html")
     send(root, run, settings.tracking)
     print(f"report: {run / 'report.html'}")
 
@@ -180,11 +180,11 @@ def register(concept: str, settings: Settings, root: Path) -> None:
     adapter = run / "adapters" / f"{method}.safetensors"
     table, _ = read_concept(concept, settings, root)
     base, family = open_base(settings.model, root, use="draw"), family_class(settings.model)
-    asked = first_requests(table, settings, 2)
-    export = export_adapter(adapter, run / "export", card_of(concept, settings, table, run, base, asked[0]), family)
+    requests = first_requests(table, settings, 2)
+    export = export_adapter(adapter, run / "export", card_of(concept, settings, table, run, base, requests[0]), family)
     loaded = load_base(settings, root, use="draw")
     dtype, device = loaded.dtype, loaded.device
-    drawn = draw_student(loaded, adapter, asked, settings.evaluation.few, settings.evaluation.seed)
+    drawn = draw_student(loaded, adapter, requests, settings.evaluation.few, settings.evaluation.seed)
     del loaded  # a large base fits once
     compared = check_export(base.source.folder, export, drawn, family, dtype=dtype, device=device)
     write_json(run / "exported.json", compared)

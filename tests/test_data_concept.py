@@ -15,7 +15,7 @@ from concept_folders import SETTINGS, faults_of, make, picture, rows, write_rows
 from PIL import Image
 
 from dopsd.data.manifest import DataError
-from dopsd.data.schema import validate_concept, validate_dataset, validate_holdout
+from dopsd.data.schema import validate_concept, validate_dataset
 
 
 def test_a_sound_folder_gives_its_rows_in_their_order(tmp_path):
@@ -333,7 +333,7 @@ def test_documents_and_hidden_files_are_no_fault(tmp_path):
 
 def test_the_held_out_part_is_checked_but_needs_no_placeholder(tmp_path):
     make(tmp_path)
-    assert validate_holdout(tmp_path, "test", SETTINGS) is None
+    assert validate_dataset(tmp_path, "test", SETTINGS)[1] is None
     make(tmp_path / "holdout", count=1, first=20)
     write_rows(tmp_path / "holdout", [{"image": "0.png", "caption": "a fox"}])
     table, held_out = validate_dataset(tmp_path, "test", SETTINGS)

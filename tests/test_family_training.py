@@ -17,7 +17,7 @@ from dopsd.distill.rollout import sample
 from dopsd.export import COMFYUI_FILE, DIFFUSERS_FILE, Card, check_export, draw_student, export_adapter
 from dopsd.models import family_class, load_family
 from dopsd.models.base import Request
-from dopsd.train.trainer import train
+from dopsd.train.trainer import Place, Training, train
 from tests import tiny
 from tests.family_folders import NAMES, picture, settings_of, write_families
 from tests.published_configs import PUBLISHED
@@ -148,18 +148,8 @@ def test_a_run_of_every_family_resumes_bit_for_bit(folders, tmp_path, name):
         family = load_family(settings_of(name, folders, context_suffix=""))
         examples, previews = encoded(name, family)
         replay = [family.encode_prompt([Request("an owl")])[0]]
-        train(
-            family,
-            examples,
-            previews,
-            replay,
-            settings,
-            "d-opsd",
-            folder / "train",
-            folder / "adapters",
-            Cut(cut),
-            "same",
-        )
+        training = Training("d-opsd", settings, examples, "same", replay, previews)
+        train(family, training, Place(folder / "train", folder / "adapters", Cut(cut)))
 
     run(tmp_path / "whole", None)
     with pytest.raises(KeyboardInterrupt):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from dopsd.config import METHODS, TrainSettings
 from dopsd.distill.adapters import adapter_applied, add_adapters
 from dopsd.train.objective import Objective
-from dopsd.train.trainer import TrainError, learning_rate, milestones, train
+from dopsd.train.trainer import Place, TrainError, Training, learning_rate, milestones, train
 from tests import tiny
 
 REPLAY = {"weight": 0.5, "prompts": ["a fox"]}
@@ -85,10 +85,8 @@ def test_the_family_comes_back_as_it_was_and_the_adapter_changes_it(tmp_path):
     before = {name: value.clone() for name, value in family.transformer.state_dict().items()}
     noise = family.initial_latents(1, 64, 64, torch.Generator().manual_seed(0))
     base = family.predict_velocity(noise, torch.tensor(1.0), tiny.tiny_prompts(1))
-    result = train(
-        family, tiny.tiny_examples(), [], [], tiny.tiny_settings(), "d-opsd", tmp_path / "t", tmp_path / "a",
-        tiny.Recorder(), "identity",
-    )  # fmt: skip
+    training = Training("d-opsd", tiny.tiny_settings(), tiny.tiny_examples(), "identity")
+    result = train(family, training, Place(tmp_path / "t", tmp_path / "a", tiny.Recorder()))
     after = family.transformer.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], before[key]) for key in before)
@@ -140,11 +138,9 @@ def test_what_is_going_to_be_trained_is_said_with_its_replay():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_method_replays_prompts_that_are_not_there(tmp_path, method):
+    training = Training(method, tiny.tiny_settings(replay=REPLAY), tiny.tiny_examples(), "identity")
     with pytest.raises(TrainError, match=r"no replay prompts were encoded"):
-        train(
-            tiny.tiny_family(), tiny.tiny_examples(), [], [], tiny.tiny_settings(replay=REPLAY), method,
-            tmp_path / "t", tmp_path / "a", tiny.Recorder(), "identity",
-        )  # fmt: skip
+        train(tiny.tiny_family(), training, Place(tmp_path / "t", tmp_path / "a", tiny.Recorder()))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -305,10 +301,8 @@ def test_gradient_checkpointing_trains_the_same_adapter(tmp_path):
         family = tiny.tiny_family()
         if name == "checkpointed":
             family.transformer.enable_gradient_checkpointing()
-        train(
-            family, tiny.tiny_examples(), [], [], tiny.tiny_settings(max_steps=3), "d-opsd", tmp_path / name / "train",
-            tmp_path / name / "adapters", tiny.Recorder(), "identity",
-        )  # fmt: skip
+        training = Training("d-opsd", tiny.tiny_settings(max_steps=3), tiny.tiny_examples(), "identity")
+        train(family, training, Place(tmp_path / name / "train", tmp_path / name / "adapters", tiny.Recorder()))
         results.append(_adapter(tmp_path / name, "d-opsd"))
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
 
@@ -325,10 +319,8 @@ def test_a_bfloat16_base_trains_float32_adapters(tmp_path, kind, checkpointing):
     settings = tiny.tiny_settings(
         max_steps=2, teacher={"kind": kind, "gain_images": 1}, learning_rate=1e-4, batch_size=1
     )
-    train(
-        family, tiny.tiny_examples(), [], [], settings, "d-opsd", tmp_path / "train",
-        tmp_path / "adapters", tiny.Recorder(), "identity",
-    )  # fmt: skip
+    training = Training("d-opsd", settings, tiny.tiny_examples(), "identity")
+    train(family, training, Place(tmp_path / "train", tmp_path / "adapters", tiny.Recorder()))
     assert all(row["train/grad_norm"] > 0 for row in _steps(tmp_path))
     trained = _adapter(tmp_path, "d-opsd")
     assert {value.dtype for value in trained.values()} == {torch.float32}

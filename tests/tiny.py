@@ -24,7 +24,7 @@ from dopsd.identity import training_identity
 from dopsd.models.base import Conditioning, Parts, Teaching
 from dopsd.models.loading import use_plain_attention
 from dopsd.models.z_image import ZImage
-from dopsd.train.trainer import TrainResult, train
+from dopsd.train.trainer import Place, Training, TrainResult, train
 from emoji_turbo import architecture
 
 HIDDEN, SIDE, CHANNELS = 64, 64, 8
@@ -164,10 +164,9 @@ def run_tiny(
     """Train the tiny family on the tiny examples in ``folder/train`` and ``folder/adapters``."""
     family, prompts = tiny_family(), tiny_prompts()
     examples = examples if examples is not None else tiny_examples()
-    return train(
-        family, examples, [Preview("a fox", prompts[0], SIDE, SIDE)], prompts, settings, method, folder / "train",
-        folder / "adapters", observer or Recorder(), tiny_identity(settings, method, examples, prompts),
-    )  # fmt: skip
+    identity = tiny_identity(settings, method, examples, prompts)
+    training = Training(method, settings, examples, identity, prompts, [Preview("a fox", prompts[0], SIDE, SIDE)])
+    return train(family, training, Place(folder / "train", folder / "adapters", observer or Recorder()))
 
 
 def tiny_identity(

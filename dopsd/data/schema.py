@@ -47,17 +47,6 @@ def validate_concept(
     return part.table()
 
 
-def validate_holdout(folder: Path, name: str, settings: DataSettings) -> ConceptTable | None:
-    """Check the held-out part of the concept folder ``folder``; ``None`` where it has none.
-
-    The same checks, but one picture is enough and captions need no placeholder. Raises :class:`DataError`.
-    """
-    part = folder / HOLDOUT
-    if not os.path.lexists(part):
-        return None
-    return validate_concept(part, f"{name}/{HOLDOUT}", settings, require_placeholder=False, min_images=1)
-
-
 def validate_dataset(
     folder: Path, name: str, settings: DataSettings, needs: Needs = ANY
 ) -> tuple[ConceptTable, ConceptTable | None]:

@@ -26,8 +26,6 @@ from .backbones import picture_key
 from .probe import world_picture
 from .world import World
 
-SplitName = Literal["concept", "kept"]
-
 
 class EvaluationError(ValueError):
     """Something a person must change before the evaluation can run; one line that says what."""

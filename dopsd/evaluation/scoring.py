@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -202,11 +202,6 @@ class Bootstrap:
         if n not in self._indices:
             self._indices[n] = np.random.default_rng(self._seed).integers(0, n, (self._resamples, n))
         return values[self._indices[n]].mean(1)
-
-
-def mean_by_score(cell: Cell) -> Mapping[str, float]:
-    """The mean of each score."""
-    return {key: float(value.mean()) for key, value in cell.values.items()}
 
 
 def _all(prompts: Sequence[Prompt], name: str) -> bool:

@@ -82,17 +82,15 @@ def evaluate(
     settings: Settings,
     cache: EncodingCache,
     folder: Path,
-    features: Path | None = None,
     workers: Workers | None = None,
 ) -> dict[str, Any]:
     """Sample and score all ``subjects``; write ``folder`` (whole or not at all) and return ``metrics.json``'s content.
 
     ``world``: the truth for every prompt, which only the embedded base has; scores that need what is not there are left
-    out and named under ``omitted``. ``features``: file that keeps real pictures' features between runs (default: in the
-    cache's folder). ``workers`` draw, where there are some. The family's encoders are released once everything is
-    encoded. Raises :class:`EvaluationError`.
+    out and named under ``omitted``. ``cache`` also keeps real pictures' features. ``workers`` draw, where there are
+    some. The family's encoders are released once everything is encoded. Raises :class:`EvaluationError`.
     """
-    store = FeatureStore(load_backbone(BACKBONE, family.device), features or cache.folder / f"{BACKBONE}.safetensors")
+    store = FeatureStore(load_backbone(BACKBONE, family.device), cache.folder / f"{BACKBONE}.safetensors")
     names = [subject.name for subject in subjects]
     if "base" not in names or len(set(names)) < len(names):
         raise EvaluationError(f"evaluate: expected the subject base once and no name twice, got {', '.join(names)}")
@@ -161,11 +159,11 @@ def _run(
     few = settings.evaluation.few
     curve = settings.evaluation.curve_prompts
     jobs = [
-        (subject, split, steps, len(asked) if steps == few else min(curve, len(asked)))
+        (subject, split, steps, len(requested) if steps == few else min(curve, len(requested)))
         for subject in subjects
-        for split, asked in (("concept", plan.concept), ("kept", plan.kept))
+        for split, requested in (("concept", plan.concept), ("kept", plan.kept))
         for steps in (settings.evaluation.steps if split == "concept" else (few,))
-        if asked and not (split == "kept" and subject.name == "teacher")
+        if requested and not (split == "kept" and subject.name == "teacher")
     ]
     cells: dict[tuple[str, str, int], Cell] = {}
     parts = [part for job in jobs for part in _parts(*job, plan, settings)]
@@ -195,13 +193,13 @@ def _real(family: Family, scorers: dict[str, Scorer], settings: Settings) -> dic
     return cells
 
 
-def _decoded(family: Family, asked: Sequence[Prompt], settings: Settings) -> list[Image.Image]:
+def _decoded(family: Family, requested: Sequence[Prompt], settings: Settings) -> list[Image.Image]:
     """The true pictures through the base's own autoencoder: all that a model in its latents can come to."""
     images: dict[int, Image.Image] = {}
-    for rows in by_size(asked).values():
-        truths = [truth for i in rows if (truth := asked[i].truth) is not None]
+    for rows in by_size(requested).values():
+        truths = [truth for i in rows if (truth := requested[i].truth) is not None]
         images |= dict(zip(rows, decoded(family, truths, settings.evaluation.batch_size), strict=True))
-    return [images[i] for i in range(len(asked))]
+    return [images[i] for i in range(len(requested))]
 
 
 @dataclass(frozen=True)
@@ -215,22 +213,24 @@ class _Part:
     width: int
     rows: list[int]
     seeds: list[int]
-    told: list[Conditioning]
+    conditioning: list[Conditioning]
 
 
 def _parts(
     subject: Subject, split: str, steps: int, count: int, plan: _Plan, settings: Settings
 ) -> Iterator[_Part]:  # fmt: skip
     """What one subject is to draw with one number of steps: batches of one size and of similar caption length."""
-    asked = (plan.concept if split == "concept" else plan.kept)[:count]
-    told = plan.conditioning["teacher" if subject.name == "teacher" else split]
-    for (height, width), rows in by_size(asked).items():
-        rows = sorted(rows, key=lambda i: max(len(tensor) for tensor in told[i].values()))
+    requested = (plan.concept if split == "concept" else plan.kept)[:count]
+    conditioning = plan.conditioning["teacher" if subject.name == "teacher" else split]
+    for (height, width), rows in by_size(requested).items():
+        rows = sorted(rows, key=lambda i: max(len(tensor) for tensor in conditioning[i].values()))
         for start in range(0, len(rows), settings.evaluation.batch_size):
             chosen = rows[start : start + settings.evaluation.batch_size]
             # a prompt's own noise, whatever batch it is drawn in
-            seeds = [settings.evaluation.seed * 1_000_003 + asked[i].number for i in chosen]
-            yield _Part(subject.name, subject.adapter, steps, height, width, chosen, seeds, [told[i] for i in chosen])
+            seeds = [settings.evaluation.seed * 1_000_003 + requested[i].number for i in chosen]
+            yield _Part(
+                subject.name, subject.adapter, steps, height, width, chosen, seeds, [conditioning[i] for i in chosen]
+            )
 
 
 def _draw_all(family: Family, parts: Sequence[_Part], workers: Workers | None) -> Iterator[list[Image.Image]]:
@@ -245,9 +245,9 @@ def _draw_all(family: Family, parts: Sequence[_Part], workers: Workers | None) -
                 yield _draw(family, part)
 
 
-def _draw_with(family: Family, told: tuple[_Part, bytes | None]) -> list[Image.Image]:
+def _draw_with(family: Family, conditioning: tuple[_Part, bytes | None]) -> list[Image.Image]:
     """As :func:`_draw`, on a machine that may not see this one's disk: the adapter's file comes along."""
-    part, content = told
+    part, content = conditioning
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.safetensors"
         if content is not None:
@@ -260,7 +260,7 @@ def _draw(family: Family, part: _Part) -> list[Image.Image]:
     noise = torch.cat([
         family.initial_latents(1, part.height, part.width, torch.Generator().manual_seed(seed)) for seed in part.seeds
     ])  # fmt: skip
-    return family.decode(sample(family, part.told, part.steps, part.height, part.width, noise))
+    return family.decode(sample(family, part.conditioning, part.steps, part.height, part.width, noise))
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ def _summary(
         },
         "headline": {model: numbers.values for model, numbers in head.items() if numbers.values},
         "scores": {split: {m: n.values for m, n in models.items()} for split, models in tables.items()},
-        "probe": _about_probe(probe, cells, few),
+        "probe": _probe_summary(probe, cells, few),
         "intervals": {
             "headline": {model: numbers.intervals for model, numbers in head.items() if numbers.intervals},
             "scores": {split: {m: n.intervals for m, n in models.items()} for split, models in tables.items()},
@@ -313,14 +313,14 @@ def _summary(
     }
 
 
-def _about_probe(probe: StyleProbe | None, cells: dict[tuple[str, str, int], Cell], few: int) -> dict[str, Any]:
+def _probe_summary(probe: StyleProbe | None, cells: dict[tuple[str, str, int], Cell], few: int) -> dict[str, Any]:
     if probe is None:
         return {}
-    about: dict[str, Any] = {f"accuracy_{name}": round(value, 4) for name, value in probe.accuracy.items()}
+    summary: dict[str, Any] = {f"accuracy_{name}": round(value, 4) for name, value in probe.accuracy.items()}
     own = cells.get(("kept", "base", few))
     if own is not None and "style_hit" in own.values:
-        about["accuracy_base_samples"] = round(float(own.values["style_hit"].mean()), 4)
-    return about | probe.counts
+        summary["accuracy_base_samples"] = round(float(own.values["style_hit"].mean()), 4)
+    return summary | probe.counts
 
 
 def _write_csv(

@@ -52,8 +52,8 @@ def contents(run: Path, warn: Warn) -> Iterator[Content]:
     methods = {path.parent: read_json(path, warn) for path in sorted(train.glob("*/run.json"))}
     # a folder of another training, whose turn to be set aside has not come, says so
     methods = {k: v for k, v in methods.items() if "." not in k.name and v.get("training", training) == training}
-    about = read_json(run / "about.json", warn)
-    data, tags = ({k: v for k, v in about.items() if isinstance(v, dict)}.get(name, {}) for name in ("data", "tags"))
+    metadata = read_json(run / "about.json", warn)
+    data, tags = ({k: v for k, v in metadata.items() if isinstance(v, dict)}.get(name, {}) for name in ("data", "tags"))
     tags = {"dopsd.concept": run.name, "dopsd.training": training, **tags}
     begun = sorted((status for status in methods.values() if status.get("started")), key=lambda m: m["started"])
     status = {**begun[-1], "started": begun[0]["started"]} if begun else {}  # one method after the other

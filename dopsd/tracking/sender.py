@@ -205,8 +205,8 @@ class Comparison:
 
     def _send_file(self, content: Content, known: _Known, path: Path, target: str | tuple[str, int]) -> bool:
         """Whether it was sent."""
-        about = path.stat()
-        stamp = about.st_size, about.st_mtime_ns
+        info = path.stat()
+        stamp = info.st_size, info.st_mtime_ns
         if known.compared.get(path) == stamp:
             return False
         with path.open("rb") as file:

@@ -13,7 +13,7 @@ from dopsd.config import Method, ModelSettings, TrainSettings
 from dopsd.data.encoded import Encoded
 from dopsd.identity import training_identity
 from dopsd.models import load_family
-from dopsd.train.trainer import Observer, TrainResult, train
+from dopsd.train.trainer import Observer, Place, Training, TrainResult, train
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,12 @@ def run_job(
 ) -> dict[Method, TrainResult]:
     """Train every method of ``job`` in ``folder/<method>``; what is finished there is not done again."""
     family = load_family(job.model, job.root, "train")
-    how, results = job.train, {}
-    replay = [conditioning for _, conditioning in job.encoded.replay]
+    encoded, how, results = job.encoded, job.train, {}
+    replay = [conditioning for _, conditioning in encoded.replay]
     for method in job.train.methods:
-        result = train(
-            family, job.encoded.examples, job.encoded.previews, replay, how, method, folder / method, adapters,
-            observer, training_identity(how, method, job.common), on_saved, job.training,
-        )  # fmt: skip
+        identity = training_identity(how, method, job.common)
+        training = Training(method, how, encoded.examples, identity, replay, encoded.previews, job.training)
+        result = train(family, training, Place(folder / method, adapters, observer, on_saved))
         results[method] = result
         if result.stopped == "max_minutes":
             # the clock ended it: those that are compared with it draw as many images, not as many minutes

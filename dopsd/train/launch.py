@@ -153,12 +153,12 @@ def resources(compute: ComputeSettings, device: str) -> dict[str, float]:
     if gpus is None:
         gpus = 1.0 if device == "cuda" or (device == "auto" and _cluster_has_gpus()) else 0.0
     cpus = compute.cpus_per_worker or (1 if gpus else max(1, _cpus_of_a_node() // most))
-    asked: dict[str, float] = {"CPU": cpus}
+    requested: dict[str, float] = {"CPU": cpus}
     if gpus:
-        asked["GPU"] = gpus
+        requested["GPU"] = gpus
     if compute.memory_gib:
-        asked["memory"] = compute.memory_gib * 2**30
-    return asked
+        requested["memory"] = compute.memory_gib * 2**30
+    return requested
 
 
 def _cluster_has_gpus() -> bool:
@@ -189,7 +189,7 @@ def _run_on_ray(
     # on this machine, which outlives the nodes: the job goes on without any of them
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    asked = resources(compute, job.model.device)
+    requested = resources(compute, job.model.device)
     storage = JobStorage(compute.storage or str((root / ".cache" / "ray").resolve()), job.name)
     try:
         storage.offer(folder, job.train.methods)
@@ -206,8 +206,8 @@ def _run_on_ray(
         },
         scaling_config=ScalingConfig(
             num_workers=compute.workers,
-            use_gpu="GPU" in asked,
-            resources_per_worker=asked,
+            use_gpu="GPU" in requested,
+            resources_per_worker=requested,
             elastic_resize_monitor_interval_s=compute.resize_seconds,
         ),
         run_config=RunConfig(

@@ -99,8 +99,8 @@ class JobStorage:
 
 
 def _stamp(file: Path) -> tuple[int, int]:
-    about = file.stat()
-    return about.st_size, about.st_mtime_ns
+    info = file.stat()
+    return info.st_size, info.st_mtime_ns
 
 
 def needed(run: Path) -> list[Path]:

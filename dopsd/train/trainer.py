@@ -36,7 +36,7 @@ from dopsd.train.observer import Observer, Previews, Progress, RunLog
 from dopsd.train.parallel import exchange, share
 from dopsd.train.status import adopt, running
 
-__all__ = ["Observer", "TrainError", "TrainResult", "learning_rate", "milestones", "train"]
+__all__ = ["Observer", "Place", "TrainError", "TrainResult", "Training", "learning_rate", "milestones", "train"]
 
 _DISTILLED = ("d-opsd", "off-policy")
 
@@ -87,44 +87,58 @@ def learning_rate(settings: TrainSettings, step: int, ends: Sequence[int]) -> fl
     return settings.learning_rate * factor[settings.schedule]
 
 
-def train(
-    family: Family,
-    examples: Sequence[Example],
-    previews: Sequence[Preview],
-    replay: Sequence[Conditioning],
-    settings: TrainSettings,
-    method: Method,
-    folder: Path,
-    adapters: Path,
-    observer: Observer,
-    identity: str,
-    on_saved: Callable[[], None] = lambda: None,
-    training: str = "",
-) -> TrainResult:
-    """Train ``method`` on encoded ``examples``; adapters end up as ``adapters/<label>.safetensors`` (and ``.json``).
+@dataclass(frozen=True)
+class Training:
+    """What a run is: all that decides what is learnt, and what is shown meanwhile."""
 
-    ``replay``: encoded prompts of the base's own domain. ``identity``: of all that decides what is learnt
-    (:func:`dopsd.identity.training_identity`); a run of another one is not resumed. Every process calls ``on_saved``
-    after each checkpoint. ``training``: what the run is part of. Raises :class:`TrainError` before any work where
-    settings and data do not fit each other, ``LaunchError`` where the disk is full. The family's transformer is given
-    back without adapters.
+    method: Method
+    settings: TrainSettings
+    examples: Sequence[Example]
+    identity: str
+    """Of all that decides what is learnt (:func:`dopsd.identity.training_identity`)."""
+    replay: Sequence[Conditioning] = ()
+    """Encoded prompts of the base's own domain."""
+    previews: Sequence[Preview] = ()
+    name: str = ""
+    """Of the training that the run is part of, for the tracker."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run happens."""
+
+    folder: Path
+    """The run's own: checkpoints, log, previews, adapters."""
+    adapters: Path
+    """Where finished adapters are copied to, as ``<label>.safetensors`` and ``<label>.json``."""
+    observer: Observer
+    on_saved: Callable[[], None] = lambda: None
+    """Called by every process after each checkpoint."""
+
+
+def train(family: Family, training: Training, place: Place) -> TrainResult:
+    """Train on encoded examples; a run of another identity in the same folder is set aside.
+
+    Raises :class:`TrainError` before any work where settings and data do not fit each other, ``LaunchError`` where the
+    disk is full. The family's transformer is given back without adapters.
     """
-    _check(examples, replay, settings, method)
-    saved = _find_saved(folder, identity, observer)
+    _check(training)
+    settings, method, folder = training.settings, training.method, place.folder
+    saved = _find_saved(folder, training.identity, place.observer)
     done = _Done.of(saved) if saved else None
     if done is None or not _stopped(settings, method, done.step, done.seconds):
-        with running(folder, observer, training), MachineLoad(folder, observer):
-            run = _Run(family, examples, replay, settings, method, folder, observer, identity, saved)
+        with running(folder, place.observer, training.name), MachineLoad(folder, place.observer):
+            run = _Run(family, training, place, saved)
             del saved  # its tensors are in the run now: two copies of them would be held to the end
             try:
                 drawn = settings.rollout_steps, settings.batch_size, settings.seed + 1
-                done = run.until_stopped(Previews(family, previews, examples, *drawn), on_saved)
+                done = run.until_stopped(Previews(family, training.previews, training.examples, *drawn), place.on_saved)
             finally:
                 run.close()
     else:
-        adopt(folder, observer, training)
+        adopt(folder, place.observer, training.name)
     return TrainResult(
-        adapters=publish(folder / "adapters", adapters, milestones(settings, method)),
+        adapters=publish(folder / "adapters", place.adapters, milestones(settings, method)),
         steps=done.step,
         images=done.step * settings.batch_size * settings.accumulation,
         seconds=done.seconds,
@@ -136,14 +150,13 @@ def train(
 # --- before the first step --------------------------------------------------------------------------------------------
 
 
-def _check(
-    examples: Sequence[Example], replay: Sequence[Conditioning], settings: TrainSettings, method: Method
-) -> None:
+def _check(training: Training) -> None:
+    method, examples = training.method, training.examples
     if not examples:
         raise TrainError("no training examples: encode the concept first")
     if method in ("sft", "off-policy") and any(example.latents is None for example in examples):
         raise TrainError(f"method {method} needs the clean latents of every target image, and some examples have none")
-    if settings.replay.weight > 0 and not replay:
+    if training.settings.replay.weight > 0 and not training.replay:
         raise TrainError("replay.weight is above 0 but no replay prompts were encoded; set replay.prompts")
 
 
@@ -203,16 +216,14 @@ class _Done:
 class _Run:
     """One training in progress: everything in it that changes is in its checkpoints."""
 
-    def __init__(
-        self, family: Family, examples: Sequence[Example], replay: Sequence[Conditioning], settings: TrainSettings,
-        method: Method, folder: Path, observer: Observer, identity: str, saved: ckpt.Checkpoint | None,
-    ) -> None:  # fmt: skip
+    def __init__(self, family: Family, training: Training, place: Place, saved: ckpt.Checkpoint | None) -> None:
+        settings, method, examples = training.settings, training.method, training.examples
         self.family, self.examples, self.settings, self.method = family, examples, settings, method
-        self.folder, self.observer, self.identity = folder, observer, identity
+        self.folder, self.observer, self.identity = place.folder, place.observer, training.identity
         self.step = saved.step if saved else 0
         self.seconds: float = saved.state["seconds"] if saved else 0.0
         self.labels = milestones(settings, method)
-        self.log = RunLog(folder / "log.jsonl", self.step if saved else -1, observer)
+        self.log = RunLog(self.folder / "log.jsonl", self.step if saved else -1, self.observer)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.sampler = BucketSampler(
             [(e.height, e.width) for e in examples], settings.batch_size * settings.accumulation, settings.seed
@@ -241,7 +252,14 @@ class _Run:
             else:
                 self._restore(saved)
             self.objective = Objective(
-                method, settings, family, self._predict, self.adapters, examples, self._targets(), replay
+                method,
+                settings,
+                family,
+                self._predict,
+                self.adapters,
+                examples,
+                self._targets(),
+                training.replay,
             )
         except BaseException:
             self.close()
@@ -365,12 +383,12 @@ class _Run:
         label = next(label for step, label in sorted(self.labels.items()) if self.step <= step)
         path = self.folder / "adapters" / f"{label}.safetensors"
         save_adapter(path, self.family.transformer, STUDENT, self.settings.lora)
-        about: dict[str, Any] = {
+        metadata: dict[str, Any] = {
             "label": label, "method": self.method, "steps": self.step, "stopped": stopped or "continued",
             "images": self.step * self.settings.batch_size * self.settings.accumulation, "teacher_gain": self.gain,
             "fingerprint": self.identity, "settings": self.settings.model_dump(mode="json"),
         }  # fmt: skip
-        write_json(path.with_suffix(".json"), about)
+        write_json(path.with_suffix(".json"), metadata)
 
     def _save(self) -> None:
         """Write a checkpoint. Its tensors are copied to the CPU one by one, and let go once they are written."""

@@ -33,13 +33,13 @@ class Workers:
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        asked = resources(compute, model.device)
-        self.size = min(count_of(compute), max(1, _room_for(asked)))
+        requested = resources(compute, model.device)
+        self.size = min(count_of(compute), max(1, _room_for(requested)))
         # all places at once: two jobs that each had some of what they need would wait for each other
-        self._places = placement_group([asked] * self.size)
+        self._places = placement_group([requested] * self.size)
         ray.get(self._places.ready())
         remote = ray.remote(_Worker).options(
-            num_cpus=asked["CPU"], num_gpus=asked.get("GPU", 0), memory=asked.get("memory"),
+            num_cpus=requested["CPU"], num_gpus=requested.get("GPU", 0), memory=requested.get("memory"),
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._places),
         )  # fmt: skip
         self._actors = [remote.remote(model, root.resolve(), use) for _ in range(self.size)]
@@ -60,12 +60,12 @@ class Workers:
         remove_placement_group(self._places)
 
 
-def _room_for(asked: Mapping[str, float]) -> int:
+def _room_for(requested: Mapping[str, float]) -> int:
     """How many workers that ask for this fit on the nodes that there are, when nobody else uses them."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return sum(min(int(node.get(key, 0) // amount) for key, amount in asked.items() if amount) for node in nodes)
+    return sum(min(int(node.get(key, 0) // amount) for key, amount in requested.items() if amount) for node in nodes)
 
 
 def count_of(compute: ComputeSettings) -> int:
