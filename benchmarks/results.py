@@ -275,8 +275,13 @@ def _cell(values: Sequence[float | None]) -> str:
     return mean if min(known) == max(known) else f"{mean} [{min(known):.2f}, {max(known):.2f}]"
 
 
-SHOWN = {"real": "truth", "base": "base, untuned", "teacher": "teacher", "d-opsd": "D-OPSD + replay",
-         "sft-compute": "SFT + replay, equal compute", "sft-alone": "SFT without replay"}  # fmt: skip
+SHOWN = {
+    "real": "truth", "base": "base, untuned", "teacher": "its teacher", "d-opsd": "D-OPSD + replay",
+    "d-opsd-alone": "D-OPSD without replay", "sft-compute": "SFT + replay, equal compute",
+    "sft-alone": "SFT without replay",
+}  # fmt: skip
+PICTURES = {"style-ink": {"concept": "", "kept": "-kept"}, "style-3d": {"concept": ""}}
+"""Which split is drawn, and the ending of its file's name."""
 
 
 def _draw(concept: str) -> None:
@@ -286,7 +291,7 @@ def _draw(concept: str) -> None:
     samples = _evaluation(concept, 0) / "samples"
     index = json.loads((samples / "index.json").read_text())
     strips = {(e["split"], e["model"]): e for e in index["strips"] if e["steps"] in (0, FEW)}
-    for split, ending in (("concept", ""), ("kept", "-kept")):
+    for split, ending in PICTURES[concept].items():
         rows = [(label, read_strip(samples, strips[split, model]))
                 for model, label in SHOWN.items() if (split, model) in strips]  # fmt: skip
         grid = draw_grid(index["prompts"][split], rows, f"{FEW} steps, same noise for every model")
