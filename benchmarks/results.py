@@ -271,8 +271,8 @@ def _cell(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return ""
-    mean = f"{statistics.mean(known):.2f}"
-    return mean if min(known) == max(known) else f"{mean} [{min(known):.2f}, {max(known):.2f}]"
+    mean, least, most = (f"{value:.2f}" for value in (statistics.mean(known), min(known), max(known)))
+    return mean if least == most else f"{mean} [{least}, {most}]"
 
 
 SHOWN = {
