@@ -47,10 +47,8 @@ format: $(READY) ## let ruff lay out and fix what it can
 	@$(RUN) ruff format .
 	@$(RUN) ruff check --fix .
 
-ui: $(READY) ## open the tracker (MLflow) on 127.0.0.1:PORT
-	@echo "MLflow: http://127.0.0.1:$(PORT)  (Ctrl-C ends it)"
-	@$(RUN) MLFLOW_DISABLE_TELEMETRY=true mlflow ui --host 127.0.0.1 --port $(PORT) \
-	  --backend-store-uri "sqlite:///$(CURDIR)/mlflow.db" --default-artifact-root "$(CURDIR)/mlartifacts"
+ui: $(READY) ## open the tracker (MLflow) on 127.0.0.1:PORT; prints the log-in
+	@$(RUN) MLFLOW_PORT=$(PORT) python -m infra.local.ui
 
 up: $(READY) ## start MLflow, Prefect and Ray here (set MLFLOW_PORT, PREFECT_PORT, RAY_PORT for other ports)
 	@$(RUN) python -m infra.local.services up

@@ -115,9 +115,9 @@ def _settings(concept: str, seed: int, row: Row) -> Any:
         f"evaluation.seed={1234 + seed}", f"evaluation.steps=[{FEW}, {MANY}]", f"evaluation.few_steps={FEW}",
     )  # fmt: skip
     if row.equal_compute:
-        shipped = load_settings(ROOT / "params.yaml").of(concept).train
+        shipped = load_settings(ROOT / "params.yaml").of(concept, ROOT).train
         everywhere = (*everywhere, f"train.max_steps={shipped.sft_steps_at_equal_compute()}")
-    return resolved(load_settings(ROOT / "params.yaml", (*everywhere, *row.changes)).of(concept))
+    return resolved(load_settings(ROOT / "params.yaml", (*everywhere, *row.changes)).of(concept, ROOT))
 
 
 def _train(concept: str, seed: int, row: Row, settings: Any) -> Path:

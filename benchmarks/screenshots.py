@@ -30,6 +30,7 @@ def main() -> None:
     given = parser.parse_args()
     from mlflow import MlflowClient
 
+    from infra.local.logins import PrefectLogin
     from tests.browser import CHROMIUM, DRIVER, browser
 
     if not (CHROMIUM and DRIVER):
@@ -41,12 +42,17 @@ def main() -> None:
     below = client.search_runs([run.info.experiment_id], f"tags.mlflow.parentRunId = '{run.info.run_id}'")
     method = next(r.info.run_id for r in below if r.data.tags["dopsd.method"] == "d-opsd")
     wanted = {"artifacts": {"key": {"any_": [f"{given.concept}-result"]}}}
-    (found,) = httpx.post(f"{given.prefect}/artifacts/latest/filter", json=wanted).raise_for_status().json()
+    prefect = httpx.Client(auth=PrefectLogin(given.prefect, os.environ["PREFECT_API_AUTH_STRING"]))
+    (found,) = prefect.post(f"{given.prefect}/artifacts/latest/filter", json=wanted).raise_for_status().json()
     artifact = found["latest_id"]
     flow_run = run.data.tags["dopsd.flow_run.id"]
-    name = httpx.get(f"{given.prefect}/flow_runs/{flow_run}").raise_for_status().json()["name"]
+    name = prefect.get(f"{given.prefect}/flow_runs/{flow_run}").raise_for_status().json()["name"]
     pages = given.prefect.removesuffix("/api")
     with browser() as page:
+        page.log_in_to_prefect(pages, os.environ["PREFECT_API_AUTH_STRING"])
+        page.log_in_to_mlflow(
+            given.mlflow, ":".join(os.environ[f"MLFLOW_TRACKING_{n}"] for n in ("USERNAME", "PASSWORD"))
+        )
         page.open(f"{pages}/runs/flow-run/{flow_run}", name, "Completed", f"tune {given.concept}")
         page.click("Task Runs")
         page.wait("train " + given.concept)

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dopsd.config import Settings, load_settings
-from dopsd.stages import STAGES, StageError, needs_of, run_folder
+from dopsd.files import is_disk_full
+from dopsd.project import StageError, needs_of, run_folder
+from dopsd.stages import STAGES, plan, run_stage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -77,9 +79,10 @@ def main() -> None:
     """The entry point: run the command, and turn a person's mistake into one line."""
     try:
         app()
-    except (ValueError, RuntimeError, FileNotFoundError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         # our own errors are a person's mistakes, or a machine that is away; those out of a library need their traceback
-        ours = type(error).__module__.partition(".")[0] == "dopsd" or isinstance(error, FileNotFoundError)
+        known = isinstance(error, FileNotFoundError) or is_disk_full(error)
+        ours = type(error).__module__.partition(".")[0] == "dopsd" or known
         if not ours or "--debug" in sys.argv[1:]:
             raise
         typer.secho(f"error: {error}", fg="red", err=True)
@@ -92,7 +95,7 @@ def _settings(params: Path, overrides: list[str] | None) -> Settings:
 
 def _stage_command(name: str) -> Callable[..., None]:
     def command(concept: Concept, params: Params = PARAMS, overrides: Overrides = None) -> None:
-        STAGES[name](concept, _settings(params, overrides), Path())
+        run_stage(name, concept, _settings(params, overrides), Path())
 
     return command
 
@@ -104,6 +107,7 @@ def _help(stage: Callable[..., None]) -> str:
 
 for _name, _stage in STAGES.items():
     app.command(_name, help=_help(_stage), rich_help_panel="Stages, in this order")(_stage_command(_name))
+app.command("plan", help=_help(plan))(_stage_command("plan"))
 
 
 @app.command()
@@ -157,7 +161,7 @@ def sample(
     """
     from dopsd.models import resolved
     from dopsd.sampling import draw, read_references, size_of
-    from dopsd.tracking import picture_row
+    from dopsd.train.observer import picture_row
 
     settings = resolved(_settings(params, overrides))
     if adapter is not None and not adapter.is_file():
@@ -169,7 +173,7 @@ def sample(
     for image in draw(prompt, references, settings, Path(), adapter, width, height, steps, seed):
         _save(image, out / f"{len(images):02d}.png")
         images.append(image)
-    _save(picture_row(images), out / "grid.png")
+    _save(picture_row(images, at_least=128), out / "grid.png")
     print(f"{len(images)} pictures, {steps} steps, seed {seed} -> {out}")
 
 
@@ -234,24 +238,28 @@ def concept_add(
     overrides: Overrides = None,
 ) -> None:
     """Check a folder, copy it to `data/concepts/NAME` and put it under DVC."""
-    from dopsd.data.concept import add_concept
+    from dopsd.config import OWN_SETTINGS
+    from dopsd.data.concept import add_concept, list_concept
 
     settings = _settings(params, overrides)
     table = add_concept(folder, name, Path(), settings.data, replace, needs_of(settings))
     print(f"{len(table.rows)} images -> {table.root}")
-    missing = [] if name in settings.concepts else [f"add {name} to `concepts`"]
-    missing += [] if name in settings.tuning else [f"add `{name}: {{}}` to `tuning`"]
-    first = f"in {params} {' and '.join(missing)}, then " if missing else ""
-    print(f"next: {first}`dvc repro report@{name} register@{name}`")
+    if name not in settings.concepts:
+        list_concept(params, name)
+        print(f"{params}: {name} is listed in `concepts` now")
+    print(f"what it needs otherwise than others: {table.root / OWN_SETTINGS}")
+    print(f"next: `dvc repro report@{name} register@{name}`")
 
 
 @track_app.command("sync")
 def track_sync(concept: Concept, params: Params = PARAMS) -> None:
-    """Send what an outage of the tracker left behind."""
-    from dopsd.tracking import sync
+    """Send what the tracker has not got of a concept's runs: after an outage, or to another tracker."""
+    from dopsd.tracking import public_uri, send, tracking_uri
 
-    if not sync(Path(), run_folder(concept, Path()) / "tracking", _settings(params, None).tracking):
+    run = run_folder(concept, Path())
+    if not send(Path(), run, _settings(params, None).tracking):
         raise typer.Exit(1)
+    print(f"{public_uri(tracking_uri(Path()))} has all of {run} that it takes")
 
 
 @base_app.command("identify")

@@ -1,15 +1,16 @@
-"""Typed settings, read from ``params.yaml``: the one place for every number a run depends on.
+"""Typed settings, read from ``params.yaml``, and for one concept from the ``train.yaml`` beside its data.
 
 An unknown, missing or ill-typed key is a :class:`SettingsError` that names it; nothing is read from anywhere else.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Method = Literal["d-opsd", "sft", "sft-teacher", "off-policy"]
 METHODS: tuple[Method, ...] = ("d-opsd", "sft", "sft-teacher", "off-policy")
@@ -21,8 +22,23 @@ Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+CONCEPTS = Path("data") / "concepts"
+OWN_SETTINGS = "train.yaml"
+"""In a concept's folder: what differs from ``train`` there."""
+MAX_BYTES = 1 << 20
+"""Of a file of settings: larger is none."""
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+
+
 class SettingsError(ValueError):
     """A person's mistake in the settings: one line saying which key, what is wrong and what is allowed."""
+
+
+def concept_name(name: str) -> str:
+    """``name``, where it may name a concept: it becomes folders, stages and models. Raises :class:`SettingsError`."""
+    if not _NAME.fullmatch(name):
+        raise SettingsError(f"concept name {name!r}: use 1 to 64 of a-z, 0-9 and -, not beginning with -")
+    return name
 
 
 class _Settings(BaseModel):
@@ -67,8 +83,17 @@ class ModelSettings(_Settings):
 
     def decides_learning(self) -> dict[str, Any]:
         """What of this decides what is learnt, the base's own files apart; of resolved settings."""
-        shown = {"path", "revision", "name", "licence", "vlm", "vlm_revision", "device", "gradient_checkpointing"}
-        return self.model_dump(mode="json", exclude=shown)
+        return self.decides_encoding() | self.decides_velocity()
+
+    def decides_encoding(self) -> dict[str, Any]:
+        """What of this decides encodings."""
+        return self.model_dump(mode="json", include={
+            "family", "context", "context_suffix", "context_variant", "context_pixels", "vlm_positions", "dtype",
+        })  # fmt: skip
+
+    def decides_velocity(self) -> dict[str, Any]:
+        """What of this decides the transformer's answers."""
+        return self.model_dump(mode="json", include={"family", "dtype"})
 
 
 class DataSettings(_Settings):
@@ -254,35 +279,29 @@ class TrackingSettings(_Settings):
 class Settings(_Settings):
     """All of ``params.yaml``. ``concepts`` lists the folders under ``data/concepts`` that the pipeline runs over."""
 
-    concepts: tuple[str, ...]
+    concepts: tuple[Annotated[str, AfterValidator(concept_name)], ...]
     model: ModelSettings
     data: DataSettings
     train: TrainSettings
-    tuning: dict[str, dict[str, Any]] = {}
-    """By concept, what differs from ``train`` there (:meth:`of` puts it in); without an entry, nothing does."""
     evaluation: EvaluationSettings = EvaluationSettings()
     compute: ComputeSettings = ComputeSettings()
     registry: RegistrySettings = RegistrySettings()
     tracking: TrackingSettings = TrackingSettings()
+    overrides: Annotated[dict[str, Any], Field(exclude=True)] = {}
+    """What ``--set`` says of ``train``: it holds for every concept, over the concept's own."""
 
-    @model_validator(mode="after")
-    def _tuning_fits(self) -> Settings:
-        for concept in self.tuning:
-            if concept not in self.concepts:
-                raise ValueError(f"tuning.{concept}: no such concept in `concepts`; remove it or check the spelling")
-            self.of(concept)
-        return self
+    def of(self, concept: str, root: Path) -> Settings:
+        """These settings for one concept: its ``train.yaml`` over ``train``. Done twice it is the same.
 
-    def of(self, concept: str) -> Settings:
-        """These settings for one concept: ``train`` with ``tuning.<concept>`` over it. Done twice it is the same."""
-        own = self.tuning.get(concept)
-        if not own:
-            return self
-        merged = _merged(self.train.model_dump(), own)
+        Raises :class:`SettingsError` for a name that is none and for faults of that file.
+        """
+        path = root / CONCEPTS / concept_name(concept) / OWN_SETTINGS
+        own = _read_yaml(path) if path.is_file() else {}
+        merged = _merged(_merged(self.train.model_dump(), own), self.overrides)
         try:
             return self.model_copy(update={"train": TrainSettings.model_validate(merged)})
         except ValidationError as error:
-            raise ValueError("; ".join(f"tuning.{concept}.{_say(fault)}" for fault in error.errors())) from None
+            raise SettingsError("\n".join(f"{path}: {_fault(fault)}" for fault in error.errors())) from None
 
 
 def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -299,33 +318,43 @@ def load_settings(path: Path, overrides: tuple[str, ...] = ()) -> Settings:
 
     Raises :class:`SettingsError` with one line per fault.
     """
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise SettingsError(f"{path}: no such file; run from the project's root or pass --params") from None
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise SettingsError(f"{path}: expected keys and values, found {type(raw).__name__}")
+    raw = _read_yaml(path)
+    if "overrides" in raw:
+        raise SettingsError(f"{path}: overrides: unknown setting; remove it or check the spelling")
+    if not raw:
+        raise SettingsError(f"{path}: expected keys and values, found nothing")
+    given: dict[str, Any] = {}
     for override in overrides:
+        _override(given, override)
         _override(raw, override)
     try:
-        return Settings.model_validate(raw)
+        return Settings.model_validate(raw | {"overrides": given.get("train") or {}})
     except ValidationError as error:
-        raise SettingsError("\n".join(f"{path}: {_say(fault)}" for fault in error.errors())) from None
+        raise SettingsError("\n".join(f"{path}: {_fault(fault)}" for fault in error.errors())) from None
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
-    """Put one ``a.b=value`` into ``raw``. What is said of ``train`` there holds for every concept, over its own."""
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """Keys and values of a file; an empty one has none."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise SettingsError(f"{path}: larger than {MAX_BYTES >> 20} MiB, so no file of settings")
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"{path}: no such file; run from the project's root or pass --params") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict | None):
+        raise SettingsError(f"{path}: expected keys and values, found {type(raw).__name__}")
+    return raw or {}
+
+
+def _override(given: dict[str, Any], override: str) -> None:
+    """Put one ``a.b=value`` into ``given``."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise SettingsError(f"override {override!r}: expected KEY=VALUE, for example train.max_steps=100")
-    *parents, last = path = key.split(".")
-    tuning = raw.get("tuning")
-    if path[0] == "train" and isinstance(tuning, dict):
-        for concept in list(tuning):
-            _forget(tuning, [concept, *path[1:]])
-    node: Any = raw
+    *parents, last = key.split(".")
+    node: Any = given
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
@@ -336,15 +365,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise SettingsError(f"override {override!r}: {value!r} is not a YAML value") from None
 
 
-def _forget(values: Any, path: list[str]) -> None:
-    """Remove a setting, or a group of them, where it is."""
-    for part in path[:-1]:
-        values = values.get(part) if isinstance(values, dict) else None
-    if isinstance(values, dict):
-        values.pop(path[-1], None)
-
-
-def _say(fault: Any) -> str:
+def _fault(fault: Any) -> str:
     key = ".".join(str(part) for part in fault["loc"]) or "settings"
     if fault["type"] == "extra_forbidden":
         return f"{key}: unknown setting; remove it or check the spelling"

@@ -120,8 +120,8 @@ def _base(settings: Settings, root: Path) -> Iterator[Finding]:
         yield Finding("base model", str(error), "fault", "`emoji-turbo build` makes it anew" if embedded else "")
         return
     size = sum(file.stat().st_size for file in base.source.folder.rglob("*") if file.is_file())
-    about = f"{settings.model.family} in {base.source.folder}, {size / 2**20:.0f} MiB, {settings.model.context}"
-    yield Finding("base model", about)
+    summary = f"{settings.model.family} in {base.source.folder}, {size / 2**20:.0f} MiB, {settings.model.context}"
+    yield Finding("base model", summary)
     if note := base.differences():
         yield Finding("teacher's VLM", note, "note")
 
@@ -149,8 +149,8 @@ def _tracker(settings: Settings, root: Path) -> Iterator[Finding]:
         connect(uri).search_experiments(max_results=1)
         yield Finding("tracker", public_uri(uri))
     except Exception as error:
-        said = " ".join(without_secrets(str(error), uri).split())[:120]
+        message = " ".join(without_secrets(str(error), uri).split())[:120]
         yield Finding(
-            "tracker", f"{public_uri(uri)} cannot be reached: {said}", "note",
+            "tracker", f"{public_uri(uri)} cannot be reached: {message}", "note",
             "training runs all the same; `dopsd track sync` sends the rest later",
         )  # fmt: skip

@@ -129,14 +129,14 @@ def render_card(card: Card, **more: object) -> str:
 
 
 def draw_student(
-    family: Family, adapter: Path, asked: Sequence[tuple[Request, int, int]], steps: int, seed: int
+    family: Family, adapter: Path, requests: Sequence[tuple[Request, int, int]], steps: int, seed: int
 ) -> list[Drawn]:
     """What the trained student draws for each (request, height, width), one picture at a time."""
-    encoded = family.encode_prompt([request for request, *_ in asked])
+    encoded = family.encode_prompt([request for request, *_ in requests])
     family.release_encoders()
     generator, drawn = torch.Generator().manual_seed(seed), []
     with adapter_applied(family.transformer, adapter):
-        for (request, height, width), conditioning in zip(asked, encoded, strict=True):
+        for (request, height, width), conditioning in zip(requests, encoded, strict=True):
             noise = family.initial_latents(1, height, width, generator)
             (image,) = family.decode(sample(family, [conditioning], steps, height, width, noise))
             drawn.append(Drawn(request, noise.cpu(), steps, height, width, image))
@@ -157,7 +157,7 @@ def check_export(
     pipeline = DiffusionPipeline.from_pretrained(base, torch_dtype=dtype, use_safetensors=True).to(device)
     pipeline.set_progress_bar_config(disable=True)
     before = _draw(pipeline, drawn, family)
-    pipeline.load_lora_weights(export, weight_name=file)
+    pipeline.load_lora_weights(export, weight_name=file, use_safetensors=True)
     if not pipeline.get_active_adapters():
         raise ExportError(
             f"{export / file}: diffusers loads it as nothing; the names of its tensors do not fit the base"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +46,66 @@ def write_json(path: Path, value: Any) -> None:
     """``value`` as readable JSON."""
     with whole_file(path) as partial:
         partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, warn: Callable[[str], object] = lambda text: None) -> dict[str, Any]:
+    """The object in a JSON file; nothing where it is missing; nothing, and a line to ``warn``, where it is broken."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not isinstance(value, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:
+        warn(f"{path} cannot be read ({error}); what it says is left out")
+        return {}
+    return value
+
+
+class GrowingFile:
+    """Lines that are added to a file; one that was put in the place of the old is read from its start."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = self._position = self._lines = 0
+
+    def new_lines(self, half: bool = False) -> Iterator[tuple[int, bytes]]:
+        """Number (from 0) and content of the lines since the last call; ``half``: one without its end, too."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            about = os.fstat(file.fileno())
+            if about.st_ino != self._file or about.st_size < self._position:
+                self._file, self._position, self._lines = about.st_ino, 0, 0
+            file.seek(self._position)
+            for line in file:
+                if not line.endswith(b"\n") and not half:
+                    return  # being written right now
+                self._position, self._lines = self._position + len(line), self._lines + 1
+                yield self._lines - 1, line
+
+
+def append_line(path: Path, line: str) -> None:
+    """One more line at the end of ``path``. Half a line that a kill left there becomes a line of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n":
+            file.write(b"\n")
+        file.write(line.encode() + b"\n")
+
+
+def now() -> int:
+    """Milliseconds since 1970, as all files of a run have their times."""
+    return int(time.time() * 1000)
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write failed for want of room. Safetensors has an error of its own, which says it in words."""
+    if isinstance(error, OSError):
+        return error.errno in _NO_ROOM
+    found = re.search(r"(?:os error |code: )(\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return found is not None and int(found[1]) in _NO_ROOM
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

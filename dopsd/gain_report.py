@@ -25,7 +25,7 @@ from dopsd.data.needs import first_unmet
 from dopsd.files import write_json
 from dopsd.models import ModelError, family_class, open_base, resolved, teaching_of
 from dopsd.models.base import Family
-from dopsd.stages import cache_of, load_base, needs_of, read_concept, run_folder
+from dopsd.project import cache_of, load_base, needs_of, read_concept, run_folder
 from dopsd.train.encode import encode_concept
 from dopsd.train.gain import choose, compare, distances, helps
 
@@ -123,7 +123,7 @@ def report_gain(
     ``images``: how many samples of each, ``None``: ``train.teacher.gain_images``. The noise of the first of the
     ``seeds`` is the one that training measures with. Raises ``DataError`` and ``ModelError`` for what training would.
     """
-    settings = resolved(settings.of(concept))
+    settings = resolved(settings.of(concept, root))
     table, holdout = read_concept(concept, settings, root)
     ways, left_out = _possible(ways_of(settings), table, holdout, root)
     count = images or settings.train.teacher.gain_images
@@ -286,9 +286,11 @@ def verdict(report: GainReport) -> str:
                 "to learn from it. Check the captions, the context and the base (docs/method.md).")  # fmt: skip
     best = max(helping, key=lambda found: found.mean["gain"])
     if current not in helping:
-        return f"Take {best.way.name}: it gains, and what is set does not. {_say_change(current, best)}{sure(best)}"
+        return (
+            f"Take {best.way.name}: it gains, and what is set does not. {_describe_change(current, best)}{sure(best)}"
+        )
     if clearly(best, current):
-        return f"Take {best.way.name}: it gains clearly more. {_say_change(current, best)}{sure(best)}"
+        return f"Take {best.way.name}: it gains clearly more. {_describe_change(current, best)}{sure(best)}"
     if not others:
         return f"{current.way.name} gains: there is something to learn from this teacher.{sure(current)}"
     if all(clearly(current, other) for other in others):
@@ -296,7 +298,7 @@ def verdict(report: GainReport) -> str:
     return f"Keep {current.way.name}: nothing gains clearly more on {pictures}.{sure(current)}"
 
 
-def _say_change(before: Measured, after: Measured) -> str:
+def _describe_change(before: Measured, after: Measured) -> str:
     """The settings that make one way the other."""
     keys = ("context", "context_suffix", "vlm_positions")
     old, new = before.way.settings.model, after.way.settings.model

@@ -16,7 +16,7 @@ from dopsd.distill.adapters import adapter_applied
 from dopsd.distill.rollout import sample
 from dopsd.models import ModelError, family_class
 from dopsd.models.base import Request
-from dopsd.stages import load_base
+from dopsd.project import load_base
 
 MAX_SIDE = 4096
 

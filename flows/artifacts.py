@@ -12,7 +12,7 @@ from dopsd.config import Settings
 from dopsd.data.manifest import DataError
 from dopsd.evaluation.table import table_as_text
 from dopsd.evaluation.verdict import verdict
-from dopsd.stages import run_folder
+from dopsd.project import run_folder
 from dopsd.tracking import public_uri, tracking_uri
 
 
@@ -46,17 +46,17 @@ def one_line(error: BaseException) -> str:
 
 def _links(run: Path, settings: Settings, root: Path) -> list[str]:
     registered = run / "registered.json"
-    about = json.loads(registered.read_text()) if registered.exists() else {}
+    version = json.loads(registered.read_text()) if registered.exists() else {}
     uri = os.environ.get("DOPSD_MLFLOW_UI_URL") or public_uri(tracking_uri(root))  # a browser may call it otherwise
     lines = []
-    if about:
-        state = "champion" if about["promoted"] else "candidate"
-        lines.append(f"- registered as `{about['name']}` version {about['version']} ({state}): {about['reason']}")
-    if uri.startswith("http") and about:
-        lines.append(f"- [the version in MLflow]({uri}/#/models/{about['name']}/versions/{about['version']})")
-        lines.append(f"- [its run]({uri}/#/experiments/{about['experiment_id']}/runs/{about['run_id']})")
-    elif about:
-        lines.append(f"- tracker: {uri} (`make ui` opens it), run `{about['run_id']}`")
+    if version:
+        state = "champion" if version["promoted"] else "candidate"
+        lines.append(f"- registered as `{version['name']}` version {version['version']} ({state}): {version['reason']}")
+    if uri.startswith("http") and version:
+        lines.append(f"- [the version in MLflow]({uri}/#/models/{version['name']}/versions/{version['version']})")
+        lines.append(f"- [its run]({uri}/#/experiments/{version['experiment_id']}/runs/{version['run_id']})")
+    elif version:
+        lines.append(f"- tracker: {uri} (`make ui` opens it), run `{version['run_id']}`")
     return [*lines, f"- the page with pictures: `{(run / 'report.html').relative_to(root)}`"]
 
 

@@ -21,7 +21,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from dopsd.champions import reasons_to_train
 from dopsd.config import Settings, load_settings
 from dopsd.data.concept import pull_missing
-from dopsd.stages import read_concept
+from dopsd.project import read_concept
 
 from . import artifacts
 from .train import RETRIES, is_infrastructure, tune_all

@@ -3,8 +3,8 @@
     python -m flows.train --concept style-ink                                             # no server needed
     prefect deployment run dopsd/train --param concepts='["style-ink"]' --watch           # after `make up`
 
-A stage whose data, settings and code are unchanged is not run again. Faults of the machines are tried again; a bad data
-set, a bad setting or diverged training fails at once, with its reason.
+A stage that is up to date by ``dvc.lock`` is not run again, whichever door it was made through. Faults of the machines
+are tried again; a bad data set, a bad setting or diverged training fails at once, with its reason.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from filelock import FileLock, Timeout
 from prefect import flow, get_run_logger, runtime, task
-from prefect.context import TaskRunContext
 from prefect.futures import wait
 from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import exponential_backoff
-from prefect.transactions import CommitMode, transaction
 
 from dopsd.config import Settings, load_settings
 from dopsd.data.concept import RemoteAway
-from dopsd.pipeline import inputs_hash, outputs_hash
+from dopsd.lock import concept_lock
+from dopsd.memory import reasons_to_run, remember, remember_data
 from dopsd.registry import RegistryAway
-from dopsd.stages import STAGES, identify_base, is_registered, run_folder
+from dopsd.stages import STAGES, identify_base, plan
 from dopsd.train.errors import LaunchError
 
 from . import artifacts
 
 RETRIES = 3
+LOCK_SECONDS = 600.0
+"""How long a flow waits for whoever works on the concept: a run that hangs must not keep every night's waiting."""
 _HERE = threading.Lock()
 """Held by a stage that works in this process: two bases in memory, or two of them on the same cores, help nobody."""
 _ON_RAY = {"train"}
@@ -53,26 +53,28 @@ def is_infrastructure(_task: Any, _run: Any, state: State) -> bool:
     return ours or theirs or (isinstance(error, OSError) and not isinstance(error, FileNotFoundError))
 
 
-def _key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
-    stage, concept = parameters["stage"], parameters["concept"]
-    return f"dopsd-{stage}-{concept}-{inputs_hash(stage, concept, parameters['settings'], Path(parameters['root']))}"
-
-
-def _perform(stage: str, concept: str, settings: Settings, root: str) -> str | None:
-    """Run one stage; the result says what it left, so that a later run can see whether that is still there."""
+def _perform(stage: str, concept: str, settings: Settings, root: str) -> State[Any]:
+    """Run one stage where something that it depends on, or its result, is not what ``dvc.lock`` says."""
+    reasons = reasons_to_run(stage, concept, Path(root))
+    if not reasons and stage == "register" and not _registered(concept, settings, root):
+        reasons = ["the registry has no version that was made from this and judged"]
+    if not reasons:
+        return Completed(name="Reused", message="nothing that it depends on changed")
+    get_run_logger().info("%s %s: %s", stage, concept, "; ".join(reasons))
     if stage in _ON_RAY and settings.compute.launcher == "ray":
         STAGES[stage](concept, settings, Path(root))
     else:
         with _HERE:
             STAGES[stage](concept, settings, Path(root))
-    return outputs_hash(stage, concept, settings, Path(root))
+    remember(stage, Path(root), concept)
+    return Completed(message="; ".join(reasons))
 
 
 STAGE_TASKS = {
     name: task(
         _perform, name=name, task_run_name=f"{name} {{concept}}", description=(stage.__doc__ or "").splitlines()[0],
         retries=RETRIES, retry_delay_seconds=exponential_backoff(backoff_factor=10), retry_jitter_factor=0.3,
-        retry_condition_fn=is_infrastructure, cache_key_fn=_key, persist_result=True, log_prints=True,
+        retry_condition_fn=is_infrastructure, persist_result=False, log_prints=True,
     )
     for name, stage in STAGES.items()
 }  # fmt: skip
@@ -85,53 +87,36 @@ STAGE_TASKS = {
 def base(settings: Settings, root: str) -> None:
     """Find the base's files, or fetch them, and settle which commit of the hub this run is about."""
     identify_base(settings, Path(root))
+    remember("base", Path(root))
 
 
 @task(name="tune", task_run_name="tune {concept}", persist_result=False)
 def tune(concept: str, settings: Settings, root: str) -> str:
-    """All stages of one concept, in order; returns which of them were run and which were reused."""
+    """All stages of one concept, in order; returns which of them were reused."""
     logger = get_run_logger()
-    lock = FileLock(run_folder(concept, Path(root)) / ".lock")
-    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.info("another run is tuning %s; waiting for it", concept)
-        lock.acquire()
-    reused = []
-    try:
-        for stage in STAGES:
-            if _stage(stage, concept, settings, root):
-                reused.append(stage)
-    except BaseException as error:
-        artifacts.faults(concept, error)
-        raise
-    finally:
-        lock.release()
+    with concept_lock(concept, Path(root), f"flow run {runtime.flow_run.name}", LOCK_SECONDS, logger.info):
+        try:
+            reused = _run_stages(concept, settings, root)
+        except BaseException as error:
+            artifacts.faults(concept, error)
+            raise
     artifacts.result(concept, settings, Path(root))
     logger.info("%s: reused %s", concept, ", ".join(reused) or "nothing")
     return f"reused: {', '.join(reused) or 'nothing'}"
 
 
-def _stage(stage: str, concept: str, settings: Settings, root: str) -> bool:
-    """Run a stage, or reuse its result where that is still there; whether it was reused."""
-    perform = STAGE_TASKS[stage]
-    before = outputs_hash(stage, concept, settings, Path(root))
-    # else Prefect keeps what a stage leaves to itself until the last one is done, and forgets it where that one fails
-    with transaction(commit_mode=CommitMode.EAGER):
+def _run_stages(concept: str, settings: Settings, root: str) -> list[str]:
+    """Run what is not up to date; the names of what is."""
+    plan(concept, settings, Path(root))
+    remember("plan", Path(root), concept)
+    remember_data(Path(root), concept)
+    reused = []
+    for stage, perform in STAGE_TASKS.items():
         state = perform(stage, concept, settings, root, return_state=True)
-    made = state.result()
-    if state.name != "Cached":
-        return False
-    said = "its result was replaced or removed since"
-    if made == before:
-        if stage != "register" or _registered(concept, settings, root):
-            return True
-        said = "the registry has no version that was made from this and judged"
-    get_run_logger().info("%s %s: %s; running it again", stage, concept, said)
-    with transaction(commit_mode=CommitMode.EAGER):
-        perform.with_options(refresh_cache=True)(stage, concept, settings, root)
-    return False
+        state.result()
+        if state.name == "Reused":
+            reused.append(stage)
+    return reused
 
 
 def _name_of_run() -> str:
@@ -140,6 +125,8 @@ def _name_of_run() -> str:
 
 def _registered(concept: str, settings: Settings, root: str) -> bool:
     """Whether the registry has it; one that does not answer is asked again by stage register, which is patient."""
+    from dopsd.champions import is_registered
+
     try:
         return is_registered(concept, settings, Path(root))
     except RegistryAway:
@@ -167,18 +154,19 @@ def tune_all(concepts: Sequence[str], settings: Settings, root: Path) -> Any:
     base(settings, str(root.resolve()))
     futures = {concept: tune.submit(concept, settings, str(root.resolve())) for concept in concepts}
     wait(list(futures.values()))
-    said, failed = {}, []
+    outcomes, failed = {}, []
     for concept, future in futures.items():
         result = future.result(raise_on_failure=False)
-        said[concept] = f"failed: {artifacts.one_line(result)}" if isinstance(result, BaseException) else str(result)
+        outcomes[concept] = str(result)
         if isinstance(result, BaseException):
+            outcomes[concept] = f"failed: {artifacts.one_line(result)}"
             failed.append(concept)
-    message = "; ".join(f"{concept}: {text}" for concept, text in said.items())
-    return Failed(message=message, data=said) if failed else Completed(message=message, data=said)
+    message = "; ".join(f"{concept}: {text}" for concept, text in outcomes.items())
+    return Failed(message=message, data=outcomes) if failed else Completed(message=message, data=outcomes)
 
 
 def _name_flow_run() -> None:
-    """Let the tracker say which flow run a training belongs to (dopsd.tracking reads it)."""
+    """Let the tracker say which flow run a training belongs to (dopsd/origin.py reads it)."""
     url = runtime.flow_run.ui_url
     if url:
         os.environ["DOPSD_FLOW_RUN_URL"] = url

@@ -5,7 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -40,6 +43,23 @@ class Browser:
             lambda driver: driver.execute_script(script) >= least, f"fewer than {least} pictures"
         )
 
+    def log_in_to_prefect(self, url: str, login: str) -> None:
+        """As a person does: paste the line into its only field."""
+        self.open(url, "Login")
+        self._driver.find_element(By.CSS_SELECTOR, "input[type=password]").send_keys(login)
+        self._driver.find_element(By.XPATH, "//button[normalize-space(.)='Login']").click()
+        self.wait("Dashboard")
+
+    def log_in_to_mlflow(self, url: str, login: str) -> None:
+        """What the browser's own dialogue does, which no script can fill in: from here on it sends ``login`` along."""
+        self._driver.get(url.replace("://", f"://{login}@"))
+        self.open(url, "Welcome to MLflow")  # a page with a password in its address may fetch nothing
+
+    def run(self, script: str, *arguments: object) -> Any:
+        """What an async JavaScript function with this body returns, called in the page."""
+        code = f"const done = arguments[arguments.length - 1]; (async (...given) => {{{script}}})(...arguments)"
+        return self._driver.execute_async_script(f"{code}.then(done, error => done(String(error)))", *arguments)
+
     def click(self, text: str) -> None:
         """Click on what says just ``text``."""
         self._driver.find_element(By.XPATH, f"(//*[normalize-space(.)='{text}'])[last()]").click()
@@ -55,6 +75,33 @@ class Browser:
         path.write_bytes(self._driver.get_screenshot_as_png())
 
 
+class _Empty(BaseHTTPRequestHandler):
+    """One page for every address, and no log."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<!doctype html><body>a foreign page")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def foreign_page() -> Iterator[str]:
+    """The address of a page of somebody else on this machine: of another port, so of another origin."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Empty)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
 @contextmanager
 def browser() -> Iterator[Browser]:
     """A browser that ends with the block."""
@@ -63,6 +110,7 @@ def browser() -> Iterator[Browser]:
     for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size={},{}".format(*SIZE)):
         options.add_argument(flag)
     driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    driver.set_script_timeout(SECONDS)
     try:
         yield Browser(driver)
     finally:

@@ -26,6 +26,7 @@ LONGEST = (
     "test_elastic.py",
     "test_flows.py",
     "test_dvc_remotes.py",
+    "test_safe_local.py",
     "test_cli.py",
     "test_recipes.py",
 )

@@ -19,6 +19,7 @@ import psutil
 from mlflow import MlflowClient
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
 
+from infra.local.logins import Logins, PrefectLogin
 from tests.tiny_project import ROOT, make_project
 
 LIMIT = 600  # seconds; on a busy machine. What dies is noticed at once.
@@ -51,8 +52,12 @@ class Stack:
         return f"http://127.0.0.1:{self.prefect}/api"
 
     @property
+    def logins(self) -> Logins:
+        return Logins(self.folder)
+
+    @property
     def tracker(self) -> MlflowClient:
-        return MlflowClient(f"http://127.0.0.1:{self.mlflow}")
+        return MlflowClient("http://{}:{}@127.0.0.1:{}".format(*self.logins.mlflow, self.mlflow))
 
     def run(self, command: str) -> subprocess.CompletedProcess[str]:
         """What `make COMMAND` does."""
@@ -102,10 +107,11 @@ class Stack:
 
     def ask(self, path: str, content: dict[str, Any] | None = None) -> Any:
         """Prefect's answer. While its database is busy it says 503; its own client tries again too."""
-        url = f"{self.api}/{path}"
+        login = PrefectLogin(self.api, self.logins.prefect)
 
         def once() -> httpx.Response:
-            return httpx.get(url, timeout=LIMIT) if content is None else httpx.post(url, json=content, timeout=LIMIT)
+            method = "GET" if content is None else "POST"
+            return httpx.request(method, f"{self.api}/{path}", json=content, auth=login, timeout=LIMIT)
 
         return (
             until(once, lambda answer: answer.status_code != httpx.codes.SERVICE_UNAVAILABLE).raise_for_status().json()
@@ -147,16 +153,9 @@ class Stack:
         return len({m.step for m in self.tracker.get_metric_history(runs[0].info.run_id, "train/loss")}) if runs else 0
 
     def rows(self, concept: str) -> int:
-        """Steps that the job has handed to Ray's storage or brought home."""
-        places = [self.root / "runs" / concept / "train", *(self.root / ".cache" / "ray").glob(f"{concept}-*")]
-        # os.walk passes over folders that are removed while it looks, as old checkpoints are; rglob raises
-        logs = [
-            Path(parent, "log.jsonl")
-            for place in places
-            for parent, _, files in os.walk(place)
-            if Path(parent).name == "d-opsd" and "log.jsonl" in files
-        ]
-        return max((path.read_text().count("\n") for path in logs if path.exists()), default=0)
+        """Rows of the log of d-opsd."""
+        path = self.root / "runs" / concept / "train" / "d-opsd" / "log.jsonl"
+        return path.read_text().count("\n") if path.exists() else 0
 
 
 def _command(process: psutil.Process) -> list[str]:

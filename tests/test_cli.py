@@ -85,23 +85,47 @@ def test_the_six_stages_one_after_another(inside: Path) -> None:
     assert runs["blots"].data.params["train.max_steps"] == "3"
     assert any(key.startswith("evaluation/") for key in runs["blots"].data.metrics)
     assert client.list_artifacts(runs["blots d-opsd"].info.run_id, "images"), "previews"
+    assert [a.path for a in client.list_artifacts(runs["blots sft"].info.run_id, "adapters")] == [
+        "adapters/sft-compute.safetensors", "adapters/sft.safetensors"
+    ]  # fmt: skip
+    assert any(key.startswith("export/") for key in runs["blots"].data.metrics)
 
 
 def test_training_again_returns_at_once_and_is_the_same_run(inside: Path) -> None:
     adapter = inside / "runs/blots/adapters/d-opsd.safetensors"
     before = adapter.read_bytes()
+    train = inside / "runs/blots/train"
+    files = {path: path.read_bytes() for path in train.rglob("*") if path.is_file()}
     _run("train", "--concept", "blots")
     assert adapter.read_bytes() == before
+    assert {path: path.read_bytes() for path in train.rglob("*") if path.is_file()} == files, "no stage is due again"
     client = MlflowClient(tracking_uri=f"sqlite:///{inside}/mlflow.db")
     experiment = client.get_experiment_by_name("dopsd")
     assert experiment is not None
     assert len(client.search_runs([experiment.experiment_id])) == 3
 
 
+def test_broken_files_of_a_run_stop_no_stage(inside: Path) -> None:
+    run = inside / "runs/blots"
+    contents = {path: path.read_bytes() for path in (run / "about.json", run / "train/sft/run.json")}
+    for path in (*contents, run / "train/training.json"):
+        path.write_text("")
+    with (run / "train/sft/log.jsonl").open("a") as log:
+        log.write('{"step": 4, "tra')
+    told = {}
+    for command in (("report",), ("train",), ("track", "sync")):
+        done = CliRunner().invoke(cli.app, [*command, "--concept", "blots"], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        told[command[0]] = done.output
+    assert "training.json cannot be read" in told["report"], "nothing can be sent, but all goes on"
+    assert "training.json cannot be read" in told["train"], "it is written anew"
+    assert "sft/log.jsonl: line" in told["track"]
+    assert "has all of runs/blots" in told["track"]
+
+
 def test_other_training_code_starts_afresh(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dopsd.champions.method_version", lambda: "another")
-    said = _run("train", "--concept", "blots", "--set", "train.methods=[sft]")
-    assert "the code of training changed" in said
+    monkeypatch.setattr("dopsd.identity.METHOD_VERSION", "another")
+    _run("train", "--concept", "blots", "--set", "train.methods=[sft]")
     assert (inside / "runs/blots/train/sft.previous").is_dir()
     left = {path.stem for path in (inside / "runs/blots/adapters").iterdir()}
     assert left == {"sft", "sft-compute"}, "what is not asked for any more would stay in every table"
@@ -134,7 +158,12 @@ def test_sample_draws_with_and_without_an_adapter(inside: Path, tmp_path: Path) 
         (["show", "-c", "nothing"], "make demo CONCEPT=nothing"),
         (["sample", "-p", "x", "-a", "no.safetensors"], "no.safetensors: no such adapter"),
         (["sample", "-p", "x", "--set", "model.path=no/where/at/all"], "no such folder"),
-        (["concept", "add", "no/where", "--name", "x"], "not a DVC project"),
+        (["concept", "add", "no/where", "--name", "x"], "no such folder"),
+        (["concept", "add", "no/where", "--name", "../x"], "use 1 to 64 of a-z, 0-9 and -"),
+        (["plan", "-c", "../../x"], "use 1 to 64 of a-z, 0-9 and -"),
+        (["show", "-c", "../../x"], "use 1 to 64 of a-z, 0-9 and -"),
+        (["track", "sync", "-c", "../../x"], "use 1 to 64 of a-z, 0-9 and -"),
+        (["gain", "-c", "../../x"], "use 1 to 64 of a-z, 0-9 and -"),
     ],
 )
 def test_a_mistake_is_said_in_words(

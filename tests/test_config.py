@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dopsd.config import Settings, SettingsError, load_settings
+from dopsd.project import concept_folder, run_folder
+from dopsd.stages import run_stage
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "params.yaml"
@@ -39,7 +41,9 @@ def check_every_key(file: Path) -> None:
 
     def same_keys(group: Any, written: Any, place: str) -> None:
         assert isinstance(written, dict), place
-        assert set(written) == set(type(group).model_fields), f"{place}: {file.name} is the one place for settings"
+        assert set(written) == {name for name, field in type(group).model_fields.items() if not field.exclude}, (
+            f"{place}: {file.name} is the one place for settings"
+        )
         for name in type(group).model_fields:
             if hasattr(getattr(group, name), "model_fields"):
                 same_keys(getattr(group, name), written[name], f"{place}.{name}")
@@ -69,10 +73,8 @@ def test_the_shipped_concepts_are_there() -> None:
         ({"train__replay": {"weight": 1.0}}, "replay.prompts is empty"),
         ({"evaluation__few_steps": 3}, "must be one of evaluation.steps"),
         ({"data": ...}, "data: missing"),
-        ({"tuning__style-ink": {"learning_rates": 1}}, "tuning.style-ink.learning_rates: unknown setting"),
-        ({"tuning__style-ink": {"replay": {"weight": -1}}}, "tuning.style-ink.replay.weight: "),
-        ({"tuning__style-in": {}}, "tuning.style-in: no such concept"),
-        ({"tuning__style-ink": 3}, "tuning.style-ink: "),
+        ({"overrides": {"max_steps": 3}}, "overrides: unknown setting"),
+        ({"concepts": ["../../x"]}, "concepts.0: concept name '../../x': use 1 to 64 of a-z, 0-9 and -"),
     ],
 )
 def test_a_wrong_key_is_named(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
@@ -120,20 +122,61 @@ def test_overrides(tmp_path: Path) -> None:
             load_settings(SHIPPED, (override,))
 
 
+def _own(root: Path, concept: str, content: str) -> None:
+    folder = root / "data/concepts" / concept
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train.yaml").write_text(content)
+
+
 def test_a_concept_has_settings_of_its_own_unless_the_command_line_says_otherwise(tmp_path: Path) -> None:
-    own = {"max_steps": 7, "lora": {"rank": 2}}
-    path = _write(tmp_path, **{"tuning__style-ink": own, "tuning__style-3d": ...})
+    path = _write(tmp_path)
+    _own(tmp_path, "style-ink", "max_steps: 7\nlora: {rank: 2}\n")
+    _own(tmp_path, "style-3d", "# nothing yet\n")
     shared = load_settings(path)
-    ink = shared.of("style-ink")
+    ink = shared.of("style-ink", tmp_path)
     assert (ink.train.max_steps, ink.train.lora.rank) == (7, 2)
     assert ink.train.lora.targets == shared.train.lora.targets, "a group's other settings stay"
-    assert ink.of("style-ink") == ink
-    assert shared.of("style-3d") == shared == shared.of("nowhere listed"), "no entry is an empty one"
-    asked = load_settings(path, ("train.lora.rank=3",)).of("style-ink").train
-    assert (asked.max_steps, asked.lora.rank) == (7, 3)
-    assert load_settings(path, ("train.lora={rank: 4}",)).of("style-ink").train.lora.rank == 4
-    whole = "train={max_steps: 9, batch_size: 1, learning_rate: 1.0e-3}"
-    assert load_settings(path, (whole,)).of("style-ink").train.max_steps == 9
+    assert ink.of("style-ink", tmp_path) == ink
+    assert shared.of("style-3d", tmp_path) == shared == shared.of("nowhere-listed", tmp_path), "no file is an empty one"
+
+    def asked(override: str) -> Any:
+        return load_settings(path, (override,)).of("style-ink", tmp_path).train
+
+    assert (asked("train.lora.rank=3").max_steps, asked("train.lora.rank=3").lora.rank) == (7, 3)
+    assert asked("train.lora={rank: 4}").lora.rank == 4
+    assert asked("train={max_steps: 9, batch_size: 1, learning_rate: 1.0e-3}").max_steps == 9
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("learning_rates: 1", "train.yaml: learning_rates: unknown setting"),
+        ("replay: {weight: -1}", "train.yaml: replay.weight: "),
+        ("3", "train.yaml: expected keys and values, found int"),
+        ("a: [1", "train.yaml: not valid YAML"),
+        ("#" * (1 << 20) + "\n", "train.yaml: larger than 1 MiB"),
+    ],
+)
+def test_a_fault_in_a_concepts_own_settings_names_the_file(tmp_path: Path, content: str, said: str) -> None:
+    _own(tmp_path, "style-ink", content)
+    with pytest.raises(SettingsError) as caught:
+        load_settings(SHIPPED).of("style-ink", tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "..", "", "A", "-x", "x" * 65, "x\n"])
+def test_a_name_that_is_no_concepts_goes_nowhere(tmp_path: Path, name: str) -> None:
+    for door in (
+        lambda: load_settings(SHIPPED).of(name, tmp_path),
+        lambda: run_folder(name, tmp_path),
+        lambda: concept_folder(name, tmp_path),
+        lambda: run_stage("validate", name, load_settings(SHIPPED), tmp_path),
+    ):
+        with pytest.raises(SettingsError, match="use 1 to 64 of a-z, 0-9 and -"):
+            door()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_settings_cannot_be_changed_by_accident() -> None:

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from concept_folders import SETTINGS, make
 
-from dopsd.data.concept import ConceptError, add_concept
+from dopsd.config import SettingsError
+from dopsd.data.concept import ConceptError, add_concept, list_concept
 from dopsd.data.manifest import DataError
 from dopsd.data.schema import validate_concept
 
@@ -43,7 +45,7 @@ def test_add_copies_and_tracks_or_leaves_everything_as_it_was(tmp_path, project)
     assert table.content_hash == validate_concept(folder, "x", SETTINGS).content_hash
     copied = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
     expected = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert copied == expected - {".hidden"}
+    assert copied == expected - {".hidden"} | {"train.yaml"}
     assert "/my-style" in (target.parent / ".gitignore").read_text()
     assert "md5" in (target.parent / "my-style.dvc").read_text()
 
@@ -77,10 +79,50 @@ def test_add_is_undone_where_dvc_refuses(tmp_path, project):
 
 @pytest.mark.parametrize("name", ["", "A", "a b", "../a", "a/b", "-a", "ä", "a\n", ".", "a" * 65])
 def test_add_refuses_names(tmp_path, name):
-    with pytest.raises(ConceptError, match="a-z, 0-9 and -"):
+    with pytest.raises(SettingsError, match="a-z, 0-9 and -"):
         add_concept(tmp_path, name, tmp_path, SETTINGS)
 
 
 def test_add_outside_a_project(tmp_path):
     with pytest.raises(ConceptError, match="not a DVC project"):
         add_concept(make(tmp_path / "mine"), "a", tmp_path, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("concepts: [a, b-c] # folders\nx: 1\n", "concepts: [a, b-c, mine] # folders\nx: 1\n"),
+        ("concepts: []\n", "concepts: [mine]\n"),
+        ("x: 1\nconcepts: # mine\n  - a # one\n  - b # two\n\ny: 2\n",
+         "x: 1\nconcepts: # mine\n  - a # one\n  - b # two\n  - mine\n\ny: 2\n"),
+        ("concepts:\n- a\n- 'b'\n", "concepts:\n- a\n- 'b'\n- mine\n"),
+        ("# é\nconcepts: [a,\n  b]\n", "# é\nconcepts: [a,\n  b, mine]\n"),
+    ],
+)  # fmt: skip
+def test_a_concept_is_listed_and_nothing_else_in_the_settings_is_touched(tmp_path, before, after):
+    params = tmp_path / "params.yaml"
+    params.write_text(before)
+    list_concept(params, "mine")
+    assert params.read_text() == after
+    assert yaml.safe_load(after)["concepts"][-1] == "mine"
+
+
+@pytest.mark.parametrize("content", ["x: 1\n", "concepts: a\n", ""])
+def test_a_file_without_a_list_of_concepts_is_left_alone(tmp_path, content):
+    params = tmp_path / "params.yaml"
+    params.write_text(content)
+    with pytest.raises(SettingsError, match="concepts: expected a list of names; add mine there"):
+        list_concept(params, "mine")
+    assert params.read_text() == content
+
+
+def test_own_settings_come_along_or_are_begun(tmp_path, project):
+    folder = make(tmp_path / "mine")
+    (folder / "train.yaml").write_text("max_steps: 7\n")
+    add_concept(folder, "one", project, SETTINGS)
+    assert (project / "data/concepts/one/train.yaml").read_text() == "max_steps: 7\n"
+    (folder / "train.yaml").unlink()
+    add_concept(folder, "two", project, SETTINGS)
+    begun = project / "data/concepts/two/train.yaml"
+    assert yaml.safe_load(begun.read_text()) is None
+    assert "max_steps" in begun.read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -103,3 +104,17 @@ def test_damaged_parquet(tmp_path, content, cut, place):
         faults_or_none(tmp_path)
     finally:
         (tmp_path / "rows.parquet").unlink()
+
+
+def test_a_caption_or_manifest_without_end_is_not_read_to_its_end(tmp_path, monkeypatch):
+    """The limits are of what is read, not of what a file's size says beforehand."""
+    monkeypatch.setattr("dopsd.data.records._MAX_JSONL_BYTES", 2000)
+    folder = make(tmp_path / "jsonl")
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write("\n" * 3000)
+    assert "larger than 1 KiB; it should hold captions and paths only" in str(faults_of(folder))
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    shutil.copyfile(tmp_path / "jsonl/0.png", folder / "0.png")
+    (folder / "0.txt").write_bytes(b"[V] " * (16 << 10) + b"!")
+    assert "larger than 64 KiB" in str(faults_of(folder))

@@ -105,17 +105,14 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / ".dvc/plots", root / ".dvc/plots")
     for path in (".dvc/.gitignore", ".dvcignore", ".gitignore"):
         shutil.copyfile(ROOT / path, root / path)
-    (root / ".dvc/config").touch()
+    (root / ".dvc/config").write_text("")  # with git
     _run(root, "git", "init", "--quiet")
     _commit(root)
 
     write_pictures(root.parent / "pictures", 4, 100, "blot number {} in [V] style")
     _run(root, "dopsd", "concept", "add", "../pictures", "--name", NAME)
-    settings = yaml.safe_load((root / "params.yaml").read_text())
-    settings["concepts"].append(NAME)
-    settings["tuning"][NAME] = {}
-    (root / "params.yaml").write_text(yaml.safe_dump(settings))
-    assert _dvc(root, "repro", *STAGES).count("Running stage") == 1 + len(STAGES), "the base is looked at first"
+    assert NAME in yaml.safe_load((root / "params.yaml").read_text())["concepts"], "nobody has to edit a file"
+    assert _dvc(root, "repro", *STAGES).count("Running stage") == 2 + len(STAGES), "base and plan come first"
     _commit(root)
     return root
 
@@ -164,7 +161,9 @@ def test_pushed_data_is_pulled_elsewhere_and_nothing_runs_again(project: Path, r
     assert len(pulled) >= 4 + 1 + 1 + 2, "pictures, metadata.jsonl, validated.json, encoded"
 
     said = _dvc(colleague, "repro", *STAGES)
-    assert [line for line in said.splitlines() if line.startswith("Running stage")] == ["Running stage 'base':"]
+    assert [line for line in said.splitlines() if line.startswith("Running stage")] == [
+        "Running stage 'base':", f"Running stage 'plan@{NAME}':",
+    ]  # fmt: skip
     for stage in STAGES:
         assert f"Stage '{stage}' didn't change" in said
     assert not _run(colleague, "git", "status", "--porcelain"), "neither the locks nor the settings changed"

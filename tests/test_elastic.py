@@ -5,9 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -20,7 +19,7 @@ from dopsd.stages import STAGES
 from dopsd.train import launch as launch_module
 from dopsd.train.errors import LaunchError
 from dopsd.train.job import Job
-from dopsd.train.launch import launch
+from dopsd.train.launch import run_training
 from tests import tiny
 from tests.stack import LIMIT
 from tests.tiny_project import make_project
@@ -76,18 +75,16 @@ def _workers() -> list[psutil.Process]:
 def test_a_job_grows_when_a_node_comes_and_goes_on_when_it_dies(cluster: Cluster, tmp_path: Path) -> None:
     root = make_project(tmp_path / "project", max_steps=100_000, checkpoint_steps=5, methods=["d-opsd"])
     how = ("launcher=ray", "workers=[1, 2]", "cpus_per_worker=1", "resize_seconds=1", "max_failures=1")
-    settings = load_settings(root / "params.yaml", [f"compute.{setting}" for setting in how]).of("blots")
+    settings = load_settings(root / "params.yaml", [f"compute.{setting}" for setting in how]).of("blots", root)
     for stage in ("validate", "encode"):
         STAGES[stage]("blots", settings, root)
-    job = Job("elastic", read_encoded(root / "runs/blots/encoded"), settings.train, settings.model, root)
+    job = Job("elastic", read_encoded(root / "runs/blots/encoded"), settings.train, settings.model, root, "made from")
     crowd = _Crowd()
 
-    @contextmanager
-    def observe(_method: Any) -> Iterator[Any]:
-        yield crowd
-
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(launch, job, settings.compute, root, tmp_path / "train", tmp_path / "adapters", observe)
+        running = pool.submit(
+            run_training, job, settings.compute, root, tmp_path / "train", tmp_path / "adapters", crowd
+        )
         try:
             crowd.wait_for(resumed=0, workers=1)
             second = cluster.add_node(**NODE)

@@ -65,7 +65,8 @@ def _adapter(path: Path, family: Family, lora: LoraSettings, size: float = 0.5) 
     return path
 
 
-INK = load_settings(Path(__file__).parents[1] / "params.yaml").of("style-ink").train.lora.targets
+ROOT = Path(__file__).parents[1]
+INK = load_settings(ROOT / "params.yaml").of("style-ink", ROOT).train.lora.targets
 """What the shipped ``style-ink`` adapts: one of these layers is in no attention and no feed-forward block."""
 
 

@@ -148,7 +148,18 @@ def test_a_run_of_every_family_resumes_bit_for_bit(folders, tmp_path, name):
         family = load_family(settings_of(name, folders, context_suffix=""))
         examples, previews = encoded(name, family)
         replay = [family.encode_prompt([Request("an owl")])[0]]
-        train(family, examples, previews, replay, settings, "d-opsd", folder / "train", folder / "adapters", Cut(cut))
+        train(
+            family,
+            examples,
+            previews,
+            replay,
+            settings,
+            "d-opsd",
+            folder / "train",
+            folder / "adapters",
+            Cut(cut),
+            "same",
+        )
 
     run(tmp_path / "whole", None)
     with pytest.raises(KeyboardInterrupt):

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +22,8 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.client.schemas.sorting import ArtifactSort
 from prefect.testing.utilities import prefect_test_harness
 
+from dopsd.data.concept import list_concept
+from dopsd.lock import concept_lock
 from dopsd.stages import STAGES
 from dopsd.train.errors import LaunchError
 from emoji_turbo import architecture
@@ -137,6 +143,8 @@ def test_the_same_concept_twice_at_one_moment_is_tuned_once(project: Path, ran: 
 def test_a_bad_data_set_fails_at_once_with_every_fault_and_stops_nobody_else(project: Path, ran: list[str]) -> None:
     folder = project / "data/concepts/broken"
     shutil.copytree(project / "data/concepts/spots", folder)
+    settings = (project / "params.yaml").read_text()
+    list_concept(project / "params.yaml", "broken")
     (folder / "0.png").unlink()
     (folder / "1.png").write_bytes(b"no picture")
     try:
@@ -150,6 +158,82 @@ def test_a_bad_data_set_fails_at_once_with_every_fault_and_stops_nobody_else(pro
         assert all(fault["problem"] for fault in faults)
     finally:
         shutil.rmtree(folder)
+        (project / "params.yaml").write_text(settings)
+
+
+def test_a_concept_that_the_settings_do_not_list_is_named(project: Path, ran: list[str]) -> None:
+    state = dopsd(concepts=["unheard-of"], return_state=True)
+    assert state.is_failed()
+    assert "params.yaml: concepts does not list unheard-of" in state.message
+    assert ran == []
+
+
+def _dvc(*arguments: str) -> str:
+    command = [sys.executable, "-m", "dvc", *arguments]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": path})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def _ran_by_dvc(said: str) -> list[str]:
+    """The stages that DVC ran; base and plan, which always run, left out."""
+    found = re.findall(r"^Running stage '(.*)':", said, re.MULTILINE)
+    return [name for name in found if name.partition("@")[0] not in ("base", "plan")]
+
+
+def test_what_one_door_made_is_known_at_the_other(project: Path, ran: list[str], tmp_path: Path) -> None:
+    """A folder without git: ``dvc init --no-scm``, as in a container."""
+    assert dopsd(return_state=True).is_completed()
+    assert _ran_by_dvc(_dvc("repro", "--dry")) == [], "after a flow `dvc repro` does nothing"
+    _dvc("remote", "add", "--default", "store", str(tmp_path / "store"))
+    assert "pushed" in _dvc("push")
+    assert "evaluation/metrics.json" in _dvc("metrics", "show")
+
+    how = project / "data/concepts/blots/train.yaml"
+    how.write_text("# a comment\n" + how.read_text())
+    assert _ran_by_dvc(_dvc("repro", "--dry")) == ["validate@blots"], "the folder is another one"
+    assert _ran_by_dvc(_dvc("repro", "encode@blots")) == ["validate@blots"], "and says the same"
+    ran.clear()
+    assert dopsd(return_state=True).is_completed()
+    assert ran == [], "after `dvc repro` a flow reuses everything"
+    (project / "runs/blots/encoded/index.json").unlink()
+    assert dopsd(return_state=True).is_completed()
+    assert ran == ["encode blots"], "equal results are equal files"
+
+
+def test_two_doors_at_one_moment(project: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flow is at work on one concept: `dvc repro` of that one says who holds it, of the other it goes through."""
+    seen: dict[str, Any] = {}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+    def evaluate(*_: Any) -> None:
+        for concept in CONCEPTS:
+            command = [sys.executable, "-m", "dvc", "repro", "--single-item", "--force", f"report@{concept}"]
+            seen[concept] = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": path})
+
+    assert dopsd(return_state=True).is_completed()
+    with monkeypatch.context() as patch:
+        patch.setitem(STAGES, "evaluate", evaluate)
+        (project / "runs/blots/evaluation/scores.csv").unlink()
+        dopsd(concepts=["blots"], return_state=True)
+    assert seen["blots"].returncode != 0
+    assert "blots is held by `flow run " in seen["blots"].stderr
+    assert f"(process {os.getpid()} on " in seen["blots"].stderr
+    assert seen["spots"].returncode == 0, seen["spots"].stderr
+    assert dopsd(return_state=True).is_completed()
+
+
+def test_a_flow_waits_for_a_concept_only_so_long(
+    project: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.train.LOCK_SECONDS", 0.01)
+    with concept_lock("blots", project, "dopsd train"):
+        state = dopsd(return_state=True)
+    assert state.is_failed()
+    assert "blots: failed: blots is held by `dopsd train` (process" in state.message
+    assert "spots: reused" in state.message, "it holds up nobody else"
+    assert ran == []
 
 
 def test_faults_of_the_machines_alone_are_tried_again() -> None:

@@ -44,7 +44,6 @@ def settings(name: str, folders: dict[str, Path], **model: Any) -> Settings:
         "model": settings_of(name, folders, **model).model_dump(mode="json"),
         "data": {"resolution": 64},
         "train": tiny.tiny_settings(batch_size=3).model_dump(mode="json") | {"seed": 7},
-        "tuning": {"blots": {"rollout_steps": 3}},
     }
     return Settings.model_validate(values)
 
@@ -53,6 +52,7 @@ def write_concept(root: Path, *, long: bool = False, references: bool = False) -
     """Four pictures of two shapes, each with two captions, below ``root``; returns their folder."""
     folder, draw, lines = root / "data" / "concepts" / "blots", np.random.default_rng(0), []
     folder.mkdir(parents=True)
+    (folder / "train.yaml").write_text("rollout_steps: 3\n")
     for number in range(4):
         picture = blot(draw)
         picture = picture.resize((128, 64), Image.Resampling.BICUBIC) if number % 2 else picture
@@ -76,7 +76,7 @@ def directly(one: Settings, folder: Path, count: int, seeds: int, drop: str | No
 
     ``drop``: a caption variant that this data set is taken not to have.
     """
-    one = one.of("blots")
+    one = one.of("blots", folder.parents[2])
     table = validate_concept(folder, "blots", one.data)
     table = replace(table, rows=tuple(
         replace(row, captions=tuple(pair for pair in row.captions if pair[0] != drop)) for row in table.rows

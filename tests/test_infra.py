@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+
+from dopsd.memory import reasons_to_run, remember
 
 ROOT = Path(__file__).parent.parent
 INFRA = ROOT / "infra"
@@ -124,6 +127,24 @@ def test_the_image_is_pinned_and_does_not_run_as_root() -> None:
     assert users[-1].partition(":")[0] not in ("root", "0")
 
 
+def test_containers_remember_on_their_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The image's own commands, in a folder that stands for ``/app``."""
+    (command,) = [rest for word, rest in _dockerfile() if word == "RUN" and "dvc init" in rest]
+    command = command.replace("/app", str(tmp_path)).partition("&& chown")[0]
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "dvc.yaml").write_text('stages: {x: {matrix: {c: [a]}, cmd: "true", outs: ["runs/${item.c}/o"]}}')
+    (tmp_path / "runs/a/o").write_text("made")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    done = subprocess.run(["bash", "-ec", command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    remember("x", tmp_path, "a")
+    assert reasons_to_run("x", "a", tmp_path) == []
+    assert (tmp_path / "dvc.lock").is_symlink()
+    assert "runs/a/o" in (tmp_path / "runs/dvc.lock").read_text()
+    assert list((tmp_path / ".cache/dvc/files").rglob("*")), "DVC's cache is on a volume too"
+
+
 def test_what_the_image_copies_is_there_and_not_ignored() -> None:
     ignore = (DOCKER / "Dockerfile.dockerignore").read_text().splitlines()
     kept = {line[1:] for line in ignore if line.startswith("!")}
@@ -223,7 +244,7 @@ def test_make_secrets_makes_each_secret_once(tmp_path: Path) -> None:
     assert set(made) == set(COMPOSE["secrets"])
     assert (tmp_path / "secrets").stat().st_mode & 0o777 == 0o700
     assert len(made["oauth2_cookie_secret"]) == 32
-    assert made["s3_secret_key"] in made["s3_credentials"]
+    assert made["s3_secret_key"] in made["s3_root_credentials"]
     assert not any(made[name].endswith(b"\n") for name in ("ray_auth_token", "prefect_auth", "postgres_password"))
     subprocess.run([script], check=True, capture_output=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "secrets").iterdir()} == made

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from dopsd.config import ComputeSettings, Settings, load_settings
 from dopsd.data.encoded import read_encoded
 from dopsd.stages import STAGES
 from dopsd.train.job import Job
-from dopsd.train.launch import connect_ray, launch
+from dopsd.train.launch import connect_ray, run_training
 from dopsd.train.trainer import TrainError
 from tests import tiny
 from tests.tiny_project import make_project
@@ -78,13 +78,13 @@ def bucket() -> Iterator[Bucket]:
 
 
 def _settings(root: Path, *overrides: str) -> Settings:
-    return load_settings(root / "params.yaml", overrides).of("blots")
+    return load_settings(root / "params.yaml", overrides).of("blots", root)
 
 
 def _job(root: Path, name: str, *overrides: str) -> Job:
     settings = _settings(root, *overrides)
     encoded = read_encoded(root / "runs/blots/encoded")
-    return Job(name, encoded, settings.train, settings.model, root)
+    return Job(name, encoded, settings.train, settings.model, root, "made from")
 
 
 class _Watcher(tiny.Recorder):
@@ -101,21 +101,47 @@ class _Watcher(tiny.Recorder):
             act()
 
 
-def _launch(job: Job, folder: Path, watcher: _Watcher | None = None, **compute: Any) -> Any:
-    @contextmanager
-    def observe(_method: Any) -> Iterator[Any]:
-        yield watcher or _Watcher()
-
+def _train(job: Job, folder: Path, watcher: _Watcher | None = None, **compute: Any) -> Any:
     settings = ComputeSettings(**{"storage": str(folder / "storage"), **compute})
-    return launch(job, settings, job.root, folder / "train", folder / "adapters", observe)
+    return run_training(job, settings, job.root, folder / "train", folder / "adapters", watcher or _Watcher())
 
 
 @pytest.fixture(scope="module")
-def unbroken(project: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """What training in this process comes to."""
+def local(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where training in this process was, unbroken."""
     folder = tmp_path_factory.mktemp("local")
-    _launch(_job(project, "local"), folder, launcher="local")
-    return load_file(folder / "adapters/d-opsd.safetensors")
+    _train(_job(project, "local"), folder, launcher="local")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(local: Path) -> dict[str, torch.Tensor]:
+    """What it came to."""
+    return load_file(local / "adapters/d-opsd.safetensors")
+
+
+def _rows(folder: Path) -> list[dict[str, float]]:
+    """The log, without what a clock says."""
+    clock = {"time", "train/seconds", "train/images_per_second"}
+    lines = (folder / "train/d-opsd/log.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in clock} for line in lines]
+
+
+def _assert_equal(folder: Path, local: Path) -> None:
+    """Bit for bit, and shown alike."""
+    mine, theirs = (load_file(place / "adapters/d-opsd.safetensors") for place in (folder, local))
+    assert mine.keys() == theirs.keys()
+    assert not [key for key in mine if not torch.equal(mine[key], theirs[key])], "bit for bit"
+    assert _rows(folder) == _rows(local)
+    pictures = [sorted((place / "train/d-opsd/previews").iterdir()) for place in (folder, local)]
+    assert [path.name for path in pictures[0]] == [path.name for path in pictures[1]]
+    assert [path.read_bytes() for path in pictures[0]] == [path.read_bytes() for path in pictures[1]]
+    status = json.loads((folder / "train/d-opsd/run.json").read_text())
+    assert status["status"] == "FINISHED"
+    assert status["started"] <= status["ended"]
+    system = (folder / "train/d-opsd/system.jsonl").read_text().splitlines()
+    assert all("system/cpu_utilization_percentage" in json.loads(line) for line in system)
+    assert system
 
 
 def _workers() -> list[psutil.Process]:
@@ -124,28 +150,82 @@ def _workers() -> list[psutil.Process]:
 
 
 def test_a_killed_worker_resumes_and_ends_as_the_unbroken_run(
-    project: Path, unbroken: dict[str, torch.Tensor], bucket: Bucket, tmp_path: Path
+    project: Path, local: Path, bucket: Bucket, tmp_path: Path
 ) -> None:
     """Its checkpoints lie on S3."""
     killed = threading.Event()
+    live: list[dict[str, float]] = []
 
     def kill() -> None:
+        live.extend(_rows(tmp_path))
         for worker in _workers():
             worker.send_signal(signal.SIGKILL)
             killed.set()
         bucket.seen |= bucket.names()
 
     watcher = _Watcher(9, kill)
-    done = _launch(_job(project, "killed"), tmp_path, watcher, cpus_per_worker=1, storage=bucket.address)
+    done = _train(_job(project, "killed"), tmp_path, watcher, cpus_per_worker=1, storage=bucket.address)
     assert killed.is_set()
+    assert live == _rows(local)[: len(live)], "the folder here is live"
+    assert live[-1]["step"] == 9
     assert done["d-opsd"].steps == 12
     assert any("resuming at step" in message for message in watcher.messages), watcher.messages
-    mine = load_file(tmp_path / "adapters/d-opsd.safetensors")
-    assert mine.keys() == unbroken.keys()
-    assert not [key for key in mine if not torch.equal(mine[key], unbroken[key])], "bit for bit"
-    assert (tmp_path / "train/d-opsd/log.jsonl").read_text().count("\n") == 12
-    assert any(name.endswith("log.jsonl") for name in bucket.seen), "the checkpoints went there"
+    _assert_equal(tmp_path, local)
+    seen = {name.partition("/run/")[2] for name in bucket.seen if "killed/run/" in name}
+    assert {"d-opsd/log.jsonl", "d-opsd/run.json"} <= seen, "what is needed went there"
+    assert not [name for name in seen if "previews" in name or "system" in name], "what is not, did not"
+    checkpoints = {name.split("/")[2] for name in seen if name.endswith("/tensors.safetensors")}
+    assert 1 <= len(checkpoints) <= 2, "the newest, and the one before while it was replaced"
     assert not [name for name in bucket.names() if "killed" in name], "what is finished needs no storage"
+
+
+def test_what_an_earlier_run_left_here_is_gone_on_with_and_no_checkpoint_is_in_the_jobs_config(
+    project: Path, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was trained in this process up to a checkpoint; the nodes may not see this machine's disk."""
+
+    class Stop(_Watcher):
+        def metrics(self, step: int, values: Any) -> None:
+            if step == 7:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _train(_job(project, "earlier"), tmp_path, Stop(), launcher="local")
+    assert json.loads((tmp_path / "train/d-opsd/run.json").read_text())["status"] == "KILLED"
+    sizes = []
+
+    from ray.train.v2.api import data_parallel_trainer
+
+    class Noting(data_parallel_trainer.DataParallelTrainer):
+        def __init__(self, *args: Any, **how: Any) -> None:
+            sizes.append(len(ray.cloudpickle.dumps({k: v for k, v in how["train_loop_config"].items() if k != "job"})))
+            super().__init__(*args, **how)
+
+    monkeypatch.setattr(data_parallel_trainer, "DataParallelTrainer", Noting)
+    watcher = _Watcher()
+    _train(_job(project, "earlier"), tmp_path, watcher, cpus_per_worker=1)
+    assert any("resuming at step 6" in message for message in watcher.messages), watcher.messages
+    assert watcher.steps == list(range(7, 13))
+    _assert_equal(tmp_path, local)
+    checkpoint = next((tmp_path / "train/d-opsd/checkpoints").glob("*/tensors.safetensors"))
+    assert sizes[0] < 10_000 < checkpoint.stat().st_size
+    assert not [path for path in (tmp_path / "storage").rglob("*") if path.is_file() and "earlier" in str(path)]
+
+    again = _Watcher()
+    _train(_job(project, "earlier"), tmp_path, again, cpus_per_worker=1)
+    assert (again.steps, again.messages) == ([], []), "what is finished is not done again"
+    _assert_equal(tmp_path, local)
+
+
+def test_a_run_of_other_settings_is_set_aside_on_this_side_too(project: Path, tmp_path: Path) -> None:
+    _train(_job(project, "one", "train.max_steps=2"), tmp_path, cpus_per_worker=1)
+    old = (tmp_path / "train/d-opsd/log.jsonl").read_text()
+    job = _job(project, "other", "train.max_steps=1", "train.learning_rate=1e-3")
+    _train(job, tmp_path, cpus_per_worker=1)
+    assert [row["step"] for row in _rows(tmp_path)] == [0, 1]
+    assert (tmp_path / "train/d-opsd.previous/log.jsonl").read_text() == old
+    names = {path.name for path in (tmp_path / "train/d-opsd/previews").glob("student-*.png")}
+    assert names == {"student-000000.png", "student-000001.png"}
 
 
 def test_jobs_that_do_not_fit_side_by_side_queue(
@@ -159,8 +239,8 @@ def test_jobs_that_do_not_fit_side_by_side_queue(
     diverging = _Watcher(0, lambda: together.append(len(_workers())))
     job = _job(project, "diverged", "train.learning_rate=1e30", "train.clip_norm=1e30")
     with ThreadPoolExecutor(2) as pool:
-        two = pool.submit(_launch, _job(project, "two"), tmp_path / "a", whole, workers=2, cpus_per_worker=share)
-        failed = pool.submit(_launch, job, tmp_path / "b", diverging, cpus_per_worker=share)
+        two = pool.submit(_train, _job(project, "two"), tmp_path / "a", whole, workers=2, cpus_per_worker=share)
+        failed = pool.submit(_train, job, tmp_path / "b", diverging, cpus_per_worker=share)
         two.result()
         with pytest.raises(TrainError, match="not finite"):
             failed.result()

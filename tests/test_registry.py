@@ -16,16 +16,17 @@ from mlflow import MlflowClient
 from dopsd.config import LoraSettings, ModelSettings, RegistrySettings
 from dopsd.distill.adapters import adapter_parameters, add_adapters, save_adapter
 from dopsd.export import CARD_FILE, DIFFUSERS_FILE, Card, draw_student, export_adapter
+from dopsd.identity import VersionIdentity
 from dopsd.models import load_family
 from dopsd.models.base import Request
 from dopsd.models.z_image import ZImage
-from dopsd.registry import CHAMPION, Made, Registry, RegistryAway
+from dopsd.registry import CHAMPION, Registry, RegistryAway
 from dopsd.registry.gate import judge, scores_of
 from emoji_turbo import architecture
 from tests import tiny
 
 SETTINGS = RegistrySettings(min_retention=0.9, tolerance=0.02)
-MADE = Made(data="d1", settings="s1", base="b1", method="m1")
+MADE = VersionIdentity(data="d1", settings="s1", base="b1", method="m1")
 CARD = Card(concept="style-ink", base="b", method="d-opsd", steps=2, placeholder="[V]", prompt="p", call={},
             images=4, data_hash="d1", training={})  # fmt: skip
 
@@ -80,7 +81,10 @@ def test_scores_are_read_from_the_evaluation() -> None:
 
 
 def test_differences_are_named() -> None:
-    assert MADE.differences(Made(data="d2", settings="s1", base="b1", method="m2")) == ["data", "method version"]
+    assert MADE.differences(VersionIdentity(data="d2", settings="s1", base="b1", method="m2")) == [
+        "data",
+        "method version",
+    ]
     assert MADE.differences(MADE) == []
 
 
@@ -135,7 +139,8 @@ def _register(
     call = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 0.0}
     serving = {"base": "data/base", "revision": None, "call": call}
     return registry.register(
-        "style-ink", run or _run(registry, tmp_path), Made(**{**MADE.__dict__, **made}), mine, {"dopsd.base": "tiny"},
+        "style-ink", run or _run(registry, tmp_path), VersionIdentity(**{**MADE.__dict__, **made}), mine,
+        {"dopsd.base": "tiny"},
         champion[2] if champion else None, trained["files"], serving, SETTINGS, obstacle,
     )  # fmt: skip
 
@@ -205,7 +210,7 @@ def test_registering_the_same_run_again_makes_no_second_version(
     again = _register(registry, tmp_path, trained, scores(), run)
     assert again.version == first.version
     assert registry.judged("style-ink", MADE)
-    assert not registry.judged("style-ink", Made("other", "s1", "b1", "m1"))
+    assert not registry.judged("style-ink", VersionIdentity("other", "s1", "b1", "m1"))
 
 
 def test_the_champion_draws_in_a_fresh_process_from_the_registry_alone(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import signal
 import socket
 from collections.abc import Iterator
@@ -12,9 +14,14 @@ import httpx
 import psutil
 import pytest
 
-from tests import stack
-from tests.browser import CHROMIUM, DRIVER, browser
+from infra.local.logins import PrefectLogin, write_private
+from tests import attacks, stack
+from tests.browser import CHROMIUM, DRIVER, browser, foreign_page
 from tests.stack import Stack, until
+
+needs_browser = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="no Chromium here: apt-get install chromium-driver"
+)
 
 
 @pytest.fixture
@@ -57,7 +64,6 @@ def test_everything_answers_on_loopback_alone(service: Stack) -> None:
     assert httpx.get(f"http://127.0.0.1:{service.mlflow}/health").text == "OK"
     assert httpx.get(f"{service.api}/health").json() is True
     assert (service.root / "mlflow.db").exists()
-    assert (service.folder / "ray-token").stat().st_mode & 0o777 == 0o600
     assert service.folder.stat().st_mode & 0o777 == 0o700
     listening = {
         (process.name(), connection.laddr.ip, connection.laddr.port)
@@ -67,6 +73,79 @@ def test_everything_answers_on_loopback_alone(service: Stack) -> None:
     }
     assert {service.mlflow, service.prefect, service.ray} <= {port for _, _, port in listening}
     assert not [place for place in listening if place[1] not in ("127.0.0.1", "::ffff:127.0.0.1", "::1")]
+
+
+def test_nobody_is_answered_without_the_password(service: Stack) -> None:
+    prefect, mlflow = service.api, f"http://127.0.0.1:{service.mlflow}"
+    user, password = service.logins.mlflow
+    asked: tuple[tuple[str, str, dict[str, Any]], ...] = (
+        ("GET", f"{prefect}/admin/settings", {}),
+        ("GET", f"{prefect}/csrf-token?client=somebody", {}),
+        ("GET", f"{mlflow}/", {}),
+        ("GET", f"{mlflow}/api/2.0/mlflow/experiments/search?max_results=9", {}),
+        ("GET", f"{mlflow}/ajax-api/2.0/mlflow/experiments/search?max_results=9", {}),
+        ("GET", f"{mlflow}/api/2.0/mlflow-artifacts/artifacts", {}),
+        ("POST", f"{mlflow}/graphql", {}),
+        ("POST", f"{mlflow}/api/2.0/mlflow/experiments/create", {"name": "somebody's"}),
+        ("POST", f"{mlflow}/api/2.0/mlflow/users/create", {"username": "somebody", "password": "not-a-secret"}),
+    )
+    wrong = ("Basic c29tZWJvZHk6", _basic(f"{user}:{password[::-1]}"))
+    for method, url, content in asked:
+        for headers in ({}, *({"Authorization": value} for value in wrong)):
+            assert httpx.request(method, url, json=content or None, headers=headers).status_code == 401, url
+    flow = {"name": "somebody's"}
+    for login in ("somebody:", f"{service.logins.prefect}x", f"{user}:{password}"):  # MLflow's is not Prefect's
+        answer = httpx.post(f"{prefect}/flows/", json=flow, auth=PrefectLogin(prefect, login))
+        assert answer.status_code == 401
+    user, _, password = service.logins.prefect.partition(":")
+    assert httpx.post(f"{prefect}/flows/", json=flow, auth=(user, password)).status_code == 403, "no CSRF token"
+    assert httpx.get(f"{mlflow}/", headers={"Host": "attacker.example"}).status_code == 403, "DNS rebinding"
+    assert "somebody's" not in _all_names(service)
+
+
+def _basic(login: str) -> str:
+    return f"Basic {base64.b64encode(login.encode()).decode()}"
+
+
+def _all_names(service: Stack) -> set[str]:
+    """What flows, work pools, experiments and models are called, by the account of who may ask."""
+    names = {found["name"] for kind in ("flows", "work_pools") for found in service.ask(f"{kind}/filter", {})}
+    names |= {experiment.name for experiment in service.tracker.search_experiments()}
+    return names | {model.name for model in service.tracker.search_registered_models()}
+
+
+@needs_browser
+def test_a_foreign_page_can_neither_make_nor_read_anything(service: Stack) -> None:
+    """In a real browser that has logged in to both, and keeps the passwords: a page of another port tries."""
+    prefect, mlflow = service.api, f"http://127.0.0.1:{service.mlflow}"
+    experiments = f"{mlflow}/ajax-api/2.0/mlflow/experiments"
+    with browser() as page, foreign_page() as elsewhere:
+        page.log_in_to_prefect(prefect.removesuffix("/api"), service.logins.prefect)
+        page.log_in_to_mlflow(mlflow, ":".join(service.logins.mlflow))
+        options = {"method": "POST", "headers": {"Content-Type": "application/json"}, "body": '{"name": "own"}'}
+        assert page.run(attacks.FETCH, f"{experiments}/create", options)["status"] == 200, "its own page may"
+        known = _all_names(service)
+        assert "own" in known
+
+        page.open(elsewhere, "a foreign page")
+        made, named = [], {"name": "foreign"}
+        for api, login in ((prefect, service.logins.prefect), (mlflow, ":".join(service.logins.mlflow))):
+            header = _basic(login)
+            contents = (
+                {"flows/": named, "work_pools/": named | {"type": "process"}}
+                if api == prefect
+                else {f"{way}/2.0/mlflow/{kind}/create": named for way in ("api", "ajax-api")
+                      for kind in ("experiments", "registered-models")}
+            )  # fmt: skip
+            for path, content in contents.items():
+                made += attacks.post_all(page, f"{api}/{path}", content, header)
+        read = attacks.read_all(page, f"{experiments}/search?max_results=9")
+        read += attacks.read_all(page, f"{prefect}/flows/filter", {}) + attacks.read_all(page, f"{prefect}/version")
+        for answer in made + read:
+            assert answer.type in ("error", "opaque", "form") or answer.status in (401, 403), answer
+            assert not answer.text or answer.text == "Not from a page of another origin.\n", answer
+        assert page.run(attacks.SOCKET, f"{prefect}/events/out".replace("http", "ws", 1)) == "closed"
+    assert _all_names(service) == known
 
 
 def test_deployments_are_there_and_nights_are_planned(service: Stack) -> None:
@@ -88,7 +167,28 @@ def test_a_second_up_starts_nothing(service: Stack) -> None:
     assert again.returncode == 0, again.stderr
     assert "already runs" in again.stdout
     assert f"http://127.0.0.1:{service.mlflow}" in again.stdout
+    assert ".cache/services/prefect-login" in again.stdout
+    assert "user dopsd, password after the colon in .cache/services/mlflow-login" in again.stdout
+    assert service.logins.mlflow[1] not in again.stdout
     assert before >= {process.pid for process in service.processes()}
+    assert service.run("status").returncode == 0
+
+
+def test_a_password_that_is_not_taken_is_one_clear_line(service: Stack) -> None:
+    for file in (service.logins.mlflow_file, service.logins.prefect_file):
+        kept = file.read_text()
+        try:
+            file.write_text("dopsd:another\n")
+            wrong = service.run("status")
+            file.unlink()
+            none = service.run("up")
+        finally:
+            write_private(file, kept)
+        name = file.name.removesuffix("-login")
+        assert wrong.returncode == none.returncode == 1
+        said = f"{name} does not take the password in .cache/services/{file.name}: `make down`, delete that file"
+        assert said in wrong.stderr.splitlines()[-1]
+        assert "of an earlier version that asks for no password" in none.stderr
     assert service.run("status").returncode == 0
 
 
@@ -121,7 +221,7 @@ def test_a_deployment_run_trains_and_registers_through_an_outage_of_the_tracker(
     assert state["message"] == "blots: reused: validate, encode, train, evaluate, report, register"
 
 
-@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium here: apt-get install chromium-driver")
+@needs_browser
 def test_both_web_pages_show_the_run(service: Stack) -> None:
     """In a real browser: the flow run with its tasks and its artifact; the run with its metrics and pictures."""
     champion = service.tracker.get_model_version_by_alias("dopsd-blots", "champion")
@@ -132,6 +232,8 @@ def test_both_web_pages_show_the_run(service: Stack) -> None:
     prefect, mlflow = (f"http://127.0.0.1:{port}" for port in (service.prefect, service.mlflow))
     experiment = f"{mlflow}/#/experiments/{about.experiment_id}"
     with browser() as page:
+        page.log_in_to_prefect(prefect, service.logins.prefect)
+        page.log_in_to_mlflow(mlflow, ":".join(service.logins.mlflow))
         page.open(f"{prefect}/runs/flow-run/{flow_run}", "Completed", "tune blots")
         page.open(f"{prefect}/artifacts/artifact/{artifact['latest_id']}", "D-OPSD", "the version in MLflow", "its run")
         page.open(f"{experiment}/runs/{about.run_id}", "dopsd.flow_run.id", "dopsd-blots")
@@ -173,6 +275,29 @@ def test_killed_and_cancelled_runs_leave_no_process_and_the_next_one_goes_on(ser
 
 def _worker_log(service: Stack) -> str:
     return (service.folder / "logs" / "worker.log").read_text()
+
+
+def test_the_passwords_are_where_only_their_owner_may_look(service: Stack) -> None:
+    """Neither in a program's arguments, which every user may see, nor in a log, an artifact or a database."""
+    logins = service.logins
+    private = {
+        logins.ray_token,
+        logins.prefect_file,
+        logins.mlflow_file,
+        logins.mlflow_settings,
+        service.folder / "env",
+    }
+    assert {path.stat().st_mode & 0o777 for path in private} == {0o600}
+    secret = [logins.ray_token.read_text(), logins.prefect.partition(":")[2], logins.mlflow[1]]
+    assert min(map(len, secret)) >= 32
+    arguments = [" ".join(process.cmdline()) for process in service.processes()]
+    assert not [line for line in arguments if any(word in line for word in secret)]
+    ray = Path(json.loads((service.folder / "stack.json").read_text())["ray_temp"])
+    files = {path for root in (service.root, ray) for path in root.rglob("*") if path.is_file()}
+    assert private <= files
+    assert {service.folder / "logs" / "worker.log", service.root / "mlflow.db"} <= files
+    found = [path for path in files - private if any(word.encode() in path.read_bytes() for word in secret)]
+    assert not found
 
 
 def test_down_leaves_nothing(service: Stack) -> None:

@@ -27,9 +27,10 @@ from dopsd.config import LoraSettings, RegistrySettings, load_settings
 from dopsd.data.images import bucket_size, load_image
 from dopsd.distill.adapters import adapter_parameters, add_adapters, save_adapter
 from dopsd.export import CARD_FILE, DIFFUSERS_FILE, Card, export_adapter
+from dopsd.identity import VersionIdentity
 from dopsd.models import load_family
 from dopsd.models.flux2_klein import Flux2Klein
-from dopsd.registry import Made, Registry
+from dopsd.registry import Registry
 from dopsd.registry.serving import FewStepModel
 from tests import published
 from tests.family_folders import picture, settings_of
@@ -211,18 +212,13 @@ def test_a_version_edits_where_its_rows_have_references_whatever_its_family_coul
     settings = load_settings(Path(__file__).parent.parent / "params.yaml")
     settings = settings.model_copy(update={"model": settings.model.model_copy(update=values)})
     rows = [SimpleNamespace(references=(tmp_path / "r.png",) * count) for count in references]
-    taken = Drawn()
     opened = SimpleNamespace(source=SimpleNamespace(folder=tmp_path, name=None, revision=None))
-    monkeypatch.setattr(champions, "Registry", lambda _: SimpleNamespace(register=lambda *args: taken.append(args[7])))
-    monkeypatch.setattr(champions, "made_of", lambda *_: Made("d", "s", "b", "m"))
     monkeypatch.setattr(champions, "open_base", lambda *_, **__: opened)
-    monkeypatch.setattr(champions, "_champion_scores", lambda *_: (None, ""))
-    monkeypatch.setattr(champions, "scores_of", lambda *_: {})
-    table = SimpleNamespace(rows=rows, content_hash="d" * 32)
-    champions.register_version("c", "run", table, None, {}, tmp_path, settings, tmp_path, {}, lambda *_: {})
-    assert taken[0]["edits"] is edits
-    assert {"height", "width", "num_inference_steps"} <= set(taken[0]["call"])
-    assert not {"prompt", "image"} & set(taken[0]["call"])
+    monkeypatch.setattr(champions, "read_concept", lambda *_: (SimpleNamespace(rows=rows), None))
+    serving = champions._serving("c", settings, tmp_path)
+    assert serving["edits"] is edits
+    assert {"height", "width", "num_inference_steps"} <= set(serving["call"])
+    assert not {"prompt", "image"} & set(serving["call"])
 
 
 def test_an_adapter_of_text_alone_refuses_images() -> None:
@@ -281,7 +277,7 @@ def test_an_editing_adapter_draws_in_a_fresh_process_what_plain_diffusers_draws(
     for concept, edits in (("edits", True), ("text", False)):
         serving = {"base": "data/base", "revision": None, "call": CALL, "edits": edits}
         run = client.create_run(experiment).info.run_id
-        made = Made(data="d", settings="s", base="b", method="m")
+        made = VersionIdentity(data="d", settings="s", base="b", method="m")
         outcome = registry.register(concept, run, made, scores, {}, None, klein, serving, RegistrySettings())
         assert outcome.promoted, outcome.reason
     inputs = mlflow.models.get_model_info("models:/dopsd-edits@champion").signature.inputs

@@ -1,9 +1,12 @@
 """Checkpoints: whole or not there, the last two kept, and exact."""
 
+import weakref
+
 import pytest
 import torch
 
 from dopsd.train import checkpoint as ckpt
+from tests import tiny
 
 
 def _checkpoint(step):
@@ -39,10 +42,10 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_taken(tmp_path, f
     for step in (5, 10):
         ckpt.save_checkpoint(tmp_path, _checkpoint(step))
     (tmp_path / "step-00000010" / file).write_bytes(b"{")
-    said = []
-    assert ckpt.load_checkpoint(tmp_path, said.append).step == 5
-    assert len(said) == 1
-    assert "step-00000010" in said[0]
+    messages = []
+    assert ckpt.load_checkpoint(tmp_path, messages.append).step == 5
+    assert len(messages) == 1
+    assert "step-00000010" in messages[0]
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -74,26 +77,6 @@ def test_an_optimizer_goes_on_exactly_from_its_tensors(fused):
     assert all(torch.equal(a, b) for a, b in zip(parameters, resumed, strict=True))
 
 
-def test_fingerprints_tell_settings_data_and_base_apart():
-    def model(value=0.0):
-        linear = torch.nn.Linear(100, 100)
-        torch.nn.init.constant_(linear.weight, value)
-        torch.nn.init.zeros_(linear.bias)
-        return linear
-
-    data = [{"a": torch.arange(5.0)}]
-    same = ckpt.fingerprint({"x": 1}, data, model())
-    assert same == ckpt.fingerprint({"x": 1}, [{"a": torch.arange(5.0)}], model())
-    others = {
-        ckpt.fingerprint({"x": 2}, data, model()),
-        ckpt.fingerprint({"x": 1}, [{"a": torch.arange(5.0) + 1e-6}], model()),
-        ckpt.fingerprint({"x": 1}, [{"b": torch.arange(5.0)}], model()),
-        ckpt.fingerprint({"x": 1}, [{"a": torch.arange(5.0).bfloat16()}], model()),
-        ckpt.fingerprint({"x": 1}, data, model(1e-6)),
-    }
-    assert len(others | {same}) == 6
-
-
 def test_setting_aside_replaces_what_was_set_aside_before(tmp_path):
     run = tmp_path / "d-opsd"
     for content in ("first", "second"):
@@ -103,3 +86,48 @@ def test_setting_aside_replaces_what_was_set_aside_before(tmp_path):
     assert place == tmp_path / "d-opsd.previous"
     assert not run.exists()
     assert (place / "log.jsonl").read_text() == "second"
+
+
+def test_a_run_holds_no_checkpoint_while_it_trains(tmp_path, monkeypatch):
+    """Neither the one that it wrote nor the one that it began with; and nothing is copied where it lies."""
+    held, clones = [], []
+    original = {name: getattr(ckpt, name) for name in ("save_checkpoint", "load_checkpoint", "optimizer_tensors")}
+
+    def saving(folder, checkpoint):
+        assert {tensor.device.type for tensor in checkpoint.tensors.values()} == {"cpu"}
+        held.extend(weakref.ref(tensor) for tensor in checkpoint.tensors.values())
+        return original["save_checkpoint"](folder, checkpoint)
+
+    def loading(*arguments):
+        found = original["load_checkpoint"](*arguments)
+        held.extend(weakref.ref(tensor) for tensor in (found.tensors.values() if found else ()))
+        return found
+
+    def cloning(self, **how):
+        clones.append(self.shape)
+        return torch.empty_like(self).copy_(self)
+
+    class Looks(tiny.Recorder):
+        def metrics(self, step, values):
+            super().metrics(step, values)
+            assert not [tensor for tensor in held if tensor() is not None]
+            if step == 5 and len(self.steps) > 4:
+                raise KeyboardInterrupt
+
+    def copying(optimizer):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "clone", cloning)
+            return original["optimizer_tensors"](optimizer)
+
+    monkeypatch.setattr(ckpt, "save_checkpoint", saving)
+    monkeypatch.setattr(ckpt, "load_checkpoint", loading)
+    monkeypatch.setattr(ckpt, "optimizer_tensors", copying)
+    settings = tiny.tiny_settings(max_steps=8, checkpoint_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.run_tiny("d-opsd", tmp_path, settings, Looks())
+    written = len(held)
+    seen = Looks()
+    tiny.run_tiny("d-opsd", tmp_path, settings, seen)
+    assert seen.steps == [5, 6, 7, 8]
+    assert len(held) > written > 100, "some were written, one was read"
+    assert not clones

@@ -25,6 +25,10 @@ def _log(folder):
     return [json.loads(line) for line in (folder / "train" / "log.jsonl").read_text().splitlines()]
 
 
+def _steps(folder):
+    return [row for row in _log(folder) if row["step"]]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_of_4_examples_one_by_one_are_those_of_the_batch(method):
     """Each example has its own draws, whatever it is batched with; prompts of other lengths do not matter either."""
@@ -63,7 +67,7 @@ def test_batch_1_with_accumulation_4_trains_as_batch_4(tmp_path, method):
         settings = tiny.tiny_settings(max_steps=2, batch_size=batch, accumulation=accumulation, learning_rate=1e-3)
         result = tiny.run_tiny(method, tmp_path / str(batch), settings)
         assert result.images == 4 * result.steps
-        runs.append([(row["train/loss"], row["train/grad_norm"]) for row in _log(tmp_path / str(batch))])
+        runs.append([(row["train/loss"], row["train/grad_norm"]) for row in _steps(tmp_path / str(batch))])
     for whole, parts in zip(*runs, strict=True):
         assert whole == pytest.approx(parts, rel=1e-3)
 
@@ -72,7 +76,7 @@ def test_batch_1_with_accumulation_4_trains_as_batch_4(tmp_path, method):
 def test_the_student_comes_closer_to_its_teacher(tmp_path, method):
     settings = tiny.tiny_settings(max_steps=20, learning_rate=6e-3, teacher={"kind": "frozen"}, preview_steps=1000)
     tiny.run_tiny(method, tmp_path, settings, examples=tiny.tiny_examples(2))
-    losses = [row["train/loss"] for row in _log(tmp_path)]
+    losses = [row["train/loss"] for row in _steps(tmp_path)]
     assert sum(losses[-4:]) < 0.4 * sum(losses[:4])
 
 
@@ -83,7 +87,7 @@ def test_the_family_comes_back_as_it_was_and_the_adapter_changes_it(tmp_path):
     base = family.predict_velocity(noise, torch.tensor(1.0), tiny.tiny_prompts(1))
     result = train(
         family, tiny.tiny_examples(), [], [], tiny.tiny_settings(), "d-opsd", tmp_path / "t", tmp_path / "a",
-        tiny.Recorder(),
+        tiny.Recorder(), "identity",
     )  # fmt: skip
     after = family.transformer.state_dict()
     assert after.keys() == before.keys()
@@ -139,7 +143,7 @@ def test_no_method_replays_prompts_that_are_not_there(tmp_path, method):
     with pytest.raises(TrainError, match=r"no replay prompts were encoded"):
         train(
             tiny.tiny_family(), tiny.tiny_examples(), [], [], tiny.tiny_settings(replay=REPLAY), method,
-            tmp_path / "t", tmp_path / "a", tiny.Recorder(),
+            tmp_path / "t", tmp_path / "a", tiny.Recorder(), "identity",
         )  # fmt: skip
 
 
@@ -187,10 +191,15 @@ def test_observer_and_log_get_every_step_and_the_previews_their_pictures(tmp_pat
         "train/loss", "train/replay_loss", "train/grad_norm", "train/learning_rate", "train/images_per_second",
         "train/seconds",
     }  # fmt: skip
-    assert _log(tmp_path) == [{"step": s, **v} for s, v in zip(seen.steps[1:], seen.values[1:], strict=True)]
-    assert seen.shown == [(s, f"preview/{who}", 1) for s in (0, 2, 4, 5) for who in ("student", "teacher")]
-    pictures = {path.name for path in (tmp_path / "train" / "previews").iterdir()}
-    assert pictures == {f"{who}-{s:06d}.png" for s in (0, 2, 4, 5) for who in ("student", "teacher")}
+    rows = _log(tmp_path)
+    times = [row.pop("time") for row in rows]
+    assert times == sorted(times)
+    assert rows == [{"step": s, **v} for s, v in zip(seen.steps, seen.values, strict=True)]
+    pictures = [f"{who}-{s:06d}.png" for s in (0, 2, 4, 5) for who in ("student", "teacher")]
+    captions = {f"{who}.captions.txt" for who in ("student", "teacher")}
+    assert [name for name in seen.shown if name not in captions] == pictures
+    assert {path.name for path in (tmp_path / "train" / "previews").iterdir()} == {*pictures, *captions}
+    assert (tmp_path / "train" / "previews" / "student.captions.txt").read_text() == "a fox\n"
     assert any("attention\\.to_q x 4" in text for text in seen.messages)
 
 
@@ -298,7 +307,7 @@ def test_gradient_checkpointing_trains_the_same_adapter(tmp_path):
             family.transformer.enable_gradient_checkpointing()
         train(
             family, tiny.tiny_examples(), [], [], tiny.tiny_settings(max_steps=3), "d-opsd", tmp_path / name / "train",
-            tmp_path / name / "adapters", tiny.Recorder(),
+            tmp_path / name / "adapters", tiny.Recorder(), "identity",
         )  # fmt: skip
         results.append(_adapter(tmp_path / name, "d-opsd"))
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
@@ -318,9 +327,9 @@ def test_a_bfloat16_base_trains_float32_adapters(tmp_path, kind, checkpointing):
     )
     train(
         family, tiny.tiny_examples(), [], [], settings, "d-opsd", tmp_path / "train",
-        tmp_path / "adapters", tiny.Recorder(),
+        tmp_path / "adapters", tiny.Recorder(), "identity",
     )  # fmt: skip
-    assert all(row["train/grad_norm"] > 0 for row in _log(tmp_path))
+    assert all(row["train/grad_norm"] > 0 for row in _steps(tmp_path))
     trained = _adapter(tmp_path, "d-opsd")
     assert {value.dtype for value in trained.values()} == {torch.float32}
     moved = [value for key, value in trained.items() if key.endswith("lora_B.weight")]

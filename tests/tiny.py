@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from diffusers.models import AutoencoderKL, ZImageTransformer2DModel
-from PIL import Image
 
 from dopsd.config import Method, TrainSettings
 from dopsd.data.dataset import Example, Preview
+from dopsd.data.encoded import Encoded
+from dopsd.identity import training_identity
 from dopsd.models.base import Conditioning, Parts, Teaching
 from dopsd.models.loading import use_plain_attention
 from dopsd.models.z_image import ZImage
@@ -133,21 +134,25 @@ def tiny_settings(**changes: Any) -> TrainSettings:
 
 
 class Recorder:
-    """An observer that keeps what it is told."""
+    """An observer that keeps what it is told. Subclasses may act at a step: :meth:`metrics` is called for every row."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.values: list[dict[str, float]] = []
-        self.shown: list[tuple[int, str, int]] = []
+        self.shown: list[str] = []
         self.messages: list[str] = []
+
+    def wrote(self, path: Path, line: str | None = None) -> None:
+        if path.parent.name == "previews":
+            self.shown.append(path.name)
+        if path.name == "log.jsonl" and line is not None:
+            row = json.loads(line)
+            del row["time"]
+            self.metrics(row.pop("step"), row)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         self.steps.append(step)
         self.values.append(dict(values))
-
-    def images(self, step: int, key: str, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
-        assert len(images) == len(captions)
-        self.shown.append((step, key, len(images)))
 
     def message(self, text: str) -> None:
         self.messages.append(text)
@@ -158,10 +163,19 @@ def run_tiny(
 ) -> TrainResult:
     """Train the tiny family on the tiny examples in ``folder/train`` and ``folder/adapters``."""
     family, prompts = tiny_family(), tiny_prompts()
+    examples = examples if examples is not None else tiny_examples()
     return train(
-        family, examples if examples is not None else tiny_examples(), [Preview("a fox", prompts[0], SIDE, SIDE)],
-        prompts, settings, method, folder / "train", folder / "adapters", observer or Recorder(),
+        family, examples, [Preview("a fox", prompts[0], SIDE, SIDE)], prompts, settings, method, folder / "train",
+        folder / "adapters", observer or Recorder(), tiny_identity(settings, method, examples, prompts),
     )  # fmt: skip
+
+
+def tiny_identity(
+    settings: TrainSettings, method: Method, examples: Sequence[Example], replay: Sequence[Conditioning] = ()
+) -> str:
+    """Of a training on the tiny family."""
+    encoded = Encoded(tuple(examples), (), tuple(("", prompt) for prompt in replay), 1, "")
+    return training_identity(settings, method, encoded.identity(settings.replay.weight > 0))
 
 
 class _Teller(Recorder):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from dvc.repo import Repo
 from PIL import Image
 
 from emoji_turbo import architecture
@@ -50,12 +51,14 @@ def make_project(root: Path, concepts: Sequence[str] = ("blots",), **train: Any)
         "data": {"resolution": 64},
         # each concept's own number of steps lies over the common one, so that whoever reads `train` alone is found out
         "train": how | {"methods": train.get("methods", ["d-opsd", "sft"]), "max_steps": how["max_steps"] + 1},
-        "tuning": {concept: {"max_steps": how["max_steps"]} for concept in concepts},
         "evaluation": {"steps": [1, 2], "few_steps": 2, "max_prompts": 3, "curve_prompts": 2},
         "compute": {"launcher": "local"},
         "registry": {"min_retention": 0.0},  # random pictures: what the gate asks for is tested where it is
     }
+    for concept in concepts:
+        (root / "data/concepts" / concept / "train.yaml").write_text(f"max_steps: {how['max_steps']}\n")
     (root / "params.yaml").write_text(yaml.safe_dump(settings))
     (root / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
-    (root / "dopsd").symlink_to(ROOT / "dopsd")  # the stages' results depend on the code beside dvc.yaml
+    (root / "dopsd").symlink_to(ROOT / "dopsd")  # the report depends on the code beside dvc.yaml
+    Repo.init(str(root), no_scm=True).close()
     return root

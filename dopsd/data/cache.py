@@ -60,7 +60,7 @@ class EncodingCache:
         except (SafetensorError, OSError, ValueError) as error:
             self._warn(path, " ".join(str(error).split()))
             return None
-        if metadata.get("key") != key or metadata.get("sha256") != _checksum(tensors):
+        if metadata.get("key") != key or metadata.get("sha256") != checksum(tensors):
             self._warn(path, "its checksum does not match")
             return None
         return tensors
@@ -69,7 +69,7 @@ class EncodingCache:
         """Write the encoding, whole or not at all. Returns what :meth:`get` will return: detached, on the CPU."""
         path = self.path(key)
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in conditioning.items()}
-        content = save(tensors, metadata={"key": key, "sha256": _checksum(tensors)})
+        content = save(tensors, metadata={"key": key, "sha256": checksum(tensors)})
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{key}.{os.getpid()}.partial")
         try:
@@ -119,7 +119,7 @@ class EncodingCache:
         logger.warning("%s is damaged (%s); it is computed again", path, reason)
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
+def checksum(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over names, types, shapes and bytes: safetensors itself does not notice a flipped bit."""
     digest = hashlib.sha256()
     for name in sorted(tensors):

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..config import DataSettings
+import yaml
+
+from ..config import CONCEPTS, OWN_SETTINGS, DataSettings, SettingsError, concept_name
+from ..files import whole_file
 from .manifest import ConceptTable, concept_files
 from .needs import ANY, Needs
 from .schema import validate_dataset
 
-CONCEPTS = Path("data") / "concepts"
 _Table = ConceptTable | None
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+_OWN = """\
+# What differs from `train` in params.yaml for this concept alone; as it is, nothing. Take the `#` off, or add others:
+# max_steps: 100
+# learning_rate: 7e-5
+"""
 
 
 class RemoteAway(RuntimeError):
@@ -33,12 +38,11 @@ def add_concept(
     """Check ``folder``, copy it to ``root/data/concepts/name`` and ``dvc add`` it. Returns the table there.
 
     A folder that lies there already is checked and put under DVC where it is. ``replace`` overwrites another data set
-    of that name. Whatever fails, everything is as before. Raises ``DataError`` for faults of the data and
-    :class:`ConceptError` for a name that is wrong or taken, or where DVC refuses.
+    of that name. A ``train.yaml`` is written where there is none. Whatever fails, everything is as before. Raises
+    ``DataError`` for faults of the data, ``SettingsError`` for a name that is none, and :class:`ConceptError` for one
+    that is taken, or where DVC refuses.
     """
-    if not _NAME.fullmatch(name):
-        raise ConceptError(f"concept name {name!r}: use 1 to 64 of a-z, 0-9 and -, not beginning with -")
-    root = Path(os.path.abspath(root))
+    root, name = Path(os.path.abspath(root)), concept_name(name)
     if not (root / ".dvc").is_dir():
         raise ConceptError(f"{root}: not a DVC project; run from the project's root, or `dvc init` there first")
     target = root / CONCEPTS / name
@@ -61,6 +65,7 @@ def _copy(folder: Path, name: str, target: Path, settings: DataSettings, tables:
         for file in concept_files(folder):
             (partial / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / file, partial / file)
+        _with_own_settings(partial)
         copies = validate_dataset(partial, name, settings)
         if [_hash(copy) for copy in copies] != [_hash(table) for table in tables]:
             raise ConceptError(f"{folder}: changed while it was copied; nothing was added, try again")
@@ -92,7 +97,7 @@ def _recover(target: Path) -> None:
 @contextmanager
 def _undone_on_failure(target: Path, partial: Path | None) -> Iterator[None]:
     """Put ``partial`` in the place of ``target``; where the block fails, put everything back, DVC's two files too."""
-    pointers = [target.with_name(f"{target.name}.dvc"), target.with_name(".gitignore")]
+    pointers = [target.with_name(f"{target.name}.dvc"), target.with_name(".gitignore"), target / OWN_SETTINGS]
     before = [path.read_bytes() if path.exists() else None for path in pointers]
     aside = _aside(target)
     try:
@@ -100,6 +105,7 @@ def _undone_on_failure(target: Path, partial: Path | None) -> Iterator[None]:
             if target.exists():
                 target.rename(aside)
             partial.rename(target)
+        _with_own_settings(target)
         yield
     except BaseException:
         if partial is not None:
@@ -115,6 +121,34 @@ def _undone_on_failure(target: Path, partial: Path | None) -> Iterator[None]:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def _with_own_settings(folder: Path) -> None:
+    path = folder / OWN_SETTINGS
+    if not path.exists():
+        path.write_text(_OWN, encoding="utf-8")
+
+
+def list_concept(params: Path, name: str) -> None:
+    """Add ``name`` to ``concepts`` in the file of settings; everything else there stays as it is, to the letter.
+
+    Raises ``SettingsError`` where ``concepts`` is no list of names.
+    """
+    text = params.read_text(encoding="utf-8")
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    found = [value for key, value in getattr(root, "value", []) if key.value == "concepts"]
+    if len(found) != 1 or not isinstance(found[0], yaml.SequenceNode):
+        raise SettingsError(f"{params}: concepts: expected a list of names; add {name} there")
+    listed: yaml.SequenceNode = found[0]
+    if listed.flow_style or not listed.value:
+        place = listed.end_mark.index - 1
+        added = f", {name}" if listed.value else name
+    else:
+        text += "" if text.endswith("\n") else "\n"
+        place = text.index("\n", listed.value[-1].end_mark.index)  # after a comment
+        added = f"\n{' ' * listed.start_mark.column}- {name}"
+    with whole_file(params) as partial:
+        partial.write_text(text[:place] + added + text[place:], encoding="utf-8")
+
+
 def _dvc_add(root: Path, target: Path) -> None:
     # Imported here: DVC takes seconds to import and only this function needs it.
     from dvc.exceptions import DvcException
@@ -125,8 +159,8 @@ def _dvc_add(root: Path, target: Path) -> None:
         with Repo(str(root)) as repo:
             repo.add(str(target))
     except (DvcException, SCMError, OSError) as error:
-        said = " ".join(str(error).split())
-        raise ConceptError(f"{target}: dvc add failed: {said}; nothing was added") from None
+        message = " ".join(str(error).split())
+        raise ConceptError(f"{target}: dvc add failed: {message}; nothing was added") from None
 
 
 def pull_missing(root: Path, name: str) -> bool:
@@ -135,7 +169,7 @@ def pull_missing(root: Path, name: str) -> bool:
     Nothing is done where it is here, not under DVC, or no remote is set. Raises :class:`RemoteAway` where the remote
     does not answer, refuses or has not got it.
     """
-    target = root / CONCEPTS / name
+    target = root / CONCEPTS / concept_name(name)
     pointer = target.with_name(f"{name}.dvc")
     if target.exists() or not pointer.exists():
         return False

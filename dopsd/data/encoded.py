@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from dopsd.files import whole_folder, write_tensors
 
-from .cache import Conditioning
+from .cache import Conditioning, checksum
 from .dataset import Example, Preview
 
 SEPARATOR = ":"
@@ -40,6 +41,17 @@ class Encoded:
     images: int
     content_hash: str
     """Of the data set that was encoded."""
+
+    def identity(self, replayed: bool) -> str:
+        """Hash of all that is learnt from: the examples, and the prompts that are replayed where they count."""
+        digest = hashlib.sha256()
+        groups: list[tuple[object, Conditioning]] = []
+        for e in self.examples:
+            latents = {} if e.latents is None else {"latents": e.latents}
+            groups += [((e.height, e.width, e.image_index, e.caption), e.prompt), ((), e.context), ((), latents)]
+        for entry, tensors in [*groups, *(self.replay if replayed else ())]:
+            digest.update(f"{json.dumps(entry)}:{checksum(tensors)}".encode())
+        return digest.hexdigest()[:32]
 
 
 def write_encoded(folder: Path, encoded: Encoded) -> None:
@@ -87,15 +99,15 @@ def read_encoded(folder: Path) -> Encoded:
         Example(
             prompt=groups[f"example/{number}/prompt"],
             context=groups[f"example/{number}/context"],
-            latents=latents.get(str(about["image_index"])),
-            **about,
+            latents=latents.get(str(entry["image_index"])),
+            **entry,
         )
-        for number, about in enumerate(index["examples"])
+        for number, entry in enumerate(index["examples"])
     )
     return Encoded(
         examples=examples,
         previews=tuple(
-            Preview(conditioning=groups[f"preview/{number}"], **about) for number, about in enumerate(index["preview"])
+            Preview(conditioning=groups[f"preview/{number}"], **entry) for number, entry in enumerate(index["preview"])
         ),
         replay=tuple((text, groups[f"replay/{number}"]) for number, text in enumerate(index["replay"])),
         images=index["images"],

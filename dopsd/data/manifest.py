@@ -8,8 +8,8 @@ Exactly one of three kinds::
     NAME.parquet     one table with the same columns
 
 A sub-folder ``holdout/`` is a concept folder of its own (the truth that evaluation compares with) and no part of this
-table. Everything else in the folder must be mentioned by a row, apart from concept.json, README, LICENSE, NOTICE and
-hidden files.
+table. Everything else in the folder must be mentioned by a row, apart from concept.json, train.yaml, README, LICENSE, NOTICE
+and hidden files.
 
 Nothing is judged here: :func:`read_table` writes what it could not read into the column ``problems``, and
 :mod:`dopsd.data.schema` turns that and all its own findings into one :class:`DataError`.
@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..config import OWN_SETTINGS
 from .images import EXTENSIONS
-from .records import Record, leaves, read_jsonl, read_parquet, read_texts, say_extra, shown, stem_of
+from .records import Record, leaves, read_jsonl, read_parquet, read_texts, describe_extra, shown, stem_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,6 +98,12 @@ def hash_content(rows: Iterable[tuple[str, Iterable[tuple[str, str]], Iterable[s
     return hashlib.sha256(json.dumps(listed, ensure_ascii=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
+def kind_hash(folder: Path) -> str | None:
+    """sha256 of ``concept.json``; ``None`` where there is none."""
+    path = folder / ABOUT
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
 def read_table(folder: Path, name: str) -> pd.DataFrame:
     """All rows of the concept folder ``name`` as columns ``source, row, image, captions, references, problems``.
 
@@ -132,7 +139,7 @@ def _read_folder(folder: Path) -> list[Record]:
     parquets = [file for file in files if file.lower().endswith(".parquet")]
     kinds = [*([METADATA] if METADATA in files else []), *parquets, *beside[:1]]
     if len(kinds) != 1:
-        return [Record(".", 0, problems=[(None, _say_kinds(kinds, bool(images)))]), *broken]
+        return [Record(".", 0, problems=[(None, _describe_kinds(kinds, bool(images)))]), *broken]
     if beside:
         records = read_texts(folder, images, texts)
         expected = {*images, *texts}
@@ -143,7 +150,7 @@ def _read_folder(folder: Path) -> list[Record]:
         if not records:
             records = [Record(source, 0, problems=[(None, "holds no rows; write one for each picture")])]
     extra = [file for file in files if file not in expected and not _is_document(file)]
-    return [*records, *(Record(file, 0, problems=[(None, say_extra(file))]) for file in extra), *broken]
+    return [*records, *(Record(file, 0, problems=[(None, describe_extra(file))]) for file in extra), *broken]
 
 
 def _walk(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
@@ -174,7 +181,7 @@ def _join(base: str, name: str) -> str:
 
 
 def _is_document(file: str) -> bool:
-    return file == ABOUT or Path(file).name.split(".")[0].upper() in _DOCUMENTS and Path(file).suffix.lower() in ("", ".md", ".txt")
+    return file in (ABOUT, OWN_SETTINGS) or Path(file).name.split(".")[0].upper() in _DOCUMENTS and Path(file).suffix.lower() in ("", ".md", ".txt")
 
 
 def _mentioned(records: Sequence[Record]) -> set[str]:
@@ -182,7 +189,7 @@ def _mentioned(records: Sequence[Record]) -> set[str]:
     return {os.path.normpath(name) for name in named if "\0" not in name}
 
 
-def _say_kinds(kinds: Sequence[str], any_images: bool) -> str:
+def _describe_kinds(kinds: Sequence[str], any_images: bool) -> str:
     expected = f"{METADATA}, or a .txt beside each picture, or one .parquet file"
     if kinds:
         return f"captions are given in more than one way ({', '.join(map(shown, kinds))}); keep only one: {expected}"

@@ -48,18 +48,18 @@ def unmet(
     """
     if row.name is None:
         return []
-    said: list[tuple[str, str]] = []
+    problems: list[tuple[str, str]] = []
     if needs.references == "refused" and row.references:
-        said.append(("references", "this context shows the student none; remove them, or set model.context to "
+        problems.append(("references", "this context shows the student none; remove them, or set model.context to "
                      "edit-reference with a family that edits"))  # fmt: skip
     elif needs.references == "required" and not row.references and not {None, "references"} & set(unread):
-        said.append(("references", _say_none(row)))
+        problems.append(("references", _describe_none(row)))
     if needs.references != "refused":
         for name, facts in row.references:
-            said += [("references", problem) for problem in _unfit(name, facts, row.target)]
+            problems += [("references", problem) for problem in _unfit(name, facts, row.target)]
     if captions and needs.teacher_variant is not None:
-        said += [("captions", problem) for problem in _lacking_variant(captions, needs.teacher_variant, row.source)]
-    return said
+        problems += [("captions", problem) for problem in _lacking_variant(captions, needs.teacher_variant, row.source)]
+    return problems
 
 
 def first_unmet(rows: Sequence[Row], needs: Needs) -> Fault | None:
@@ -71,7 +71,7 @@ def first_unmet(rows: Sequence[Row], needs: Needs) -> Fault | None:
     return None
 
 
-def _say_none(row: Seen) -> str:
+def _describe_none(row: Seen) -> str:
     needed = "none given, and the context edit-reference needs them; "
     if _is_text_file(row.source):
         return (f"{needed}a .txt cannot name any: write {METADATA} in place of the .txt files, one line a picture: "
@@ -83,17 +83,17 @@ def _unfit(name: str, facts: ImageFacts | None, target: ImageFacts | None) -> li
     """What is wrong with a reference that can be decoded."""
     if facts is None:
         return []
-    said = []
+    problems = []
     size = f"{name} is {facts.width} x {facts.height} pixels"
     if min(facts.width, facts.height) < MIN_SIDE:
-        said.append(f"{size}, at least {MIN_SIDE} a side are needed; give a larger one")
+        problems.append(f"{size}, at least {MIN_SIDE} a side are needed; give a larger one")
     if max(facts.width, facts.height) > MAX_RATIO * min(facts.width, facts.height):
-        said.append(f"{size}, longer than {MAX_RATIO:g} : 1; crop it")
+        problems.append(f"{size}, longer than {MAX_RATIO:g} : 1; crop it")
     # only the same file: after a small edit, before and after are near duplicates, as they should be
     if target is not None and facts.sha256 == target.sha256:
-        said.append(f"{name} is the row's own image; the student would be shown the answer: give the picture before "
+        problems.append(f"{name} is the row's own image; the student would be shown the answer: give the picture before "
                     "the edit")  # fmt: skip
-    return said
+    return problems
 
 
 def _lacking_variant(captions: Mapping[str, str], teacher: str, source: str) -> list[str]:

@@ -19,7 +19,9 @@ SINGLE_VARIANT = "caption"
 """The variant name of a caption that was given alone."""
 _KEYS = ("image", "caption", "captions", "references")
 _SHOWN = 80
-_MAX_PARQUET_BYTES = 1 << 30
+_MAX_TEXT_BYTES = 64 << 10
+"""Of a caption's own file."""
+_MAX_JSONL_BYTES = _MAX_PARQUET_BYTES = 256 << 20
 _MAX_PARQUET_ROWS = 10_000_000
 
 
@@ -91,12 +93,12 @@ def read_texts(folder: Path, images: Sequence[str], texts: Sequence[str]) -> lis
             records.append(_read_text(folder, image, beside))
         seen[stem] = image
     orphans = [text for stem, text in by_stem.items() if stem not in seen]
-    return records + [Record(text, 0, problems=[(None, say_extra(text))]) for text in orphans]
+    return records + [Record(text, 0, problems=[(None, describe_extra(text))]) for text in orphans]
 
 
 def _read_text(folder: Path, image: str, text: str) -> Record:
     record = Record(text, 1, image)
-    content = _read_bytes(folder / text, record)
+    content = _read_bytes(folder / text, record, _MAX_TEXT_BYTES)
     if content is not None:
         try:
             record.captions = {SINGLE_VARIANT: content.removeprefix(b"\xef\xbb\xbf").decode().rstrip("\r\n")}
@@ -105,11 +107,15 @@ def _read_text(folder: Path, image: str, text: str) -> Record:
     return record
 
 
-def _read_bytes(path: Path, record: Record) -> bytes | None:
+def _read_bytes(path: Path, record: Record, most: int) -> bytes | None:
     try:
         if not path.is_file():
             raise OSError("not an ordinary file")
-        return path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(most + 1)  # not by its size beforehand: a file may grow
+        if len(content) > most:
+            raise OSError(f"larger than {most >> 10:,} KiB; it should hold captions and paths only")
+        return content
     except OSError as error:
         record.problems.append((None, f"cannot be read ({shown(error.strerror or str(error))}); check it"))
         return None
@@ -121,7 +127,7 @@ def _read_bytes(path: Path, record: Record) -> bytes | None:
 def read_jsonl(folder: Path, source: str) -> Iterator[Record]:
     """A row for every line that is not blank."""
     whole = Record(source, 0)
-    content = _read_bytes(folder / source, whole)
+    content = _read_bytes(folder / source, whole, _MAX_JSONL_BYTES)
     if content is None:
         yield whole
         return
@@ -183,7 +189,7 @@ def read_parquet(folder: Path, source: str) -> Iterator[Record]:
         yield whole
         return
     if unknown:
-        whole.problems.append((None, _say_unknown(unknown)))
+        whole.problems.append((None, _describe_unknown(unknown)))
         yield whole
     for number, row in enumerate(rows, start=1):
         yield _to_record(source, number, _without_nulls(row))
@@ -208,7 +214,7 @@ def _to_record(source: str, number: int, value: Any) -> Record:
         return record
     unknown = [key for key in value if key not in _KEYS]
     if unknown:
-        record.problems.append((None, _say_unknown(unknown)))
+        record.problems.append((None, _describe_unknown(unknown)))
     _take_image(record, value)
     _take_captions(record, value)
     _take_references(record, value)
@@ -265,7 +271,7 @@ def _take_references(record: Record, value: Mapping[str, Any]) -> None:
             record.problems.append(("references", problem))
 
 
-def _say_unknown(keys: Sequence[Any]) -> str:
+def _describe_unknown(keys: Sequence[Any]) -> str:
     names = ", ".join(shown(str(key), _SHOWN) for key in keys[:5]) + (", ..." if len(keys) > 5 else "")
     return f"unknown {'key' if len(keys) == 1 else 'keys'} {names}; known are {', '.join(_KEYS)}: rename or remove"
 
@@ -284,7 +290,7 @@ def stem_of(file: str) -> str:
     return file.rpartition(".")[0]
 
 
-def say_extra(file: str) -> str:
+def describe_extra(file: str) -> str:
     """What to say of a file that no row needs."""
     suffix = Path(file).suffix.lower()
     if suffix in EXTENSIONS:

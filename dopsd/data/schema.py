@@ -129,7 +129,7 @@ def _seen(cells: Mapping[str, Any], facts: Mapping[str, ImageFacts]) -> Seen:
 def _unmet(row: Seen, cells: Mapping[str, Any], needs: Needs | None) -> list[tuple[str, str]]:
     captions = json.loads(cells["captions"]) if isinstance(cells["captions"], str) else None
     unread = [column for column, _ in json.loads(cells["problems"])]
-    return [] if needs is None else [(column, shown(said)) for column, said in unmet(row, captions, unread, needs)]
+    return [] if needs is None else [(column, shown(problem)) for column, problem in unmet(row, captions, unread, needs)]
 
 
 def _row(root: Path, cells: Mapping[str, Any]) -> Row:
@@ -291,25 +291,25 @@ def _judge(
     return faults
 
 
-_Said = list[tuple[str | None, str]]
+_Problems = list[tuple[str | None, str]]
 
 
-def _say_unclean(cells: Mapping[str, Any], _: DataSettings) -> _Said:
+def _describe_unclean(cells: Mapping[str, Any], _: DataSettings) -> _Problems:
     advice = "holds control characters or line breaks, or has no name; write it on one line"
     return [("captions", f"{variant!r} {advice}") for variant in _unclean_captions(cells["captions"])]
 
 
-def _say_small(cells: Mapping[str, Any], settings: DataSettings) -> _Said:
+def _describe_small(cells: Mapping[str, Any], settings: DataSettings) -> _Problems:
     side = settings.resolution
     problem = f"{cells['image']} is too small: {cells['size']} pixels are fewer than {side} x {side}; give a larger one"
     return [("image", problem)]
 
 
 # Check of the schema -> the (column, problem) pairs that it means for the row that failed it; also the faults' order.
-_MESSAGES: dict[str, Callable[[Mapping[str, Any], DataSettings], _Said]] = {
+_MESSAGES: dict[str, Callable[[Mapping[str, Any], DataSettings], _Problems]] = {
     "unreadable": lambda cells, _: [(column, problem) for column, problem in json.loads(cells["problems"])],
     "bad_image": lambda cells, _: [("image", cells["image_problem"])],
-    "too_small": _say_small,
+    "too_small": _describe_small,
     "too_long": lambda cells, _: [
         ("image", f"{cells['image']} is {cells['size']} pixels, longer than {MAX_ASPECT:g} : 1; crop it")
     ],
@@ -319,7 +319,7 @@ _MESSAGES: dict[str, Callable[[Mapping[str, Any], DataSettings], _Said]] = {
         ("captions", f"{shown(variant)!r} is empty; write it or remove it")
         for variant in _empty_captions(cells["captions"])
     ],
-    "unclean_caption": _say_unclean,
+    "unclean_caption": _describe_unclean,
     "bad_reference": lambda cells, _: [("references", wrong) for wrong in json.loads(cells["reference_problems"])],
     "unmet": lambda cells, _: [(column, problem) for column, problem in json.loads(cells["unmet"])],
 }

@@ -165,9 +165,12 @@ class AdapterPair:
             self._merged.follow()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of everything that training changes here: ``student/...``, and ``teacher/...`` in float32."""
-        state = {f"{STUDENT}/{key}": value.detach().clone() for key, value in self._student.items()}
-        return state | {f"{TEACHER}/{key}": value.clone() for key, value in self._master.items()}
+        """Copies on the CPU of everything that training changes here: ``student/...``, and ``teacher/...`` in float32.
+
+        Each is copied straight from its device, where nothing is held twice.
+        """
+        state = {f"{STUDENT}/{key}": value.detach().to("cpu", copy=True) for key, value in self._student.items()}
+        return state | {f"{TEACHER}/{key}": value.to("cpu", copy=True) for key, value in self._master.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

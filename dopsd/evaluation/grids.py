@@ -36,12 +36,12 @@ class Gallery:
         self._prompts = {"concept": list(concept[:SHOWN]), "kept": list(kept[:SHOWN])}
         self._training, self._captions = [_tile(image) for image in training], list(captions)
         self._tiles: dict[tuple[str, str, int], list[Image.Image]] = {}
-        for split, asked in self._prompts.items():
-            truths = [_tile(p.truth) for p in asked if p.truth is not None]
+        for split, prompts in self._prompts.items():
+            truths = [_tile(p.truth) for p in prompts if p.truth is not None]
             if truths:
                 self._tiles[split, "real", 0] = truths
-            shown = [_together([r.load() for r in p.references]) for p in asked if p.references]
-            if shown and len(shown) == len(asked):
+            shown = [_together([r.load() for r in p.references]) for p in prompts if p.references]
+            if shown and len(shown) == len(prompts):
                 self._tiles[split, "reference", 0] = shown
         self._settings = settings
 
@@ -49,8 +49,8 @@ class Gallery:
         """Keep the first pictures of a cell."""
         self._tiles[split, model, steps] = [_tile(image) for image in images[:SHOWN]]
 
-    def write(self) -> dict[str, Image.Image]:
-        """Write strips, their index and the labelled grids; returns the grids by name."""
+    def write(self) -> None:
+        """Write strips, their index and the labelled grids."""
         self._write_samples()
         grids = {}
         for name, split in (("few_step", "concept"), ("kept", "kept")):
@@ -60,13 +60,12 @@ class Gallery:
                 if (split, model, steps) in self._tiles
             ]
             if rows:
-                asked = [p.text for p in self._prompts[split]]
-                grids[name] = draw_grid(asked, rows, f"{self._few} steps, same noise for every model")
+                captions = [p.text for p in self._prompts[split]]
+                grids[name] = draw_grid(captions, rows, f"{self._few} steps, same noise for every model")
         grids["steps"] = self._steps_grid()
         (self._folder / "grids").mkdir(parents=True, exist_ok=True)
         for name, grid in grids.items():
             grid.save(self._folder / "grids" / f"{name}.png", optimize=True)
-        return grids
 
     def _steps_grid(self) -> Image.Image:
         rows = [
@@ -81,7 +80,7 @@ class Gallery:
         folder = self._folder / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         index: dict[str, Any] = {
-            "prompts": {split: [p.text for p in asked] for split, asked in self._prompts.items()},
+            "prompts": {split: [p.text for p in captions] for split, captions in self._prompts.items()},
             "captions": self._captions,
             "settings": self._settings.model_dump(mode="json"),
             "strips": [],

@@ -65,6 +65,9 @@ class Prompt:
         return EncodingRequest(self.text, self.references)
 
 
+_MAX_KIND_BYTES = 64 << 10
+
+
 def read_kind(table: ConceptTable, world: World | None) -> Kind:
     """``concept.json`` beside the data: ``{"kind": "style"|"subject", "style": "ink"}``; without it nothing is known.
 
@@ -74,6 +77,8 @@ def read_kind(table: ConceptTable, world: World | None) -> Kind:
     if not path.exists():
         return Kind()
     try:
+        if path.stat().st_size > _MAX_KIND_BYTES:
+            raise ValueError(f"larger than {_MAX_KIND_BYTES >> 10} KiB")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EvaluationError(f"{path}: not readable as JSON ({error}); correct it or remove it") from None

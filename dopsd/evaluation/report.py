@@ -42,10 +42,10 @@ class ReportError(ValueError):
     """Something that the report needs is missing; says which stage makes it."""
 
 
-def write_report(evaluation: Path, training: Path, about: Mapping[str, Any], out: Path) -> Path:
+def write_report(evaluation: Path, training: Path, data: Mapping[str, Any], out: Path) -> Path:
     """Write the page to ``out`` from ``evaluation/`` and, where it is there, ``train/<method>/``.
 
-    ``about``: what stage validate found (``content_hash``, ``holdout_images``, ...). Raises :class:`ReportError`.
+    ``data``: what stage validate found (``content_hash``, ``holdout_images``, ...). Raises :class:`ReportError`.
     """
     metrics = _read_json(evaluation / "metrics.json")
     index = _read_json(evaluation / "samples" / "index.json")
@@ -56,9 +56,9 @@ def write_report(evaluation: Path, training: Path, about: Mapping[str, Any], out
     head, sentences = verdict(metrics)
     page = _environment().get_template(_TEMPLATE).render(
         metrics=metrics,
-        asked=prompts_described(metrics),
-        told=teacher_described(metrics),
-        about=about,
+        prompts_line=prompts_described(metrics),
+        teacher_line=teacher_described(metrics),
+        data=data,
         main=main_model(metrics),
         headline=head,
         sentences=sentences,

@@ -28,9 +28,8 @@ from dopsd.distill.adapters import adapter_applied
 from dopsd.distill.rollout import sample
 from dopsd.files import whole_folder
 from dopsd.models.base import Conditioning, Family
-from dopsd.train.crew import Crew
 from dopsd.train.encode import encode_contexts, encode_prompts
-from dopsd.train.trainer import Observer
+from dopsd.train.workers import Workers
 
 from . import headline, prompts
 from .backbones import FeatureStore, load_backbone
@@ -54,6 +53,14 @@ class Subject:
     adapter: Path | None
 
 
+def subjects_in(adapters: Path) -> list[Subject]:
+    """What is compared: the base, its teacher, and every adapter there is, D-OPSD's first."""
+    trained = sorted(adapters.glob("*.safetensors"), key=lambda path: (path.stem != "d-opsd", path.stem))
+    if not trained:
+        raise EvaluationError(f"{adapters}: no adapter there; run stage train first")
+    return [Subject("base", None), Subject("teacher", None), *(Subject(path.stem, path) for path in trained)]
+
+
 @dataclass(frozen=True)
 class _Plan:
     """All that is asked, encoded: contexts belong to the teacher."""
@@ -75,16 +82,15 @@ def evaluate(
     settings: Settings,
     cache: EncodingCache,
     folder: Path,
-    observer: Observer | None = None,
     features: Path | None = None,
-    crew: Crew | None = None,
+    workers: Workers | None = None,
 ) -> dict[str, Any]:
     """Sample and score all ``subjects``; write ``folder`` (whole or not at all) and return ``metrics.json``'s content.
 
     ``world``: the truth for every prompt, which only the embedded base has; scores that need what is not there are left
     out and named under ``omitted``. ``features``: file that keeps real pictures' features between runs (default: in the
-    cache's folder). ``crew`` draws, where there is one. The family's encoders are released once everything is encoded.
-    Raises :class:`EvaluationError`.
+    cache's folder). ``workers`` draw, where there are some. The family's encoders are released once everything is
+    encoded. Raises :class:`EvaluationError`.
     """
     store = FeatureStore(load_backbone(BACKBONE, family.device), features or cache.folder / f"{BACKBONE}.safetensors")
     names = [subject.name for subject in subjects]
@@ -105,14 +111,11 @@ def evaluate(
 
     with whole_folder(folder) as partial:
         gallery = Gallery(partial, plan.concept, plan.kept, plan.training, plan.training_captions, settings, names)
-        cells |= _run(family, subjects, plan, scorers, gallery, settings, crew)
+        cells |= _run(family, subjects, plan, scorers, gallery, settings, workers)
         metrics = _summary(table, plan, probe, scorers, cells, names, settings, family.teaching.context)
         _write_csv(partial, cells, scorers, min(settings.evaluation.curve_prompts, len(plan.concept)), settings)
-        grids = gallery.write()
+        gallery.write()
         (partial / METRICS).write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if observer is not None:
-        for name, grid in grids.items():
-            observer.images(0, f"evaluation/{name}", [grid], [name])
     return metrics
 
 
@@ -152,7 +155,7 @@ def _probe(
 
 def _run(
     family: Family, subjects: Sequence[Subject], plan: _Plan, scorers: dict[str, Scorer], gallery: Gallery,
-    settings: Settings, crew: Crew | None,
+    settings: Settings, workers: Workers | None,
 ) -> dict[tuple[str, str, int], Cell]:  # fmt: skip
     """Every subject at every number of steps; pictures are scored and dropped, apart from the gallery's."""
     few = settings.evaluation.few
@@ -166,7 +169,7 @@ def _run(
     ]
     cells: dict[tuple[str, str, int], Cell] = {}
     parts = [part for job in jobs for part in _parts(*job, plan, settings)]
-    drawn = zip(parts, _draw_all(family, parts, crew), strict=True)
+    drawn = zip(parts, _draw_all(family, parts, workers), strict=True)
     with tqdm(total=sum(s * n for _, _, s, n in jobs), desc="evaluate", unit="step", disable=None) as bar:
         for subject, split, steps, count in jobs:
             bar.set_postfix_str(f"{subject.name}, {steps} steps")
@@ -230,11 +233,11 @@ def _parts(
             yield _Part(subject.name, subject.adapter, steps, height, width, chosen, seeds, [told[i] for i in chosen])
 
 
-def _draw_all(family: Family, parts: Sequence[_Part], crew: Crew | None) -> Iterator[list[Image.Image]]:
+def _draw_all(family: Family, parts: Sequence[_Part], workers: Workers | None) -> Iterator[list[Image.Image]]:
     """The pictures of every part, in order."""
-    if crew is not None:
+    if workers is not None:
         files = {path: path.read_bytes() for path in {part.adapter for part in parts} if path is not None}
-        yield from crew.map(_draw_with, [(part, files[part.adapter] if part.adapter else None) for part in parts])
+        yield from workers.map(_draw_with, [(part, files[part.adapter] if part.adapter else None) for part in parts])
         return
     for adapter, group in groupby(parts, key=lambda part: part.adapter):
         with adapter_applied(family.transformer, adapter):

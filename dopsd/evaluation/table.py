@@ -118,8 +118,8 @@ def _change(
 def headline_table(metrics: Mapping[str, Any]) -> Table:
     """The table for the terminal."""
     few, counts = metrics["few_steps"], metrics["counts"]
-    about = "decoded: the true pictures as the autoencoder carries them, the most that the base can draw; "
-    decoded = about if "decoded" in metrics["scores"]["concept"] else ""
+    note = "decoded: the true pictures as the autoencoder carries them, the most that the base can draw; "
+    decoded = note if "decoded" in metrics["scores"]["concept"] else ""
     table = Table(
         pad_edge=False,
         collapse_padding=True,

@@ -50,7 +50,7 @@ def verdict(metrics: Mapping[str, Any]) -> tuple[str, list[str]]:
     found = {finding.key: finding for finding in findings(metrics)}
     name, few = name_of(model), metrics["few_steps"]
     sentences = [finding.sentence for finding in found.values()]
-    sentences += _about_rivals(metrics, model) + _about_steps(metrics, model)
+    sentences += _on_rivals(metrics, model) + _on_steps(metrics, model)
     gaps = [found[key].level for key in ("gap_closed_style", "gap_closed_truth") if key in found]
     what = "subject" if metrics.get("kind") == "subject" else "style"
     if not gaps:
@@ -127,7 +127,7 @@ _KEPT_NAMES = {
 }  # fmt: skip
 
 
-def _about_rivals(metrics: Mapping[str, Any], model: str) -> list[str]:
+def _on_rivals(metrics: Mapping[str, Any], model: str) -> list[str]:
     """How ordinary fine-tuning does on the same pictures."""
     out = []
     for other in metrics["models"]:
@@ -148,7 +148,7 @@ def _about_rivals(metrics: Mapping[str, Any], model: str) -> list[str]:
     return out
 
 
-def _about_steps(metrics: Mapping[str, Any], model: str) -> list[str]:
+def _on_steps(metrics: Mapping[str, Any], model: str) -> list[str]:
     """Whether few steps still do what many do."""
     key = "retention_style" if metrics["style_score"] == "style" else "retention_train_similarity"
     value, few, most = metrics["headline"].get(model, {}).get(key), metrics["few_steps"], metrics["most_steps"]

@@ -15,6 +15,7 @@ import torch
 
 from dopsd.config import ModelSettings, Settings
 from dopsd.data.images import MULTIPLE
+from dopsd.versions import ENCODING_VERSION
 
 from .base import Family, Parts, Teaching
 from .folder import CONFIG, read_json
@@ -27,8 +28,6 @@ FAMILIES = {
     "krea-2": "dopsd.models.krea2:Krea2",
 }
 """Name in the settings to module and class."""
-ENCODING_VERSION = 2
-"""Raised when the same caption and pictures are encoded into something else than before."""
 
 Use = Literal["train", "draw", "teach"]
 """What a base is opened for: training needs no encoders, drawing no VLM, teaching all of it."""
@@ -39,7 +38,7 @@ COMMITS = Path(".cache/hub-commits.json")
 """Which commit a hub's name meant when the base was last identified: no stage may take another one than that."""
 
 __all__ = [
-    "FAMILIES", "Base", "Family", "ModelError", "Use", "description_of", "family_class", "licence_of", "load_family",
+    "FAMILIES", "Base", "Family", "ModelError", "Use", "family_class", "licence_of", "load_family",
     "open_base", "references_rule", "remember_commits", "resolved", "teaching_of",
 ]  # fmt: skip
 
@@ -136,8 +135,8 @@ class Base:
     def encoders(self) -> str:
         """Of all that decides an encoding: every component but those that only draw, and the index's own settings."""
         parts = [name for name in self.components if name not in ("transformer", "scheduler")]
-        about = {key: value for key, value in self.index.items() if not key.startswith("_")}
-        return _hash([identity(self.source, self.hashes, parts), about])
+        values = {key: value for key, value in self.index.items() if not key.startswith("_")}
+        return _hash([identity(self.source, self.hashes, parts), values])
 
     def differences(self) -> str:
         """What a person should know of VLM and text encoder before one looks through the other; mostly nothing."""
@@ -146,11 +145,6 @@ class Base:
             return ""
         return (f"the VLM's rotary base is {vlm:,.0f}, the text encoder's {encoder:,.0f}: with model.vlm_positions vlm "
                 "(as published) teacher and student place words differently; `dopsd gain` compares both")  # fmt: skip
-
-
-def description_of(base: Base, model: ModelSettings) -> dict[str, Any]:
-    """What a base and its settings are, as far as anything that is learnt or drawn depends on them."""
-    return {"files": dict(sorted(base.identities.items())), "settings": model.decides_learning()}
 
 
 def open_base(model: ModelSettings, root: Path, use: Use = "teach", fresh: bool = False) -> Base:

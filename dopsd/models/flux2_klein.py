@@ -108,9 +108,9 @@ class Flux2Klein(Family):
 
     @staticmethod
     def call(request: Request, height: int, width: int, num_steps: int, noise: Tensor | None = None) -> dict[str, Any]:
-        asked = {"prompt": request.caption, "height": height, "width": width, "num_inference_steps": num_steps}
-        asked |= {"guidance_scale": 1.0} | ({} if noise is None else {"latents": noise.clone()})
-        return asked | ({"image": list(request.references)} if request.references else {})
+        arguments = {"prompt": request.caption, "height": height, "width": width, "num_inference_steps": num_steps}
+        arguments |= {"guidance_scale": 1.0} | ({} if noise is None else {"latents": noise.clone()})
+        return arguments | ({"image": list(request.references)} if request.references else {})
 
     @staticmethod
     def comfyui_lora(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
@@ -208,8 +208,8 @@ class Flux2Klein(Family):
         """``dx/dsigma`` as float32 ``[B, C, h, w]``. Examples whose references differ in shape run one after the other:
         the transformer has one geometry per forward."""
         groups: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
-        for number, told in enumerate(conditioning):
-            groups[_shapes(told)].append(number)
+        for number, tensors in enumerate(conditioning):
+            groups[_shapes(tensors)].append(number)
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device).expand(len(latents))
         if len(groups) == 1:
             return self._predict(latents, sigma, conditioning)
@@ -224,9 +224,9 @@ class Flux2Klein(Family):
         noise = _packed(latents.to(self.dtype))
         sequences = [noise]
         for number in range(len(references_of(conditioning[0]))):
-            reference = torch.stack([told[f"{REFERENCE}{number}"] for told in conditioning])
+            reference = torch.stack([tensors[f"{REFERENCE}{number}"] for tensors in conditioning])
             sequences.append(_packed(reference.to(latents.device, self.dtype)))
-        captions = torch.stack([told[CAPTION] for told in conditioning]).to(latents.device, self.dtype)
+        captions = torch.stack([tensors[CAPTION] for tensors in conditioning]).to(latents.device, self.dtype)
         shapes = ((latents.shape[2], latents.shape[3]), *_shapes(conditioning[0]))
         u = self.transformer(
             hidden_states=torch.cat(sequences, dim=1),

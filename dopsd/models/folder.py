@@ -90,7 +90,7 @@ def tensors_of(source: Source, part: str, shown: str = "") -> Iterable[str]:
         raise ModelError(f"{shown}: {where}{first.name} lists no files; {source.again(part)}")
     for shard in sorted({str(name) for name in tensors.values()}):
         if not (folder / shard).is_file():
-            raise ModelError(f"{shown}: {where}{said(shard)} is missing; {source.again(part)}")
+            raise ModelError(f"{shown}: {where}{quoted(shard)} is missing; {source.again(part)}")
         _whole(folder / shard, source, part, shown)
     return tensors
 
@@ -130,6 +130,6 @@ def read_json(file: Path, shown: str) -> dict[str, Any]:
     return content
 
 
-def said(value: object) -> str:
+def quoted(value: object) -> str:
     """What a file or a person wrote, fit for a line."""
     return " ".join(str(value).split())[:100]

@@ -80,7 +80,7 @@ def _hashes(source: Source, files: Collection[Path], cache: Path) -> dict[Path, 
         if isinstance(entry, list) and entry[:-1] == _stamp(stat) and re.fullmatch("[0-9a-f]{64}", str(entry[-1])):
             hashes[file] = entry[-1]
     missing = sorted(set(files) - set(hashes))
-    made: dict[str, list[int | str]] = {}
+    computed: dict[str, list[int | str]] = {}
     total = sum(stats[file].st_size for file in missing)
     hidden = None if total > _BAR_FROM else True
     bar = tqdm(total=total, desc=f"hashing {source.shown}", unit="B", unit_scale=True, disable=hidden)
@@ -89,10 +89,10 @@ def _hashes(source: Source, files: Collection[Path], cache: Path) -> dict[Path, 
             begun = time.time()
             hashes[file], stat = _hash(source, file, bar)
             if abs(begun - stat.st_mtime) > _SAME_TICK:
-                made[str(file)] = [*_stamp(stat), hashes[file]]
+                computed[str(file)] = [*_stamp(stat), hashes[file]]
     finally:
         bar.close()
-        _remember(cache, made)
+        _remember(cache, computed)
     return hashes
 
 
@@ -125,14 +125,14 @@ def _remembered(cache: Path) -> dict[str, Any]:
     return files if isinstance(files, dict) else {}
 
 
-def _remember(cache: Path, made: Mapping[str, list[int | str]]) -> None:
+def _remember(cache: Path, computed: Mapping[str, list[int | str]]) -> None:
     """Add to the cache, whole or not at all. Of two processes the later wins: what the other made is made again."""
-    if not made:
+    if not computed:
         return
     partial = cache.with_name(f"{cache.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"files": {**_remembered(cache), **made}}, indent=1), "utf-8")
+        partial.write_text(json.dumps({"files": {**_remembered(cache), **computed}}, indent=1), "utf-8")
         partial.replace(cache)
     except OSError:  # a disk that cannot be written to costs time, no more
         with suppress(OSError):

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .folder import HubAway, ModelError, Source, said
+from .folder import HubAway, ModelError, Source, quoted
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NEVER = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.py")
@@ -108,7 +108,7 @@ def _why(error: BaseException, name: str, revision: str | None, key: str, begun:
     chain = list(_causes(error))
     status = next((e.response.status_code for e in chain if isinstance(e, HfHubHTTPError)), 0)
     if any(isinstance(e, RevisionNotFoundError) for e in chain):
-        return f"no revision {said(revision or 'main')!r} there; give a branch, a tag or a full commit"
+        return f"no revision {quoted(revision or 'main')!r} there; give a branch, a tag or a full commit"
     if any(isinstance(e, GatedRepoError) for e in chain) or status == 403:
         return "gated: accept its licence at its page on the hub, then `hf auth login` here"
     if any(isinstance(e, RepositoryNotFoundError) for e in chain):

@@ -91,9 +91,9 @@ class Krea2(Family):
 
     @staticmethod
     def call(request: Request, height: int, width: int, num_steps: int, noise: Tensor | None = None) -> dict[str, Any]:
-        asked = {"prompt": request.caption, "height": height, "width": width, "num_inference_steps": num_steps}
+        arguments = {"prompt": request.caption, "height": height, "width": width, "num_inference_steps": num_steps}
         # any guidance above 0 would switch the undistilled model's guidance on
-        return asked | {"guidance_scale": 0.0} | ({} if noise is None else {"latents": _packed(noise)})
+        return arguments | {"guidance_scale": 0.0} | ({} if noise is None else {"latents": _packed(noise)})
 
     @staticmethod
     def comfyui_lora(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
@@ -178,8 +178,8 @@ class Krea2(Family):
 
     def predict_velocity(self, latents: Tensor, sigma: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
         """``dx/dsigma`` as float32 ``[B, C, h, w]``. Captions are padded to 512 rows as the pipeline pads them."""
-        rows = max(MAX_PROMPT_TOKENS, *(len(told[CAPTION]) for told in conditioning))
-        captions, mask = zip(*(_padded(told[CAPTION], rows) for told in conditioning), strict=True)
+        rows = max(MAX_PROMPT_TOKENS, *(len(tensors[CAPTION]) for tensors in conditioning))
+        captions, mask = zip(*(_padded(tensors[CAPTION], rows) for tensors in conditioning), strict=True)
         height, width = latents.shape[2] // _PATCH, latents.shape[3] // _PATCH
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device).expand(len(latents))
         u = self.transformer(

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .folder import CONFIG, INDEX, ModelError, Source, need, read_json, said, tensors_of
+from .folder import CONFIG, INDEX, ModelError, Source, need, quoted, read_json, tensors_of
 from .hashes import identity
 
 __all__ = ["ModelError", "Source", "check_pipeline", "check_vlm", "identity", "licence_of", "locate", "read_index"]
@@ -60,7 +60,7 @@ def locate(
         raise ModelError(f"{key}: {path}: a single file; a whole folder is needed, or a hub name (owner/name)")
     if not _HUB_NAME.fullmatch(path) or ".." in path or "--" in path:
         raise ModelError(
-            f"{key}: {said(path) or 'empty'}: no such folder, and not a hub name (owner/name); "
+            f"{key}: {quoted(path) or 'empty'}: no such folder, and not a hub name (owner/name); "
             "check the path, or give the model's name on the hub"
         )
     if folder.parent.is_dir() and not revision:
@@ -101,7 +101,7 @@ def check_pipeline(
         index = read_index(source.folder)
     except ModelError as error:
         raise ModelError(f"{error}; {source.again()}" if source.name else str(error)) from None
-    found = said(index.get("_class_name") or "unnamed")
+    found = quoted(index.get("_class_name") or "unnamed")
     if found != class_name:
         note = (advice or {}).get(found, "check model.path and model.family")
         raise ModelError(f"{shown}: its pipeline is {found}, and {class_name} is needed; {note}")
@@ -112,7 +112,7 @@ def check_pipeline(
         )
     for name, classes in components.items():
         entry = index.get(name)
-        listed = said(entry[1]) if isinstance(entry, list) and len(entry) == 2 and entry[1] else None
+        listed = quoted(entry[1]) if isinstance(entry, list) and len(entry) == 2 and entry[1] else None
         if listed is None:
             raise ModelError(f"{shown}: {INDEX} lists no {name}; {source.again()}")
         if classes and listed not in classes:
@@ -143,7 +143,7 @@ def check_vlm(source: Source, text_config: Mapping[str, Any], key: str = "model.
         raise ModelError(f"{shown}: no {CONFIG}, so no VLM there; a whole Qwen3-VL folder is needed; {advice}")
     config = read_json(source.folder / CONFIG, f"{shown}: {CONFIG}")
     classes = config.get("architectures") or []
-    name = said(classes[0] if isinstance(classes, list) and classes else config.get("model_type"))
+    name = quoted(classes[0] if isinstance(classes, list) and classes else config.get("model_type"))
     if name not in (*VLM_CLASSES, "qwen3_vl"):
         blind = ", which sees no pictures" if "vision_config" not in config else ""
         raise ModelError(f"{shown}: a {name}{blind}; a Qwen3-VL ({VLM_CLASSES[0]}) is needed")
@@ -151,7 +151,7 @@ def check_vlm(source: Source, text_config: Mapping[str, Any], key: str = "model.
     if not isinstance(text, dict) or not isinstance(config.get("vision_config"), dict):
         raise ModelError(f"{shown}: its {CONFIG} lacks text_config or vision_config; {source.again()}")
     pairs = [(size, *(c.get(size, _DEFAULTS.get(size)) for c in (text, text_config))) for size in _MUST_AGREE]
-    wrong = [f"{size} {said(ours)} instead of {said(theirs)}" for size, ours, theirs in pairs if ours != theirs]
+    wrong = [f"{size} {quoted(ours)} instead of {quoted(theirs)}" for size, ours, theirs in pairs if ours != theirs]
     if wrong:
         raise ModelError(f"{shown}: does not fit the text encoder ({', '.join(wrong)}); take the Qwen3-VL of its size")
     need(source, "", "preprocessor_config.json", "processor_config.json", shown=shown)
@@ -189,4 +189,4 @@ def licence_of(source: Source) -> str | None:
         licence = licence[0]
     if licence == "other" and facts.get("license_name"):
         licence = facts["license_name"]
-    return said(licence) if isinstance(licence, str) and licence.strip() else None
+    return quoted(licence) if isinstance(licence, str) and licence.strip() else None

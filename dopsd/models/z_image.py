@@ -92,8 +92,8 @@ class ZImage(Family):
 
     @staticmethod
     def call(request: Request, height: int, width: int, num_steps: int, noise: Tensor | None = None) -> dict[str, Any]:
-        asked = {"prompt": request.caption, "height": height, "width": width, "num_inference_steps": num_steps}
-        return asked | {"guidance_scale": 0.0} | ({} if noise is None else {"latents": noise.clone()})
+        arguments = {"prompt": request.caption, "height": height, "width": width, "num_inference_steps": num_steps}
+        return arguments | {"guidance_scale": 0.0} | ({} if noise is None else {"latents": noise.clone()})
 
     @staticmethod
     def comfyui_lora(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dopsd.config import RegistrySettings
+from dopsd.identity import VersionIdentity
 from dopsd.tracking import connect, tracking_uri, without_secrets
 
 from .gate import Verdict, bar_of, judge
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-__all__ = ["CHAMPION", "Made", "Outcome", "Registry", "RegistryAway", "Verdict", "judge", "model_name"]
+__all__ = ["CHAMPION", "Outcome", "Registry", "RegistryAway", "Verdict", "judge", "model_name"]
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 _MADE, _SCORES, _GATE = "dopsd.made.", "dopsd.scores", "dopsd.gate"
@@ -37,25 +38,6 @@ _NEEDS = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetenso
 
 class RegistryAway(RuntimeError):
     """The registry does not answer; what was to be registered is still there, and can be registered later."""
-
-
-@dataclass(frozen=True)
-class Made:
-    """What a version was made from. Two equal ones need no second training."""
-
-    data: str
-    """Content hash of the concept's data."""
-    settings: str
-    """Hash of the settings that decide what is learnt."""
-    base: str
-    """Fingerprint of the base model's files."""
-    method: str
-    """The version of the method: a hash of the code that trains."""
-
-    def differences(self, other: Made) -> list[str]:
-        """Which parts differ, in words."""
-        words = {"data": "data", "settings": "settings", "base": "base model", "method": "method version"}
-        return [word for key, word in words.items() if getattr(self, key) != getattr(other, key)]
 
 
 @dataclass(frozen=True)
@@ -89,16 +71,16 @@ class Registry:
             self._client = connect(self.uri)
         return self._client
 
-    def champion(self, concept: str) -> tuple[ModelVersion, Made, dict[str, Any]] | None:
+    def champion(self, concept: str) -> tuple[ModelVersion, VersionIdentity, dict[str, Any]] | None:
         """The champion's version, what it was made from and how it scored; ``None`` where there is none."""
         found = self._alias(model_name(concept), CHAMPION)
-        return (found, _made(found), json.loads(found.tags.get(_SCORES, "{}"))) if found else None
+        return (found, _identity_of(found), json.loads(found.tags.get(_SCORES, "{}"))) if found else None
 
-    def judged(self, concept: str, made: Made) -> bool:
+    def judged(self, concept: str, identity: VersionIdentity) -> bool:
         """Whether a version made from just this was judged already, whatever came of it."""
         with self._answers():
             versions = self.client.search_model_versions(f"name='{model_name(concept)}'")
-        return any(_made(version) == made and _GATE in version.tags for version in versions)
+        return any(_identity_of(version) == identity and _GATE in version.tags for version in versions)
 
     def adapter(self, version: ModelVersion, folder: Path) -> Path:
         """Fetch a version's adapter in the project's own form, to evaluate it again. Returns its file."""
@@ -121,7 +103,7 @@ class Registry:
             return Path(download_artifacts(f"{source}/base", dst_path=str(folder), tracking_uri=self.uri))
 
     def register(
-        self, concept: str, run_id: str, made: Made, scores: Mapping[str, Any], tags: Mapping[str, str],
+        self, concept: str, run_id: str, identity: VersionIdentity, scores: Mapping[str, Any], tags: Mapping[str, str],
         champion_scores: Mapping[str, Any] | None, files: Mapping[str, Path], serving: Mapping[str, Any],
         settings: RegistrySettings, obstacle: str = "",
     ) -> Outcome:  # fmt: skip
@@ -138,7 +120,7 @@ class Registry:
             verdict = judge(scores, champion_scores, settings)
         if verdict.passed:
             scores = {**scores, "bar": bar_of(scores, champion_scores)}
-        values = {f"{_MADE}{key}": value for key, value in made.__dict__.items()}
+        values = {f"{_MADE}{key}": value for key, value in identity.__dict__.items()}
         values |= {_SCORES: json.dumps(scores, sort_keys=True), **tags, f"{_GATE}": verdict.word,
                    f"{_GATE}.reason": verdict.reason}  # fmt: skip
         with self._answers():
@@ -213,8 +195,8 @@ class _Answers:
             raise RegistryAway(f"the registry did not take it ({text}); run stage register again later") from None
 
 
-def _made(version: ModelVersion) -> Made:
-    return Made(**{key: version.tags.get(_MADE + key, "") for key in Made.__dataclass_fields__})
+def _identity_of(version: ModelVersion) -> VersionIdentity:
+    return VersionIdentity(**{key: version.tags.get(_MADE + key, "") for key in VersionIdentity.__dataclass_fields__})
 
 
 def _save_model(folder: Path, files: Mapping[str, Path], serving: Mapping[str, Any]) -> None:
@@ -225,9 +207,9 @@ def _save_model(folder: Path, files: Mapping[str, Path], serving: Mapping[str, A
     from mlflow.types.schema import AnyType
 
     options = ParamSchema([ParamSpec(name, "long", 0) for name in ("seed", "steps", "height", "width")])
-    asked = Schema([ColSpec("string")])
+    inputs = Schema([ColSpec("string")])
     if serving.get("edits"):  # lists of strings; declared as that, MLflow refuses a table where a row has none (NaN)
-        asked = Schema([ColSpec("string", "prompt"), ColSpec(AnyType(), "images", required=False)])
+        inputs = Schema([ColSpec("string", "prompt"), ColSpec(AnyType(), "images", required=False)])
 
     with tempfile.TemporaryDirectory(prefix="dopsd-files-") as place:
         artifacts = {}
@@ -247,6 +229,6 @@ def _save_model(folder: Path, files: Mapping[str, Path], serving: Mapping[str, A
                 python_model=str(_SERVING),
                 artifacts=artifacts,
                 model_config=dict(serving),
-                signature=ModelSignature(inputs=asked, params=options),
+                signature=ModelSignature(inputs=inputs, params=options),
                 pip_requirements=[f"{package}=={installed(package).partition('+')[0]}" for package in _NEEDS],
             )

@@ -55,7 +55,7 @@ class FewStepModel(mlflow.pyfunc.PythonModel):
         self.pipeline = DiffusionPipeline.from_pretrained(
             stored or config["base"], torch_dtype=dtype, use_safetensors=True, **named
         )
-        self.pipeline.load_lora_weights(context.artifacts["adapter"])
+        self.pipeline.load_lora_weights(context.artifacts["adapter"], use_safetensors=True)
         if not self.pipeline.get_active_adapters():
             raise RuntimeError("the adapter loaded as nothing: this diffusers is not the one it was made for")
         self.pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,11 +79,11 @@ class FewStepModel(mlflow.pyfunc.PythonModel):
         pictures = _pictures(row)
         trained = (self.call["width"], self.call["height"])
         width, height = size or (_shaped(pictures[0], math.prod(trained)) if pictures else trained)
-        asked = self.call | {"height": height, "width": width} | ({"num_inference_steps": steps} if steps else {})
+        arguments = self.call | {"height": height, "width": width} | ({"num_inference_steps": steps} if steps else {})
         if pictures:
-            asked |= {"image": pictures}
+            arguments |= {"image": pictures}
         generator = torch.Generator().manual_seed(seed + row.number)
-        return self.pipeline(prompt=row.prompt, generator=generator, **asked).images[0]
+        return self.pipeline(prompt=row.prompt, generator=generator, **arguments).images[0]
 
 
 # --- what is asked for ------------------------------------------------------------------------------------------------

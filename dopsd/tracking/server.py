@@ -1,29 +1,30 @@
-"""What MLflow is told, and how: the only place that speaks to it. Every call here may raise when the server is away.
-
-Sending a record twice does no harm: a metric is one row per (run, key, step, time, value), parameters and tags are set
-to the same value, artifacts overwrite themselves, runs and preview pictures are looked for before they are made.
-"""
+"""The tracking server: its address, a client, and what its answers mean."""
 
 from __future__ import annotations
 
 import logging
 import os
-import tempfile
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from traceback import walk_tb
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
-
-from .spool import Record, Spool
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-RUN_KEY = "dopsd.run_key"
-METRICS_PER_CALL = 1000  # MLflow's own limit
-PARAMS_PER_CALL = 100
-PARAM_LENGTH = 6000
+
+class Away(Exception):
+    """The server cannot be reached, is busy or broken; later it may answer."""
+
+
+class LoginNeeded(Away):
+    """The server does not know who we are."""
+
+
+class Refused(Exception):
+    """The server understood and will not take it; asking again would not help."""
 
 
 def tracking_uri(root: Path) -> str:
@@ -53,10 +54,11 @@ def public_uri(uri: str) -> str:
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client for ``uri`` that fails soon: waiting is the sender's business, not MLflow's."""
+    """A client for ``uri`` that fails soon: waiting is our business, not MLflow's."""
     for name, value in (
         ("MLFLOW_DISABLE_TELEMETRY", "true"),
         ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
+        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
         ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"),
         ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10"),
     ):
@@ -68,119 +70,34 @@ def connect(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri)
 
 
-class Server:
-    """Delivers records to one MLflow server, for one spool."""
-
-    def __init__(self, uri: str, experiment: str, artifacts: Path, spool: Spool) -> None:
-        self.uri, self.experiment, self.artifacts, self.spool = uri, experiment, artifacts, spool
-        self._client: MlflowClient | None = None
-        self._runs: dict[str, str] = {}
-
-    @property
-    def client(self) -> MlflowClient:
-        """Made at first use, in the thread that sends: importing MLflow takes seconds."""
-        if self._client is None:
-            self._client = connect(self.uri)
-        return self._client
-
-    def forget(self) -> None:
-        """Look runs up anew: after a failure the server may be another one, or may have lost them."""
-        self._runs.clear()
-
-    def metrics(self, records: Sequence[Record]) -> None:
-        """Deliver metric records of one run in as few calls as MLflow allows."""
-        from mlflow.entities import Metric
-
-        rows = [Metric(key, value, r["time"], r["step"]) for r in records for key, value in r["values"].items()]
-        for start in range(0, len(rows), METRICS_PER_CALL):
-            self._call(records[0], metrics=rows[start : start + METRICS_PER_CALL])
-
-    def deliver(self, record: Record) -> None:
-        """Deliver any other record."""
-        getattr(self, f"_{record['kind']}")(record)
-
-    def _call(self, record: Record, **batch: Any) -> None:
-        self.client.log_batch(self._run(record), synchronous=True, **batch)
-
-    def _run(self, record: Record) -> str:
-        """The id of the record's run on the server; made there if it is not."""
-        key = record["run"]
-        if key not in self._runs:
-            self._runs[key] = self.find(key) or self._create(key, record.get("about") or {})
-        return self._runs[key]
-
-    def find(self, key: str) -> str | None:
-        """The id of the run of ``key`` (a training, or ``training/method``), where the server has one."""
-        found = self.client.search_runs([self._experiment()], f"tags.`{RUN_KEY}` = '{self.spool.id}/{key}'")
-        return found[0].info.run_id if found else None
-
-    def _create(self, key: str, about: Mapping[str, Any]) -> str:
-        tags = {RUN_KEY: f"{self.spool.id}/{key}"}
-        if "/" in key:  # one method of a training: below the training's own run
-            tags["mlflow.parentRunId"] = self._run({"run": key.partition("/")[0], "about": about.get("parent")})
-        return self.client.create_run(
-            self._experiment(), start_time=about.get("time"), tags=tags, run_name=about.get("name", key)
-        ).info.run_id
-
-    def _experiment(self) -> str:
-        found = self.client.get_experiment_by_name(self.experiment)
-        if found is not None:
-            return found.experiment_id
-        local = self.artifacts.resolve().as_uri() if self.uri.startswith("sqlite:") else None
-        return self.client.create_experiment(self.experiment, artifact_location=local)
-
-    # --- one method for each kind of record ---
-
-    def _start(self, record: Record) -> None:
-        self.client.update_run(self._run(record), status="RUNNING")
-        self._tags(record)
-
-    def _tags(self, record: Record) -> None:
-        from mlflow.entities import RunTag
-
-        self._call(record, tags=[RunTag(key, value) for key, value in record["values"].items()])
-
-    def _params(self, record: Record) -> None:
-        from mlflow.entities import Param
-
-        rows = [Param(key, value) for key, value in record["values"].items()]
-        for start in range(0, len(rows), PARAMS_PER_CALL):
-            self._call(record, params=rows[start : start + PARAMS_PER_CALL])
-
-    def _dataset(self, record: Record) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        dataset = Dataset(record["name"], record["hash"][:36], "local", record["source"], profile=record["profile"])
-        self.client.log_inputs(
-            self._run(record), [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
-        )
-
-    def _image(self, record: Record) -> None:
-        """As ``MlflowClient.log_image`` lays images out, but under a name that a second try writes over: an upload that
-        died halfway leaves neither two of them nor half a one."""
-        from mlflow.tracking.multimedia import compress_image_size
-        from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
-        from PIL import Image
-
-        run = self._run(record)
-        unique = uuid.uuid5(uuid.NAMESPACE_OID, f"{self.spool.id}/{record['file']}")
-        key = record["key"].replace("/", "~")
-        name = f"{key}+step+{record['step']}+timestamp+{record['time']}+{unique}"
-        with Image.open(self.spool.file(record["file"])) as image, tempfile.TemporaryDirectory() as folder:
-            image.save(Path(folder) / f"{name}.png")
-            compress_image_size(image).save(Path(folder) / f"{name}+compressed.webp")
-            self.client.log_artifacts(run, folder, "images")
-        self.client.set_tag(run, MLFLOW_LOGGED_IMAGES, True)
-
-    def _artifact(self, record: Record) -> None:
-        self.client.log_artifact(self._run(record), str(self.spool.file(record["file"])), record["folder"] or None)
-
-    def _end(self, record: Record) -> None:
-        self.client.set_terminated(self._run(record), record["status"], record["time"])
+@contextmanager
+def understood(uri: str) -> Iterator[None]:
+    """Whatever is raised inside comes out as :class:`Away` or :class:`Refused`, in one short line without passwords."""
+    try:
+        yield
+    except (Away, Refused):
+        raise
+    except Exception as error:  # MLflow's, those of four libraries below it, a database's: none may reach a training
+        text = " ".join(without_secrets(str(error), uri).split()).rpartition("(Caused by ")[2]
+        status, text = _status(error), f"{type(error).__name__}: {text[:200]}"
+        if status == 401:
+            raise LoginNeeded(text) from None
+        if status is not None and 400 <= status < 500 and status not in (408, 429):
+            raise Refused(f"HTTP {status}{', too large' if status == 413 else ''}: {text}") from None
+        raise Away(text) from None
 
 
-def is_rejection(error: Exception) -> bool:
-    """Whether the tracker understood and refused (HTTP 400), as against being away, busy or closed to us."""
+def _status(error: Exception) -> int | None:
+    """The HTTP status behind an error, where there is one.
+
+    MLflow turns statuses into codes of its own and loses those it has no code for (413, or whatever a proxy answers in
+    JSON of its own). The answer itself is still in the frame that raised.
+    """
     from mlflow.exceptions import MlflowException
+    from requests import Response
 
-    return isinstance(error, MlflowException) and error.get_http_status_code() == 400
+    frames = (frame for frame, _ in walk_tb(error.__traceback__))
+    for answer in (getattr(error, "response", None), *(value for frame in frames for value in frame.f_locals.values())):
+        if isinstance(answer, Response) and answer.status_code >= 400:
+            return answer.status_code
+    return error.get_http_status_code() if isinstance(error, MlflowException) else None

@@ -7,11 +7,10 @@ its place, synced to disk and renamed, so a kill at any moment leaves the previo
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 KEEP = 2
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
@@ -45,26 +44,30 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         if stale.exists():
             shutil.rmtree(stale)
     partial.mkdir()
-    tensors = {key: value.detach().cpu().contiguous() for key, value in checkpoint.tensors.items()}
-    save_file(tensors, partial / _TENSORS)
-    (partial / _STATE).write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1) + "\n")
-    for path in (partial / _TENSORS, partial / _STATE, partial):
-        _sync(path)
+    try:
+        tensors = {key: value.detach().cpu().contiguous() for key, value in checkpoint.tensors.items()}
+        save_file(tensors, partial / _TENSORS)
+        (partial / _STATE).write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1) + "\n")
+        for path in (partial / _TENSORS, partial / _STATE, partial):
+            _sync(path)
+    except BaseException:  # on a full disk half of it would take the room that the next try needs
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     partial.rename(final)
     _sync(folder)
-    for old in _complete(folder)[:-KEEP]:
+    for old in complete(folder)[:-KEEP]:
         shutil.rmtree(old)
     return final
 
 
-def load_checkpoint(folder: Path, say: Any = print) -> Checkpoint | None:
-    """The newest readable checkpoint below ``folder``, or ``None``; ``say`` is told of one that cannot be read."""
-    for path in reversed(_complete(folder)):
+def load_checkpoint(folder: Path, log: Callable[[str], object] = print) -> Checkpoint | None:
+    """The newest readable checkpoint below ``folder``, or ``None``; one that cannot be read is a line to ``log``."""
+    for path in reversed(complete(folder)):
         try:
             state = json.loads((path / _STATE).read_text())
             return Checkpoint(state.pop("step"), load_file(path / _TENSORS), state)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            say(f"{path}: unreadable checkpoint ({error}); going back to the one before it, or to the start")
+            log(f"{path}: unreadable checkpoint ({error}); going back to the one before it, or to the start")
     return None
 
 
@@ -74,7 +77,8 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(partial)
 
 
-def _complete(folder: Path) -> list[Path]:
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints below ``folder``, oldest first."""
     return sorted(path for path in folder.glob("step-*") if path.is_dir() and path.suffix != ".partial")
 
 
@@ -100,10 +104,10 @@ def set_aside(folder: Path) -> Path:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors, ``optimizer/<parameter's number>/<what>``."""
+    """Copies on the CPU of the optimizer's state, ``optimizer/<parameter's number>/<what>``."""
     state = optimizer.state_dict()["state"]
     return {
-        f"optimizer/{number}/{what}": torch.as_tensor(value).detach().clone()
+        f"optimizer/{number}/{what}": torch.as_tensor(value).detach().to("cpu", copy=True)
         for number, values in state.items()
         for what, value in values.items()
     }
@@ -117,25 +121,3 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
             _, number, what = key.split("/")
             state.setdefault(int(number), {})[what] = value.clone()
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-# --- fingerprints -----------------------------------------------------------------------------------------------------
-
-
-def fingerprint(values: Mapping[str, Any], tensors: Iterable[Mapping[str, Tensor]], model: nn.Module) -> str:
-    """Hash of settings (JSON values), of encoded data and of the base: equal means that a run may be resumed."""
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
-    for group in tensors:
-        for key in sorted(group):
-            _hash_tensor(digest, key, group[key])
-    for name, parameter in model.named_parameters():
-        # a base has gigabytes: a sample of every tensor tells any two trainings apart
-        flat = parameter.detach().flatten()
-        _hash_tensor(digest, f"{name}{tuple(parameter.shape)}", flat[:: max(1, flat.numel() // 64)])
-    return digest.hexdigest()[:32]
-
-
-def _hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:
-    data = tensor.detach().cpu().contiguous()
-    digest.update(f"{name}:{data.dtype}:{tuple(data.shape)}:".encode())
-    digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())

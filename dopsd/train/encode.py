@@ -38,8 +38,8 @@ class EncodingRequest:
 
 
 def _together(family: Family) -> int:
-    """How many encodings are asked for at once: a crew's encoders take several batches."""
-    return BATCH * getattr(family, "lanes", 1)
+    """How many encodings are asked for at once: the encoders of several workers take as many batches."""
+    return BATCH * getattr(family, "parallel_batches", 1)
 
 
 def encode_prompts(family: Family, requests: Sequence[EncodingRequest], cache: EncodingCache) -> list[Conditioning]:
@@ -124,6 +124,16 @@ def encode_previews(family: Family, table: ConceptTable, settings: Settings, cac
         Preview(request.caption, conditioning, height, width)
         for request, conditioning, (width, height) in zip(requests, conditionings, sizes, strict=True)
     ]
+
+
+def first_requests(table: ConceptTable, settings: Settings, count: int) -> list[tuple[Request, int, int]]:
+    """The first rows as a person would ask for them: request, height, width."""
+    limit, asked = settings.data.max_pixels, []
+    for row in table.rows[:count]:
+        text = row.student_captions(settings.model.teacher_variant)[0]
+        width, height = bucket_of(row, settings.data.resolution, limit)
+        asked.append((EncodingRequest(text, references_of(row, limit)).decoded(), height, width))
+    return asked
 
 
 def _latents(family: Family, targets: Sequence[Picture], cache: EncodingCache) -> list[Conditioning]:

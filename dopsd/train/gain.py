@@ -1,4 +1,4 @@
-"""Teacher gain, measured before training: is the teacher, shown the target, really closer to it than the student?
+"""What the teacher draws, shown the target. Is it really closer to it than what the student draws (the teacher's gain)?
 
 The method works only where it is (docs/method.md): users of other tools lost days to teachers that were no better.
 """
@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from dopsd.data.dataset import Example
 from dopsd.distill.rollout import sample
+from dopsd.files import write_tensors
 from dopsd.models.base import Conditioning, Family
 from dopsd.train.observer import mean_square
 
@@ -78,6 +81,16 @@ def helps(measured: Mapping[str, float]) -> bool:
     return measured["gain"] > 0 and measured["improved"] > 0.5
 
 
+def described(measured: Mapping[str, float], num_steps: int) -> str:
+    """The numbers of :func:`compare` as a sentence."""
+    gain, improved = measured["gain"], measured["improved"]
+    return (
+        f"teacher gain: shown the target, {num_steps}-step samples are {abs(gain):.0%} "
+        f"{'nearer to it' if gain >= 0 else 'further from it'}; nearer on {improved:.0%} of "
+        f"{measured['images']:.0f} examples"
+    )
+
+
 def teacher_gain(
     family: Family, examples: Sequence[Example], num_steps: int, batch_size: int, seed: int
 ) -> dict[str, float] | None:
@@ -93,3 +106,28 @@ def teacher_gain(
         for shown in ([e.prompt for e in known], [e.context for e in known])
     )
     return compare(student, teacher)
+
+
+def teacher_samples(
+    path: Path, identity: str, family: Family, examples: Sequence[Example], num_steps: int, seed: int
+) -> list[Tensor | None]:
+    """A few-step sample ``[C, h, w]`` of the selected weights, shown each example's context: targets to learn from.
+
+    They are drawn once and kept in ``path``, together with what they were drawn for, ``identity``.
+    """
+    if not path.exists() or _header(path) != identity:
+        generator = torch.Generator().manual_seed(seed)
+        drawn = {}
+        for number, example in enumerate(examples):
+            noise = family.initial_latents(1, example.height, example.width, generator)
+            latents = sample(family, [example.context], num_steps, example.height, example.width, noise)
+            drawn[str(number)] = latents[0].cpu().contiguous()
+        write_tensors(path, drawn, {"fingerprint": identity})
+    with safe_open(path, framework="pt") as file:
+        return [file.get_tensor(str(number)) for number in range(len(examples))]
+
+
+def _header(path: Path) -> str | None:
+    """The fingerprint that a file of teacher samples was drawn for."""
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("fingerprint")

@@ -6,14 +6,13 @@ What a job is made of can be sent to another machine: settings, encoded examples
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from dopsd.config import Method, ModelSettings, TrainSettings
 from dopsd.data.encoded import Encoded
+from dopsd.identity import training_identity
 from dopsd.models import load_family
-from dopsd.train.machine import MachineLoad
 from dopsd.train.trainer import Observer, TrainResult, train
 
 
@@ -28,25 +27,24 @@ class Job:
     model: ModelSettings
     root: Path
     """What relative paths are relative to, on the machine that trains."""
-
-
-Observe = Callable[[Method], AbstractContextManager[Observer]]
-"""Opens the observer of one method."""
+    common: str
+    """What its methods have in common (:func:`dopsd.identity.common_identity`)."""
+    training: str = ""
+    """The training's name alone; every run says in its folder which one it belongs to."""
 
 
 def run_job(
-    job: Job, folder: Path, adapters: Path, observe: Observe, on_saved: Callable[[], None] = lambda: None
+    job: Job, folder: Path, adapters: Path, observer: Observer, on_saved: Callable[[], None] = lambda: None
 ) -> dict[Method, TrainResult]:
     """Train every method of ``job`` in ``folder/<method>``; what is finished there is not done again."""
     family = load_family(job.model, job.root, "train")
     how, results = job.train, {}
     replay = [conditioning for _, conditioning in job.encoded.replay]
     for method in job.train.methods:
-        with observe(method) as observer, MachineLoad(observer):
-            result = train(
-                family, job.encoded.examples, job.encoded.previews, replay, how, method, folder / method, adapters,
-                observer, on_saved,
-            )  # fmt: skip
+        result = train(
+            family, job.encoded.examples, job.encoded.previews, replay, how, method, folder / method, adapters,
+            observer, training_identity(how, method, job.common), on_saved, job.training,
+        )  # fmt: skip
         results[method] = result
         if result.stopped == "max_minutes":
             # the clock ended it: those that are compared with it draw as many images, not as many minutes

@@ -1,19 +1,22 @@
 """Where a training job runs: in this process, or as a Ray Train job that asks for its GPUs, CPUs and memory.
 
-The job's folder is its checkpoint: whenever training saves, the first worker hands the whole folder (checkpoints,
-adapters, previews, log) to Ray's storage, and a worker that takes over begins with it. News travel the other way
-through a queue, so that the tracker is fed where the job was started, and a lost node loses none of them.
+Whenever training saves, the first worker brings the job's storage up to date, and a worker that takes over begins with
+that (``storage``). What it writes to be looked at (log, pictures, status) also comes here through a queue at once: the
+run folders on this side are live, and a lost node loses none of them.
 
 What Ray's workers run is ``worker``; Ray itself is imported when it is used.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
 import shutil
 import socket
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
@@ -21,11 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from dopsd.config import ComputeSettings, Method
+from dopsd.files import append_line, whole_file
 from dopsd.train import worker
+from dopsd.train.checkpoint import set_aside
 from dopsd.train.errors import LaunchError
-from dopsd.train.job import Job, Observe, run_job
-from dopsd.train.observer import Progress
-from dopsd.train.trainer import Observer, TrainError, TrainResult, milestones
+from dopsd.train.job import Job, run_job
+from dopsd.train.observer import Observer, Progress
+from dopsd.train.status import disk_full_said, end_run, how_it_ended
+from dopsd.train.storage import JobStorage
+from dopsd.train.trainer import TrainError, TrainResult, milestones, publish
 
 _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -46,17 +53,18 @@ _OWN_RAY = {
 _RAY_LOCK = threading.Lock()
 
 
-def launch(
-    job: Job, compute: ComputeSettings, root: Path, folder: Path, adapters: Path, observe: Observe
+def run_training(
+    job: Job, compute: ComputeSettings, root: Path, folder: Path, adapters: Path, observer: Observer
 ) -> dict[Method, TrainResult]:
-    """Run ``job`` to its end; its run folders end up in ``folder``, its adapters in ``adapters``.
+    """Run ``job`` to its end; its run folders are in ``folder``, live, and its adapters end up in ``adapters``.
 
     Raises :class:`~dopsd.train.trainer.TrainError` where the job itself is at fault, :class:`LaunchError` where the
     machines are and ``compute.max_failures`` did not suffice.
     """
-    if compute.launcher == "local":
-        return run_job(job, folder, adapters, observe)
-    return _launch_on_ray(job, compute, root, folder, adapters, observe)
+    with disk_full_said(folder):
+        if compute.launcher == "local":
+            return run_job(job, folder, adapters, observer)
+        return _run_on_ray(job, compute, root, folder, adapters, observer)
 
 
 def connect_ray(compute: ComputeSettings) -> None:
@@ -64,6 +72,8 @@ def connect_ray(compute: ComputeSettings) -> None:
     address = os.environ.get("RAY_ADDRESS")
     for name, value in (_RAY_ENVIRONMENT | ({} if address else _OWN_RAY_ENVIRONMENT)).items():
         os.environ.setdefault(name, value)
+    if not address:
+        _want_a_token()
     import ray
 
     with _RAY_LOCK:
@@ -72,11 +82,20 @@ def connect_ray(compute: ComputeSettings) -> None:
         own: dict[str, Any] = {} if address else _OWN_RAY
         try:
             if address:
-                _knock(address)
-            _lasting(lambda: _start(address or "local", own))
+                _check_reachable(address)
+            _in_lasting_thread(lambda: _start(address or "local", own))
         except (OSError, RuntimeError, ValueError) as error:
             where = f"the cluster at {address}" if address else "a Ray on this machine"
             raise LaunchError(f"cannot reach {where}: {str(error).strip().splitlines()[0]}") from None
+
+
+def _want_a_token() -> None:
+    """Other users of this machine reach the ports of a Ray of our own, so it is to take nothing without a token, one
+    that no file holds. Left alone it would make one in the home folder, or take what lies there, whoever knows it."""
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if "ray" not in sys.modules:  # it reads this when it is imported; later it asks for tokens by its own default
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _start(address: str, own: dict[str, Any]) -> None:
@@ -97,7 +116,7 @@ def _leave_no_helper() -> None:
     data_parallel_trainer.PlacementGroupCleanerCallback = ControllerCallback
 
 
-def _lasting(start: Callable[[], Any]) -> None:
+def _in_lasting_thread(start: Callable[[], Any]) -> None:
     """Call ``start`` in a thread that lives as long as this process: the kernel kills the processes of a Ray of our own
     when the *thread* that started them ends (Linux's PDEATHSIG), and a flow's task is a thread of a pool.
 
@@ -120,7 +139,7 @@ def _lasting(start: Callable[[], Any]) -> None:
     started.result()
 
 
-def _knock(address: str) -> None:
+def _check_reachable(address: str) -> None:
     """Raise ``OSError`` where nobody listens: Ray itself would try for minutes."""
     host, colon, port = address.rpartition("://")[2].rpartition(":")
     if colon and port.isdigit():
@@ -154,12 +173,12 @@ def _cpus_of_a_node() -> int:
     return int(max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1))
 
 
-def _launch_on_ray(
-    job: Job, compute: ComputeSettings, root: Path, folder: Path, adapters: Path, observe: Observe
+def _run_on_ray(
+    job: Job, compute: ComputeSettings, root: Path, folder: Path, adapters: Path, observer: Observer
 ) -> dict[Method, TrainResult]:
     connect_ray(compute)
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.backend import BackendConfig
     from ray.train.torch import TorchConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -169,16 +188,21 @@ def _launch_on_ray(
 
     # on this machine, which outlives the nodes: the job goes on without any of them
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    news = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     asked = resources(compute, job.model.device)
+    storage = JobStorage(compute.storage or str((root / ".cache" / "ray").resolve()), job.name)
+    try:
+        storage.offer(folder, job.train.methods)
+    except OSError as error:
+        raise LaunchError(f"{job.name}: cannot write to the storage {_shown(storage.place)} ({error})") from None
     trainer = DataParallelTrainer(
         worker.run,
         # one worker meets nobody: torch's meeting point would listen on every address, and asks nobody who they are
         backend_config=BackendConfig() if compute.workers == 1 else TorchConfig(),
         train_loop_config={
             "job": ray.put(replace(job, root=root.resolve())),  # read by the workers alone: it brings torch
-            "news": news,
-            "before": _pack(folder, job.train.methods),
+            "queue": queue,
+            "storage": storage,
         },
         scaling_config=ScalingConfig(
             num_workers=compute.workers,
@@ -188,12 +212,11 @@ def _launch_on_ray(
         ),
         run_config=RunConfig(
             name=job.name,
-            storage_path=compute.storage or str((root / ".cache" / "ray").resolve()),
+            storage_path=storage.place,  # for Ray's own notes about the job
             failure_config=FailureConfig(max_failures=compute.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
-    with _Reader(news, observe, job):
+    with _Reader(queue, folder, observer, job):
         try:
             result = trainer.fit()
         except TrainingFailedError as error:
@@ -201,8 +224,8 @@ def _launch_on_ray(
     answer = result.return_value
     if "error" in answer:
         raise TrainError(answer["error"])
-    with result.checkpoint.as_directory() as final:
-        _bring_home(Path(final), folder, adapters, job.train.methods)
+    _bring_home(storage, folder, adapters, answer["results"])
+    storage.delete()
     result.filesystem.delete_dir(result.path)
     return {
         method: TrainResult(**found | {"adapters": {k: adapters / path.name for k, path in found["adapters"].items()}})
@@ -210,25 +233,25 @@ def _launch_on_ray(
     }
 
 
-def _pack(folder: Path, methods: Sequence[str]) -> dict[str, bytes]:
-    """What is already done here, as file contents: the nodes may not see this machine's disk."""
-    files = [p for m in methods for p in sorted((folder / m).rglob("*")) if p.is_file()]
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+def _bring_home(storage: JobStorage, folder: Path, adapters: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Add to the run folders what did not come through the queue: checkpoints and adapters."""
+    place = folder / "arriving.partial"
+    shutil.rmtree(place, ignore_errors=True)
+    storage.load(place)
+    for method, found in results.items():
+        (folder / method).mkdir(exist_ok=True)
+        for arrived in sorted((place / method).iterdir()):
+            target = folder / method / arrived.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            arrived.replace(target)
+        publish(folder / method / "adapters", adapters, dict(enumerate(found["adapters"])))
+    shutil.rmtree(place)
 
 
-def _bring_home(final: Path, folder: Path, adapters: Path, methods: Sequence[str]) -> None:
-    """Put the finished run folders in place, each whole or not at all, and the adapters beside."""
-    for method in methods:
-        arrived = folder / f"{method}.arriving"
-        shutil.rmtree(arrived, ignore_errors=True)
-        shutil.copytree(final / "train" / method, arrived)
-        shutil.rmtree(folder / method, ignore_errors=True)
-        arrived.rename(folder / method)
-    adapters.mkdir(parents=True, exist_ok=True)
-    for file in sorted((final / "adapters").iterdir()):
-        partial = adapters / f"{file.name}.partial"
-        shutil.copyfile(file, partial)
-        partial.replace(adapters / file.name)
+def _shown(place: str) -> str:
+    """A storage without its options, among which may be keys."""
+    return place.partition("?")[0]
 
 
 def _last_line(error: Exception) -> str:
@@ -237,55 +260,67 @@ def _last_line(error: Exception) -> str:
 
 
 class _Reader:
-    """Reads a job's news in a thread and tells the observers on this side."""
+    """Reads a job's messages in a thread, and writes the files they are about into the run folders on this side."""
 
-    def __init__(self, news: Any, observe: Observe, job: Job) -> None:
-        self._news, self._observe, self._job = news, observe, job
-        self._thread = threading.Thread(target=self._read, name=f"news of {job.name}", daemon=True)
+    def __init__(self, queue: Any, folder: Path, observer: Observer, job: Job) -> None:
+        self._queue, self._folder, self._observer, self._job = queue, folder, observer, job
+        self._thread = threading.Thread(target=self._read, name=f"messages of {job.name}", daemon=True)
         self._failure: BaseException | None = None
+        self._bars: dict[Path, Progress] = {}
 
     def __enter__(self) -> None:
         self._thread.start()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
         from ray.exceptions import RayError
 
         try:
-            self._news.put(None)
+            self._queue.put(None)
             self._thread.join()
-            self._news.shutdown()
+            self._queue.shutdown()
         except RayError:
             pass  # Ray itself is gone, which the job's own error says
-        if self._failure is not None and error[0] is None:
+        for method in self._job.train.methods:  # those whose worker had no time to write it
+            with suppress(OSError):  # a disk that is full is said anyway
+                end_run(self._folder / method, self._observer, how_it_ended(error or self._failure))
+        if self._failure is not None and error is None:
             raise self._failure
 
     def _read(self) -> None:
         from ray.exceptions import RayError
 
-        open_methods: dict[str, tuple[Any, Observer, Progress]] = {}
         try:
-            while (message := self._news.get()) is not None:
-                kind, method, content = message
-                if kind == "begin" and method not in open_methods:
-                    context = self._observe(method)
-                    bar = Progress(method, max(milestones(self._job.train, method)), 0)
-                    open_methods[method] = (context, context.__enter__(), bar)
-                elif kind == "end":
-                    context, _, bar = open_methods.pop(method)
-                    bar.close()
-                    context.__exit__(None, None, None)
-                elif kind in ("metrics", "images", "message"):
-                    _, observer, bar = open_methods[method]
-                    getattr(observer, kind)(*content)
-                    if kind == "metrics" and "train/loss" in content[1]:
-                        bar.to(content[0], content[1]["train/loss"], content[1]["train/images_per_second"])
+            while (message := self._queue.get()) is not None:
+                self._take(*message)
         except BaseException as failure:
             self._failure = failure
-            with suppress(RayError):  # where it is Ray that is gone, no news come
-                while self._news.get() is not None:
-                    pass  # nobody hears them, but they must not pile up until training ends
+            with suppress(RayError):  # where it is Ray that is gone, no messages come
+                while self._queue.get() is not None:
+                    pass  # nobody reads them, but they must not pile up until training ends
         finally:
-            for context, _, bar in open_methods.values():
+            for bar in self._bars.values():
                 bar.close()
-                lost = LaunchError(f"{self._job.name}: the job ended early")
-                context.__exit__(LaunchError, lost, None)
+
+    def _take(self, name: str | None, content: str | bytes | None) -> None:
+        """A message of :class:`dopsd.train.worker._Relay`."""
+        if name is None:
+            self._observer.message(str(content))
+            return
+        path = self._folder / name
+        if isinstance(content, str):
+            append_line(path, content)
+            self._show(path.parent, json.loads(content))
+        elif content is not None:
+            with whole_file(path) as partial:
+                partial.write_bytes(content)
+        elif path.exists():
+            set_aside(path)
+        self._observer.wrote(path, content if isinstance(content, str) else None)
+
+    def _show(self, run: Path, row: Mapping[str, float]) -> None:
+        if "train/loss" not in row:
+            return
+        if run not in self._bars:
+            last = max(milestones(self._job.train, run.name))  # type: ignore[arg-type]  # folders are named after methods
+            self._bars[run] = Progress(run.name, last, 0)
+        self._bars[run].to(int(row["step"]), row["train/loss"], row["train/images_per_second"])

@@ -1,31 +1,36 @@
 """How busy the machine is that trains: what MLflow's page "System metrics" shows.
 
 MLflow's own monitor writes to the tracker by itself, where training would have to see the tracker, and loses what
-comes during an outage. These numbers go the way of all others, under the same names.
+comes during an outage. These numbers go into the run's folder as all others do, under the same names:
+``system.jsonl``, a row ``{"time": ms, "system/...": ...}`` for each look. Rows are only ever added, also on resume.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import threading
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 
 import psutil
 import torch
 
+from dopsd.files import append_line, now
 from dopsd.train.observer import Observer
 
+SYSTEM_FILE = "system.jsonl"
 SECONDS = 10.0
 """Between two looks."""
 _MB = 1e6
 
 
 class MachineLoad:
-    """While it is entered, a thread tells ``observer`` every :data:`SECONDS`; once more at the end, however short."""
+    """While it is entered, a thread adds a row to the file in ``folder`` every :data:`SECONDS`, and one at the end."""
 
-    def __init__(self, observer: Observer) -> None:
-        self._observer = observer
-        self._looks = 0
+    def __init__(self, folder: Path, observer: Observer) -> None:
+        self._path, self._observer = folder / SYSTEM_FILE, observer
         self._failed = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="machine load", daemon=True)
@@ -42,13 +47,15 @@ class MachineLoad:
     def _watch(self) -> None:
         psutil.cpu_percent()  # since the last time that this thread asked: the first answer says nothing
         while not self._over.wait(SECONDS):
-            self._tell()
+            self._write()
         if not self._failed:
-            self._tell()
+            self._write()
 
-    def _tell(self) -> None:
-        self._observer.metrics(self._looks, {f"system/{key}": value for key, value in self._look().items()})
-        self._looks += 1
+    def _write(self) -> None:
+        line = json.dumps({"time": now(), **{f"system/{key}": value for key, value in self._look().items()}})
+        with suppress(OSError):  # where the disk is full, training itself says so
+            append_line(self._path, line)
+            self._observer.wrote(self._path, line)
 
     def _look(self) -> dict[str, float]:
         memory, disk = psutil.virtual_memory(), psutil.disk_usage(".")

@@ -1,14 +1,16 @@
-"""What a run shows while it runs: metrics per step, pictures by step, a bar; and the run's own log of them.
+"""What a run leaves to look at while it runs: a row of numbers per step, pictures by step, a bar on the terminal.
 
-Trackers implement :class:`Observer`. Whatever they do, the run folder has ``log.jsonl`` (one row per step, cut back to
-the checkpoint on resume, so complete and not doubled) and ``previews/<who>-<step>.png``.
+All of it goes into the run's folder first: ``log.jsonl`` (a row per step, cut back to the checkpoint on resume, so
+complete and not doubled), ``previews/<who>-<step>.png`` and the prompts they were drawn from. An :class:`Observer` is
+told of every file that was written, and may copy it elsewhere.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -20,19 +22,16 @@ from tqdm import tqdm
 from dopsd.data.dataset import Example, Preview
 from dopsd.distill.adapters import AdapterPair, Selection
 from dopsd.distill.rollout import sample
-from dopsd.files import whole_file
+from dopsd.files import now, whole_file
 from dopsd.models.base import Family
 
 
 class Observer(Protocol):
-    """Where a run's news go; none of it may change the run."""
+    """Whoever follows a run; nothing that it does may change the run."""
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers after optimizer step ``step`` (1-based; 0 is before training)."""
-        ...
-
-    def images(self, step: int, key: str, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
-        """Preview pictures under ``preview/student`` or ``preview/teacher``."""
+    def wrote(self, path: Path, line: str | None = None) -> None:
+        """The file ``path`` of the run's folder has one more ``line`` at its end, or without one is another as a whole.
+        A folder that is not there any more was set aside."""
         ...
 
     def message(self, text: str) -> None:
@@ -40,27 +39,46 @@ class Observer(Protocol):
         ...
 
 
-class RunLog:
-    """``log.jsonl`` of a run: ``{"step": n, "train/loss": ...}``, a row per optimizer step."""
+class Terminal:
+    """Messages go to standard error, in a way that breaks no bar; ``on_write`` is called after every file."""
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, on_write: Callable[[], None] = lambda: None) -> None:
+        self._on_write = on_write
+
+    def wrote(self, path: Path, line: str | None = None) -> None:
+        """As :meth:`Observer.wrote`."""
+        self._on_write()
+
+    def message(self, text: str) -> None:
+        """As :meth:`Observer.message`."""
+        tqdm.write(text, file=sys.stderr)
+
+
+class RunLog:
+    """``log.jsonl`` of a run: ``{"step": n, "time": ms, "train/loss": ...}``, a row per optimizer step (0: before)."""
+
+    def __init__(self, path: Path, step: int, observer: Observer) -> None:
         """Open ``path`` for rows after ``step``; rows beyond it (from after the last checkpoint) are cut off."""
+        self._path, self._observer = path, observer
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
-        for line in path.read_text().splitlines() if path.exists() else ():
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except ValueError:  # the row that a kill cut in two is younger than any checkpoint
-                break
+            except (ValueError, KeyError, TypeError):  # a row that a kill or a full disk cut in two
+                continue
         with whole_file(path) as partial:
             partial.write_text("".join(kept))
         self._file = path.open("a")
+        observer.wrote(path)
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
         """Add the row of one step."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        line = json.dumps({"step": step, "time": now(), **values})
+        self._file.write(line + "\n")
         self._file.flush()
+        self._observer.wrote(self._path, line)
 
     def sync(self) -> None:
         """Make sure that all rows are on disk: before every checkpoint."""
@@ -89,7 +107,7 @@ class Previews:
         self._teacher = [Preview(e.caption, e.context, e.height, e.width) for e in taught]
 
     def show(self, step: int, adapters: AdapterPair, teacher: bool, folder: Path, observer: Observer) -> None:
-        """Sample, save and hand over the pictures of this step. Draws nothing from the run's own generator."""
+        """Sample and save the pictures of this step. Draws nothing from the run's own generator."""
         who: list[tuple[str, Selection, list[Preview]]] = [("student", "student", self._student)]
         if teacher:
             who.append(("teacher", adapters.teacher, self._teacher))
@@ -98,8 +116,15 @@ class Previews:
                 continue
             with adapters.select(selection):
                 images = self._draw(prompts)
-            _save_strip(folder / f"{name}-{step:06d}.png", images)
-            observer.images(step, f"preview/{name}", images, [prompt.caption for prompt in prompts])
+            captions, strip = folder / f"{name}.captions.txt", folder / f"{name}-{step:06d}.png"
+            text = "".join(f"{prompt.caption}\n" for prompt in prompts)
+            if not captions.exists() or captions.read_text() != text:
+                with whole_file(captions) as partial:
+                    partial.write_text(text)
+                observer.wrote(captions)
+            with whole_file(strip) as partial:
+                picture_row(images).save(partial, format="PNG")
+            observer.wrote(strip)
 
     def _draw(self, prompts: Sequence[Preview]) -> list[Image.Image]:
         generator = torch.Generator().manual_seed(self._seed)
@@ -118,16 +143,16 @@ class Previews:
         return [images[number] for number in range(len(prompts))]
 
 
-def _save_strip(path: Path, images: Sequence[Image.Image]) -> None:
-    """The pictures side by side as one PNG, written whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    strip = Image.new("RGB", (sum(i.width for i in images), max(i.height for i in images)), "white")
+def picture_row(images: Sequence[Image.Image], at_least: int = 1) -> Image.Image:
+    """The pictures side by side, enlarged by a whole factor towards ``at_least`` pixels of the longest side."""
+    factor = max(1, at_least // max(max(image.size) for image in images))
+    large = [i.resize((i.width * factor, i.height * factor), Image.Resampling.NEAREST) for i in images]
+    row = Image.new("RGB", (sum(i.width for i in large), max(i.height for i in large)), "white")
     left = 0
-    for image in images:
-        strip.paste(image, (left, 0))
+    for image in large:
+        row.paste(image, (left, 0))
         left += image.width
-    with whole_file(path) as partial:
-        strip.save(partial, format="PNG")
+    return row
 
 
 class Progress:

@@ -1,8 +1,8 @@
 """The training loop: step, log, preview, checkpoint, stop. One function, :func:`train`, for every method.
 
-A run's folder holds ``checkpoints/``, ``adapters/``, ``previews/`` and ``log.jsonl``. Calling :func:`train` again with
-the same settings and data resumes it, and on a CPU ends bit for bit where the unbroken run ends; a finished run returns
-at once; other settings or data start afresh and set the old folder aside.
+A run's folder holds ``checkpoints/``, ``adapters/``, ``previews/``, ``log.jsonl`` and ``run.json``. Calling
+:func:`train` again with the same settings and data resumes it, and on a CPU ends bit for bit where the unbroken run
+ends; a finished run returns at once; other settings or data start afresh and set the old folder aside.
 
 Under several processes (a Ray Train job, ``torchrun``) every one of them calls :func:`train` with a folder of its own.
 All draw the same random numbers, each works on its share of the batch, and gradients are added up once per optimizer
@@ -21,25 +21,23 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
 from torch import Tensor
 
 from dopsd.config import Method, TrainSettings
 from dopsd.data.dataset import BucketSampler, Example, Preview
 from dopsd.distill.adapters import STUDENT, add_adapters, save_adapter
-from dopsd.distill.rollout import sample
-from dopsd.files import whole_file, write_json, write_tensors
+from dopsd.files import whole_file, write_json
 from dopsd.models.base import Conditioning, Family
 from dopsd.train import checkpoint as ckpt
-from dopsd.train.gain import choose, helps, teacher_gain
+from dopsd.train.gain import choose, described, helps, teacher_gain, teacher_samples
+from dopsd.train.machine import MachineLoad
 from dopsd.train.objective import Objective
 from dopsd.train.observer import Observer, Previews, Progress, RunLog
 from dopsd.train.parallel import exchange, share
+from dopsd.train.status import adopt, running
 
 __all__ = ["Observer", "TrainError", "TrainResult", "learning_rate", "milestones", "train"]
 
-_RESUMABLE = {"methods", "max_minutes", "checkpoint_steps", "preview_steps", "preview_prompts", "preview_count"}
-"""Settings that do not change what is learnt at a step, and so may differ on resume."""
 _DISTILLED = ("d-opsd", "off-policy")
 
 
@@ -99,33 +97,39 @@ def train(
     folder: Path,
     adapters: Path,
     observer: Observer,
+    identity: str,
     on_saved: Callable[[], None] = lambda: None,
+    training: str = "",
 ) -> TrainResult:
     """Train ``method`` on encoded ``examples``; adapters end up as ``adapters/<label>.safetensors`` (and ``.json``).
 
-    ``replay``: encoded prompts of the base's own domain. Every process calls ``on_saved`` after each checkpoint.
-    Raises :class:`TrainError` before any work where settings and data do not fit each other. The family's transformer
-    is given back without adapters.
+    ``replay``: encoded prompts of the base's own domain. ``identity``: of all that decides what is learnt
+    (:func:`dopsd.identity.training_identity`); a run of another one is not resumed. Every process calls ``on_saved``
+    after each checkpoint. ``training``: what the run is part of. Raises :class:`TrainError` before any work where
+    settings and data do not fit each other, ``LaunchError`` where the disk is full. The family's transformer is given
+    back without adapters.
     """
     _check(examples, replay, settings, method)
-    identity = _identity(family, examples, replay, settings, method)
     saved = _find_saved(folder, identity, observer)
-    if saved is None or not (stopped := _stopped(settings, method, saved.step, saved.state["seconds"])):
-        run = _Run(family, examples, replay, settings, method, folder, observer, identity, saved)
-        try:
-            saved, stopped = run.until_stopped(
-                Previews(family, previews, examples, settings.rollout_steps, settings.batch_size, settings.seed + 1),
-                on_saved,
-            )
-        finally:
-            run.close()
+    done = _Done.of(saved) if saved else None
+    if done is None or not _stopped(settings, method, done.step, done.seconds):
+        with running(folder, observer, training), MachineLoad(folder, observer):
+            run = _Run(family, examples, replay, settings, method, folder, observer, identity, saved)
+            del saved  # its tensors are in the run now: two copies of them would be held to the end
+            try:
+                drawn = settings.rollout_steps, settings.batch_size, settings.seed + 1
+                done = run.until_stopped(Previews(family, previews, examples, *drawn), on_saved)
+            finally:
+                run.close()
+    else:
+        adopt(folder, observer, training)
     return TrainResult(
-        adapters=_publish(folder / "adapters", adapters, milestones(settings, method)),
-        steps=saved.step,
-        images=saved.step * settings.batch_size * settings.accumulation,
-        seconds=saved.state["seconds"],
-        teacher_gain=saved.state["teacher_gain"],
-        stopped=stopped,
+        adapters=publish(folder / "adapters", adapters, milestones(settings, method)),
+        steps=done.step,
+        images=done.step * settings.batch_size * settings.accumulation,
+        seconds=done.seconds,
+        teacher_gain=done.gain,
+        stopped=_stopped(settings, method, done.step, done.seconds),
     )
 
 
@@ -143,23 +147,13 @@ def _check(
         raise TrainError("replay.weight is above 0 but no replay prompts were encoded; set replay.prompts")
 
 
-def _identity(
-    family: Family, examples: Sequence[Example], replay: Sequence[Conditioning], settings: TrainSettings, method: Method
-) -> str:
-    """Hash of everything that decides what is learnt."""
-    values = settings.model_dump(mode="json", exclude=_RESUMABLE)
-    values |= {"method": method, "sizes": [(e.height, e.width, e.image_index, e.caption) for e in examples]}
-    tensors = [part for e in examples for part in (e.prompt, e.context)] + list(replay)
-    tensors += [{"latents": e.latents} for e in examples if e.latents is not None]
-    return ckpt.fingerprint(values, tensors, family.transformer)
-
-
 def _find_saved(folder: Path, identity: str, observer: Observer) -> ckpt.Checkpoint | None:
     """The checkpoint to go on from. A run of other settings or data is set aside, and said to be."""
     ckpt.remove_unfinished(folder / "checkpoints")
     saved = ckpt.load_checkpoint(folder / "checkpoints", observer.message)
     if saved is not None and saved.state["fingerprint"] != identity:
         place = ckpt.set_aside(folder)
+        observer.wrote(folder)
         observer.message(f"{folder.name}: settings, data or base differ from the run at step {saved.step}; "
                          f"starting afresh, the old run is now {place}")  # fmt: skip
         saved = None
@@ -177,7 +171,7 @@ def _stopped(settings: TrainSettings, method: Method, step: int, seconds: float)
     return ""
 
 
-def _publish(source: Path, target: Path, labels: Mapping[int, str]) -> dict[str, Path]:
+def publish(source: Path, target: Path, labels: Mapping[int, str]) -> dict[str, Path]:
     """Copy the run's adapters to where other stages look for them (that folder may be emptied between runs)."""
     target.mkdir(parents=True, exist_ok=True)
     published = {}
@@ -193,6 +187,19 @@ def _publish(source: Path, target: Path, labels: Mapping[int, str]) -> dict[str,
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Done:
+    """How far a run is: what of its checkpoint is not tensors."""
+
+    step: int
+    seconds: float
+    gain: dict[str, float] | None
+
+    @classmethod
+    def of(cls, saved: ckpt.Checkpoint) -> _Done:
+        return cls(saved.step, saved.state["seconds"], saved.state["teacher_gain"])
+
+
 class _Run:
     """One training in progress: everything in it that changes is in its checkpoints."""
 
@@ -205,7 +212,7 @@ class _Run:
         self.step = saved.step if saved else 0
         self.seconds: float = saved.state["seconds"] if saved else 0.0
         self.labels = milestones(settings, method)
-        self.log = RunLog(folder / "log.jsonl", self.step)
+        self.log = RunLog(folder / "log.jsonl", self.step if saved else -1, observer)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.sampler = BucketSampler(
             [(e.height, e.width) for e in examples], settings.batch_size * settings.accumulation, settings.seed
@@ -260,12 +267,8 @@ class _Run:
             self.observer.message("teacher gain: not measured, the examples have no target latents")
             return
         gain, improved = self.gain["gain"], self.gain["improved"]
-        self.observer.metrics(0, {"train/teacher_gain": gain, "train/teacher_improved": improved})
-        self.observer.message(
-            f"teacher gain: shown the target, {self.settings.rollout_steps}-step samples are {abs(gain):.0%} "
-            f"{'nearer to it' if gain >= 0 else 'further from it'}; nearer on {improved:.0%} of "
-            f"{self.gain['images']:.0f} examples"
-        )
+        self.log.append(0, {"train/teacher_gain": gain, "train/teacher_improved": improved})
+        self.observer.message(described(self.gain, self.settings.rollout_steps))
         if not helps(self.gain):
             text = (f"the teacher is no better than the student (gain {gain:.3f}, nearer on {improved:.0%}): there is "
                     "nothing to learn from it; check the captions, the context and the base")  # fmt: skip
@@ -284,13 +287,11 @@ class _Run:
         """The clean latents to learn from: the images', or for ``sft-teacher`` samples of the teacher, drawn once."""
         if self.method != "sft-teacher":
             return [example.latents for example in self.examples]
-        path = self.folder / "teacher_samples.safetensors"
-        if not path.exists() or _header(path) != self.identity:
-            with self.adapters.select(None):
-                drawn = _teacher_samples(self.family, self.examples, self.settings)
-            write_tensors(path, drawn, {"fingerprint": self.identity})
-        with safe_open(path, framework="pt") as file:
-            return [file.get_tensor(str(number)) for number in range(len(self.examples))]
+        with self.adapters.select(None):
+            return teacher_samples(
+                self.folder / "teacher_samples.safetensors", self.identity, self.family, self.examples,
+                self.settings.rollout_steps, self.settings.seed + 3,
+            )  # fmt: skip
 
     def _predict(self, latents: Tensor, sigma: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
         # One autocast region per forward: a longer one would reuse the weights that it cast without gradient for the
@@ -299,8 +300,8 @@ class _Run:
         with torch.autocast(latents.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             return self.family.predict_velocity(latents, sigma, conditioning)
 
-    def until_stopped(self, previews: Previews, on_saved: Callable[[], None]) -> tuple[ckpt.Checkpoint, str]:
-        """Step until the run is over; returns its last checkpoint and why it ended."""
+    def until_stopped(self, previews: Previews, on_saved: Callable[[], None]) -> _Done:
+        """Step until the run is over and its last checkpoint is written."""
         bar = Progress(self.method, max(self.labels), self.step)
         started = time.monotonic() - self.seconds
         if self.step == 0:
@@ -313,7 +314,6 @@ class _Run:
                 rate = self.settings.batch_size * self.settings.accumulation / (time.monotonic() - before)
                 values |= {"train/images_per_second": rate, "train/seconds": self.seconds}
                 self.log.append(self.step, values)
-                self.observer.metrics(self.step, values)
                 bar.update(values["train/loss"], rate)
                 stopped = _stopped(self.settings, self.method, self.step, self.seconds)
                 if stopped or self.step % self.settings.preview_steps == 0:
@@ -321,10 +321,10 @@ class _Run:
                 if stopped or self.step in self.labels:
                     self._write_adapter(stopped)
                 if stopped or self.step in self.labels or self.step % self.settings.checkpoint_steps == 0:
-                    saved = self._save()
+                    self._save()
                     on_saved()
                 if stopped:
-                    return saved, stopped
+                    return _Done(self.step, self.seconds, self.gain)
         finally:
             bar.close()
 
@@ -366,38 +366,21 @@ class _Run:
         path = self.folder / "adapters" / f"{label}.safetensors"
         save_adapter(path, self.family.transformer, STUDENT, self.settings.lora)
         about: dict[str, Any] = {
-            "label": label, "method": self.method, "steps": self.step, "seconds": self.seconds,
-            "stopped": stopped or "continued",
+            "label": label, "method": self.method, "steps": self.step, "stopped": stopped or "continued",
             "images": self.step * self.settings.batch_size * self.settings.accumulation, "teacher_gain": self.gain,
             "fingerprint": self.identity, "settings": self.settings.model_dump(mode="json"),
         }  # fmt: skip
         write_json(path.with_suffix(".json"), about)
 
-    def _save(self) -> ckpt.Checkpoint:
+    def _save(self) -> None:
+        """Write a checkpoint. Its tensors are copied to the CPU one by one, and let go once they are written."""
         self.log.sync()
+        if not self.main:
+            return
         tensors = self.adapters.state_dict() | ckpt.optimizer_tensors(self.optimizer)
+        tensors["random/generator"] = self.generator.get_state()
         state = {
             "fingerprint": self.identity, "seconds": self.seconds, "teacher_gain": self.gain,
             "sampler": self.sampler.state_dict(),
         }  # fmt: skip
-        saved = ckpt.Checkpoint(self.step, tensors | {"random/generator": self.generator.get_state()}, state)
-        if self.main:
-            ckpt.save_checkpoint(self.folder / "checkpoints", saved)
-        return saved
-
-
-def _teacher_samples(family: Family, examples: Sequence[Example], settings: TrainSettings) -> dict[str, Tensor]:
-    """A few-step sample ``[C, h, w]`` of the base shown each example's context, keyed by the example's number."""
-    generator = torch.Generator().manual_seed(settings.seed + 3)
-    drawn = {}
-    for number, example in enumerate(examples):
-        noise = family.initial_latents(1, example.height, example.width, generator)
-        latents = sample(family, [example.context], settings.rollout_steps, example.height, example.width, noise)
-        drawn[str(number)] = latents[0].cpu().contiguous()
-    return drawn
-
-
-def _header(path: Path) -> str | None:
-    """The fingerprint that a file of teacher samples was drawn for."""
-    with safe_open(path, framework="pt") as file:
-        return (file.metadata() or {}).get("fingerprint")
+        ckpt.save_checkpoint(self.folder / "checkpoints", ckpt.Checkpoint(self.step, tensors, state))

@@ -1,50 +1,36 @@
-"""What Ray's workers run: a job in a folder of its own, whose checkpoints go to Ray and whose news go to the starter.
+"""What Ray's workers run: a job in a folder of its own, that goes to the job's storage and to the starting side.
 
 Ray's controller and helper processes import this module too, so it imports nothing heavy: each would pay for torch.
 """
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from dopsd.config import Method
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from dopsd.train.trainer import Observer
+from typing import Any
 
 
 @dataclass(frozen=True)
 class _Relay:
-    """An observer whose news go to the machine that started the job."""
+    """An observer of the first worker: every file that is written below ``folder`` goes to the machine that started the
+    job, whole or line by line, as messages ``(name, content)``. A message without a name is for the terminal."""
 
-    news: Any
-    method: Method
+    queue: Any
+    folder: Path
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self.news.put(("metrics", self.method, (step, dict(values))))
-
-    def images(self, step: int, key: str, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
-        self.news.put(("images", self.method, (step, key, list(images), list(captions))))
+    def wrote(self, path: Path, line: str | None = None) -> None:
+        content = line if line is not None else path.read_bytes() if path.is_file() else None
+        self.queue.put((path.relative_to(self.folder).as_posix(), content))
 
     def message(self, text: str) -> None:
-        self.news.put(("message", self.method, (text,)))
+        self.queue.put((None, text))
 
 
 class _Silent:
     """An observer of the workers beside the first."""
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Nothing."""
-
-    def images(self, step: int, key: str, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
+    def wrote(self, path: Path, line: str | None = None) -> None:
         """Nothing."""
 
     def message(self, text: str) -> None:
@@ -60,42 +46,22 @@ def run(config: dict[str, Any]) -> dict[str, Any]:
     from dopsd.train.trainer import TrainError
 
     first = ray.train.get_context().get_world_rank() == 0
-    job, news = ray.get(config["job"]), config["news"]
-
-    @contextmanager
-    def observe(method: Method) -> Iterator[Observer]:
-        if not first:
-            yield _Silent()
-            return
-        news.put(("begin", method, None))
-        yield _Relay(news, method)
-        news.put(("end", method, None))
-
+    job, storage = ray.get(config["job"]), config["storage"]
     with tempfile.TemporaryDirectory(prefix="dopsd-") as place:
         home = Path(place)
-        _begin_with(home, ray.train.get_checkpoint(), config["before"])
+        train = home / "train"
+        storage.load(train)
 
         def on_saved() -> None:
-            checkpoint = ray.train.Checkpoint.from_directory(home) if first else None
-            ray.train.report({}, checkpoint=checkpoint)
+            if first:
+                storage.save(train, [method for method in job.train.methods if (train / method).is_dir()])
 
         try:
-            results = run_job(job, home / "train", home / "adapters", observe, on_saved)
+            observer = _Relay(config["queue"], train) if first else _Silent()
+            results = run_job(job, train, home / "adapters", observer, on_saved)
         except (TrainError, ValueError) as error:
             if type(error).__module__.partition(".")[0] != "dopsd":
                 raise
             return {"error": str(error)}
-        on_saved()  # the adapters are published after the last checkpoint
+        on_saved()  # that the last run ended is written after its last checkpoint
         return {"results": {method: asdict(found) for method, found in results.items()}}
-
-
-def _begin_with(home: Path, checkpoint: Any, before: Mapping[str, bytes]) -> None:
-    """Fill the worker's folder: Ray's newest checkpoint of this job, else what the starting side had."""
-    if checkpoint is not None:
-        with checkpoint.as_directory() as saved:
-            shutil.copytree(saved, home, dirs_exist_ok=True)
-        return
-    for name, content in before.items():
-        path = home / "train" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 
 import httpx
 import yaml
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
+from .logins import PrefectLogin
 from .processes import Supervisor, holder
 from .stack import HOST, POOL, PORTS, ServiceError, Stack
 
@@ -29,18 +31,23 @@ class NotReady(Exception):
 
 def check_ports(stack: Stack) -> None:
     """Raises ServiceError for a port that another program has."""
-    for name, (variable, _) in PORTS.items():
-        port = stack.ports[name]
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, port))
-            except OSError:
-                raise ServiceError(
-                    f"port {port}, meant for {name}, is taken{holder(port)}: end that, or pass {variable}=another"
-                ) from None
+    for name in PORTS:
+        check_port(stack, name)
     if len(set(stack.ports.values())) < len(PORTS):
         raise ServiceError("two services are given one port: " + ", ".join(f"{k} {v}" for k, v in stack.ports.items()))
+
+
+def check_port(stack: Stack, name: str) -> None:
+    """Raises ServiceError where another program has the port of the service ``name``."""
+    port = stack.ports[name]
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            raise ServiceError(
+                f"port {port}, meant for {name}, is taken{holder(port)}: end that, or pass {PORTS[name][0]}=another"
+            ) from None
 
 
 def check(stack: Stack, name: str) -> None:
@@ -83,7 +90,7 @@ def registered(stack: Stack) -> bool:
     """Whether Prefect knows every deployment of ``prefect.yaml``."""
     wanted = {d["name"] for d in yaml.safe_load((stack.root / "prefect.yaml").read_text())["deployments"]}
     try:
-        answer = httpx.post(f"{_api(stack)}/deployments/filter", json={}, timeout=30).raise_for_status()
+        answer = _ask_prefect(stack, "deployments/filter", timeout=30).raise_for_status()
     except httpx.HTTPError:
         return False
     return wanted <= {deployment["name"] for deployment in answer.json()}
@@ -102,8 +109,27 @@ def _api(stack: Stack) -> str:
     return stack.client_variables()["PREFECT_API_URL"]
 
 
+def _ask_prefect(stack: Stack, path: str, timeout: float) -> httpx.Response:
+    """Its answer to a question that wants the password."""
+    api = _api(stack)
+    answer = httpx.post(f"{api}/{path}", json={}, timeout=timeout, auth=PrefectLogin(api, stack.logins.prefect))
+    if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+        raise ServiceError(_refused(stack, "prefect", stack.logins.prefect_file), stack.log("prefect"))
+    return answer
+
+
 def _mlflow(stack: Stack) -> None:
-    httpx.get(f"{stack.address('mlflow')}/health", timeout=10).raise_for_status()
+    """First what costs nothing, then a question that wants the password."""
+    address = stack.address("mlflow")
+    httpx.get(f"{address}/health", timeout=10).raise_for_status()
+    answer = httpx.get(f"{address}/api/2.0/mlflow/users/current", auth=stack.logins.mlflow, timeout=10)
+    if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+        raise ServiceError(_refused(stack, "mlflow", stack.logins.mlflow_file), stack.log("mlflow"))
+    answer.raise_for_status()
+
+
+def _refused(stack: Stack, name: str, file: Path) -> str:
+    return f"{name} does not take the password in {stack.shown(file)}: `make down`, delete that file, `make up`"
 
 
 def _prefect(stack: Stack) -> None:
@@ -127,7 +153,7 @@ def _ray(stack: Stack) -> None:
 
 def _worker(stack: Stack) -> None:
     """Prefect has heard of the worker since this start: one of an earlier start counts as online for a while too."""
-    answer = httpx.post(f"{_api(stack)}/work_pools/{POOL}/workers/filter", json={}, timeout=10)
+    answer = _ask_prefect(stack, f"work_pools/{POOL}/workers/filter", timeout=10)
     if answer.status_code == httpx.codes.NOT_FOUND:
         raise NotReady(f"there is no work pool {POOL} yet")
     online = [worker for worker in answer.raise_for_status().json() if worker["status"] == "ONLINE"]

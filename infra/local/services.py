@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import health
+from .logins import USER
 from .processes import Supervisor, below, end, of_stack
 from .stack import PORTS, SERVICES, ServiceError, Stack
 
@@ -34,6 +35,8 @@ def up(stack: Stack) -> None:
     supervisor = Supervisor(stack)
     if running := supervisor.pid() is not None:
         stack = stack.as_started()
+        if not stack.logins.made:
+            raise ServiceError("what runs is of an earlier version that asks for no password: `make down`, `make up`")
         if all(health.is_healthy(stack, name) for name in SERVICES) and health.registered(stack):
             OUT.print("It already runs.")
             return _explain(stack, supervisor)
@@ -135,9 +138,13 @@ def _table(stack: Stack, supervisor: Supervisor) -> Table:
 
 
 def _explain(stack: Stack, supervisor: Supervisor) -> None:
+    prefect, mlflow = stack.shown(stack.logins.prefect_file), stack.shown(stack.logins.mlflow_file)
     OUT.print(_table(stack, supervisor))
     OUT.print(
-        f"\nIn a shell that is to use it:  source {stack.shown(stack.env_file)}\n"
+        "\nLog in, in a browser once:\n"
+        f"  Prefect                      the whole line in {prefect}\n"
+        f"  MLflow                       user {USER}, password after the colon in {mlflow}\n"
+        f"In a shell that is to use it:  source {stack.shown(stack.env_file)}   (logs in too)\n"
         "Train on it:                   prefect deployment run dopsd/train\n"
         "After changing prefect.yaml:   prefect --no-prompt deploy --all\n"
         f"See what they say:             tail -f {stack.shown(stack.log('worker'))}   (or mlflow, prefect, ray)\n"

@@ -1,14 +1,14 @@
 """What the local stack is: its folder, its ports, and the variables that its processes and its users are given.
 
 Everything lives below one folder (``.cache/services``, or ``DOPSD_SERVICES_DIR``), which only its owner may enter:
-logs, Prefect's database, supervisor's socket and PID file, Ray's token, and ``env`` for a shell that wants to use it.
+logs, Prefect's database, supervisor's socket and PID file, the passwords (``logins``), and ``env`` for a shell that
+wants to use it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
 import shlex
 import shutil
 import sys
@@ -16,6 +16,8 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from .logins import FOREIGN, Logins, write_private
 
 HOST = "127.0.0.1"
 PORTS = {"mlflow": ("MLFLOW_PORT", 5000), "prefect": ("PREFECT_PORT", 4200), "ray": ("RAY_PORT", 6379)}
@@ -61,24 +63,26 @@ class Stack:
             return self
         return replace(self, ports=kept["ports"], ray_temp=Path(kept["ray_temp"]))
 
-    def prepare(self) -> Stack:
-        """Make what the services need before they start: folders, Ray's token and its place for sockets."""
-        if len(os.fsencode(self.socket)) > SOCKET_LIMIT:
-            raise ServiceError(f"{self.folder} is too long for a socket: set DOPSD_SERVICES_DIR to a shorter path")
+    def make_folder(self) -> None:
+        """Make the folder, which only its owner may enter."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o700)
         (self.folder / "logs").mkdir(exist_ok=True)
-        if not self._token.exists():
-            with open(os.open(self._token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(secrets.token_hex(32))
+
+    def prepare(self) -> Stack:
+        """Make what the services need before they start: folders, passwords, and Ray's place for sockets."""
+        if len(os.fsencode(self.socket)) > SOCKET_LIMIT:
+            raise ServiceError(f"{self.folder} is too long for a socket: set DOPSD_SERVICES_DIR to a shorter path")
+        self.make_folder()
+        self.logins.make()
         stack = replace(self, ray_temp=Path(tempfile.mkdtemp(prefix="dopsd-ray-", dir="/tmp")))
         stack._state.write_text(json.dumps({"ports": dict(stack.ports), "ray_temp": str(stack.ray_temp)}))
         exports = [f"export {name}={shlex.quote(value)}\n" for name, value in stack.client_variables().items()]
-        stack.env_file.write_text("".join(exports))
+        write_private(stack.env_file, "".join(exports))
         return stack
 
     def forget(self) -> None:
-        """Remove what is of no use once nothing runs. Logs, Prefect's database and the token stay."""
+        """Remove what is of no use once nothing runs. Logs, Prefect's database and the passwords stay."""
         for file in (self._state, self.env_file, self.socket, self.pid_file):
             file.unlink(missing_ok=True)
         if self.ray_temp is not None:
@@ -111,8 +115,9 @@ class Stack:
         return self.folder / "stack.json"
 
     @property
-    def _token(self) -> Path:
-        return self.folder / "ray-token"
+    def logins(self) -> Logins:
+        """Its passwords."""
+        return Logins(self.folder)
 
     def log(self, name: str) -> Path:
         """The log of a service."""
@@ -137,20 +142,21 @@ class Stack:
             "PREFECT_API_URL": f"{self.address('prefect')}/api",
             "PREFECT_HOME": str(self.folder / "prefect"),  # the user's own ~/.prefect is left alone
             "RAY_ADDRESS": self.address("ray"),
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(self._token),
             # Despite its name the only way to keep Ray on loopback on Linux too: without it every 127.0.0.1 is
             # turned into the machine's outer address, for servers and clients alike.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            **self.logins.for_clients(),
         }
 
     def variables(self) -> dict[str, str]:
-        """The environment of everything in the stack: the caller's, less what is about another Prefect or Ray."""
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "RAY_"))}
+        """The environment of everything in the stack: the caller's, less what is about another stack."""
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)}
         search = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)])
         return {
             **inherited,
             **self.client_variables(),
+            **self.logins.for_prefect(self.address("prefect")),
+            **self.logins.for_mlflow(self.ports["mlflow"]),
             **{variable: str(self.ports[name]) for name, (variable, _) in PORTS.items()},
             "PATH": search,  # its programs are those of this Python, whether or not the environment is activated
             MARK: str(self.folder),

@@ -1,6 +1,6 @@
 """Copies of the base that encode and draw side by side, one in each of Ray's workers, where ``compute`` asks for more.
 
-What a crew gives back is what one family would, in the same order: batches are handed out whole, so not even their
+What they give back is what one family would, in the same order: batches are handed out whole, so not even their
 rounding differs.
 """
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Crew:
+class Workers:
     """``size`` Ray actors that hold a family each."""
 
     def __init__(self, model: ModelSettings, compute: ComputeSettings, root: Path, use: Use) -> None:
@@ -34,29 +34,29 @@ class Crew:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         asked = resources(compute, model.device)
-        self.size = min(members(compute), max(1, _room_for(asked)))
-        # all places at once: two crews that each had some of what they need would wait for each other
+        self.size = min(count_of(compute), max(1, _room_for(asked)))
+        # all places at once: two jobs that each had some of what they need would wait for each other
         self._places = placement_group([asked] * self.size)
         ray.get(self._places.ready())
-        actor = ray.remote(_Member).options(
+        remote = ray.remote(_Worker).options(
             num_cpus=asked["CPU"], num_gpus=asked.get("GPU", 0), memory=asked.get("memory"),
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._places),
         )  # fmt: skip
-        self._members = [actor.remote(model, root.resolve(), use) for _ in range(self.size)]
+        self._actors = [remote.remote(model, root.resolve(), use) for _ in range(self.size)]
 
     def map(self, function: Callable[[Family, T], R], items: Iterable[T]) -> Iterator[R]:
         """``function(family, item)`` for each item, in order; it must be one that can be imported by name."""
         from ray.util import ActorPool
 
-        yield from ActorPool(self._members).map(lambda member, item: member.do.remote(function, item), list(items))
+        yield from ActorPool(self._actors).map(lambda actor, item: actor.do.remote(function, item), list(items))
 
     def close(self) -> None:
         """End the actors and give their places back."""
         import ray
         from ray.util.placement_group import remove_placement_group
 
-        for member in self._members:
-            ray.kill(member)
+        for actor in self._actors:
+            ray.kill(actor)
         remove_placement_group(self._places)
 
 
@@ -68,7 +68,7 @@ def _room_for(asked: Mapping[str, float]) -> int:
     return sum(min(int(node.get(key, 0) // amount) for key, amount in asked.items() if amount) for node in nodes)
 
 
-def members(compute: ComputeSettings) -> int:
+def count_of(compute: ComputeSettings) -> int:
     """How many copies of the base should work side by side: as many as there are workers at least."""
     if compute.launcher == "local":
         return 1
@@ -76,19 +76,19 @@ def members(compute: ComputeSettings) -> int:
 
 
 @contextmanager
-def crew(model: ModelSettings, compute: ComputeSettings, root: Path, use: Use) -> Iterator[Crew | None]:
-    """A crew where ``compute`` asks for more than one worker, else none: then this process does it all."""
-    if members(compute) == 1:
+def workers(model: ModelSettings, compute: ComputeSettings, root: Path, use: Use) -> Iterator[Workers | None]:
+    """Workers where ``compute`` asks for more than one worker, else none: then this process does it all."""
+    if count_of(compute) == 1:
         yield None
         return
-    made = Crew(model, compute, root, use)
+    made = Workers(model, compute, root, use)
     try:
         yield made
     finally:
         made.close()
 
 
-class _Member:
+class _Worker:
     """What one actor is. It loads the base by itself, from the same path as here."""
 
     def __init__(self, model: ModelSettings, root: Path, use: Use) -> None:
@@ -101,11 +101,11 @@ class _Member:
 
 
 class SpreadEncoders:
-    """A family whose encoders are a crew's; the rest of it is the one here."""
+    """A family whose encoders are the workers'; the rest of it is the one here."""
 
-    def __init__(self, family: Family, crew: Crew, batch: int) -> None:
-        self._family, self._crew, self._batch = family, crew, batch
-        self.lanes = crew.size
+    def __init__(self, family: Family, workers: Workers, batch: int) -> None:
+        self._family, self._workers, self._batch = family, workers, batch
+        self.parallel_batches = workers.size
         """How many batches of ``batch`` it takes at once."""
 
     def __getattr__(self, name: str) -> Any:
@@ -121,7 +121,7 @@ class SpreadEncoders:
 
     def _spread(self, function: Callable[[Family, list[Any]], list[Conditioning]], inputs: list[Any]) -> Any:
         parts = [inputs[start : start + self._batch] for start in range(0, len(inputs), self._batch)]
-        return [encoding for part in self._crew.map(function, parts) for encoding in part]
+        return [encoding for part in self._workers.map(function, parts) for encoding in part]
 
 
 def _encode_prompts(family: Family, requests: list[Request]) -> list[Conditioning]:

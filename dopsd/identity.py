@@ -1,0 +1,143 @@
+"""One answer to "did anything change": what every stage's result is made of.
+
+:func:`plan_of` says it for each stage of a concept, as values that a person can read. ``dopsd plan`` writes them to
+``runs/<concept>/plan.json``; DVC compares them, the trainer resumes by them, and the registry keeps them with every
+version. A setting that is in no plan decides nothing. The code counts by its numbers
+(:mod:`dopsd.versions`), not by its text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dopsd.config import Method, Settings, TrainSettings
+from dopsd.versions import DATA_VERSION, ENCODING_VERSION, EXPORT_VERSION, METHOD_VERSION, SCORES_VERSION
+
+if TYPE_CHECKING:
+    from dopsd.data.encoded import Encoded
+    from dopsd.models import Base
+
+Plan = dict[str, dict[str, Any]]
+
+_SHOWN = {"max_minutes", "checkpoint_steps", "preview_steps", "preview_prompts", "preview_count"}
+"""Settings that do not change what is learnt at a step, and so may differ on resume."""
+
+
+def plan_of(settings: Settings, base: Base) -> Plan:
+    """Stage to what decides its result, beside the results of the stages before it; of resolved settings of one
+    concept. Data counts by its content, which stage validate writes down."""
+    from dopsd.models import references_rule
+
+    model, data = settings.model, settings.data
+    train, evaluation = settings.train, settings.evaluation
+    pictures = {"resolution": data.resolution, "max_pixels": data.max_pixels}
+    files = dict(sorted(base.identities.items()))
+    return _plain({
+        "validate": {
+            "version": DATA_VERSION, "data": data.model_dump(mode="json"), "references": references_rule(model),
+            "teacher_variant": model.teacher_variant,
+        },
+        "encode": {
+            "version": ENCODING_VERSION, "encoders": base.encoders, "vlm": base.vlm_identity,
+            "model": model.decides_encoding(), "data": pictures,
+            "previews": {"prompts": train.preview_prompts, "count": train.preview_count},
+            "replay": train.replay.prompts if train.replay.weight > 0 else (),
+        },
+        "train": {
+            "version": METHOD_VERSION, "base": _drawing(files), "model": model.decides_velocity(),
+            "methods": {method: _deciding(train, method) for method in train.methods},
+            # beside the methods, so that a method more retrains none: what ends a run early decides its result too
+            "max_minutes": train.max_minutes,
+        },
+        "evaluate": {
+            "version": [SCORES_VERSION, METHOD_VERSION, ENCODING_VERSION], "base": files,
+            "model": model.decides_learning(), "data": pictures, "evaluation": evaluation.model_dump(mode="json"),
+        },
+        "register": {
+            "version": EXPORT_VERSION, "base": files, "name": model.name, "licence": model.licence,
+            "method": train.methods[0], "placeholder": data.placeholder, "resolution": data.resolution,
+            "few_steps": evaluation.few_steps, "seed": evaluation.seed,
+            "registry": settings.registry.model_dump(mode="json"),
+        },
+    })  # fmt: skip
+
+
+def common_identity(plan: Plan, encoded: Encoded, replayed: bool) -> str:
+    """Hash of what all methods of a training have in common: code, base, encoded data (replay where it counts)."""
+    common = {key: value for key, value in plan["train"].items() if key not in ("methods", "max_minutes")}
+    return hash_of([common, encoded.identity(replayed)])
+
+
+def training_name(train: TrainSettings, common: str) -> str:
+    """What a training is called in the tracker; a method more is the same training."""
+    return hash_of(["training", _deciding(train, "sft"), common])[:12]
+
+
+def training_identity(train: TrainSettings, method: Method, common: str) -> str:
+    """Hash of everything that decides what ``method`` learns; two equal ones may be resumed. ``common``: from
+    :func:`common_identity`."""
+    return hash_of([method, _deciding(train, method), common])
+
+
+@dataclass(frozen=True)
+class VersionIdentity:
+    """What a version was made from. Two equal ones need no second training."""
+
+    data: str
+    """Content hash of the concept's data."""
+    settings: str
+    """Hash of the settings that decide what the exported method learns."""
+    base: str
+    """Identity of the base model's files."""
+    method: str
+    """The version of the method."""
+
+    def differences(self, other: VersionIdentity) -> list[str]:
+        """Which parts differ, in words."""
+        words = {"data": "data", "settings": "settings", "base": "base model", "method": "method version"}
+        return [word for key, word in words.items() if getattr(self, key) != getattr(other, key)]
+
+
+def version_identity(content_hash: str, settings: Settings, base: Base) -> VersionIdentity:
+    """What a version would be made from. ``content_hash``: of the concept's data; resolved settings of the concept."""
+    decides = [_deciding(settings.train, settings.train.methods[0]), settings.model.decides_learning(),
+               settings.data.resolution]  # fmt: skip
+    return VersionIdentity(content_hash[:32], hash_of(decides), base.identity, f"{METHOD_VERSION}.{ENCODING_VERSION}")
+
+
+def questions_of(plan: Plan, validated: Mapping[str, Any]) -> str:
+    """Hash of what the evaluation asks: two sets of scores may be compared only where it is the same. The pictures that
+    were trained on are part of it: likeness to them is a score, and without a holdout their captions are the prompts.
+    """
+    data = [validated[key] for key in ("content_hash", "holdout_hash", "kind_hash")]
+    return hash_of([plan["evaluate"], data])
+
+
+def hash_of(value: Any) -> str:
+    """Of JSON values, 32 hex digits; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(_plain(value), sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _deciding(train: TrainSettings, method: Method) -> dict[str, Any]:
+    """The settings that decide what ``method`` learns. Replay's prompts are in its encodings, and count there."""
+    values = train.model_dump(mode="json", exclude=_SHOWN | {"methods"})
+    values["replay"] = values["replay"]["weight"]
+    for key in ("gain_images", "on_no_gain"):  # measured beforehand, from seeds of its own
+        values["teacher"].pop(key)
+    if method != "sft":
+        values.pop("sft_compute_factor")
+    return values
+
+
+def _drawing(files: Mapping[str, str]) -> dict[str, str]:
+    """The files that a velocity depends on: no encoder, whose work is in the encodings."""
+    return {name: files[name] for name in ("transformer", "scheduler") if name in files}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: lists for tuples."""
+    return json.loads(json.dumps(value))

@@ -1,0 +1,63 @@
+"""One at a time: whoever works on a concept holds its lock, whichever door it came through.
+
+The lock is the kernel's: it ends with the process that holds it, however that ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from dopsd.config import concept_name
+from dopsd.files import write_json
+
+
+class ConceptBusy(RuntimeError):
+    """Somebody else works on the concept; the message says who, where and since when."""
+
+
+@contextmanager
+def concept_lock(
+    concept: str, root: Path, work: str, wait: float = 0.0, message: Callable[[str], None] = print
+) -> Iterator[None]:
+    """Hold ``concept`` while the block runs. ``work``: what is done, for those who find it held.
+
+    ``wait``: seconds; ``message`` is told that we wait. Raises :class:`ConceptBusy` where it is held for longer.
+    """
+    folder = root / "runs" / ".locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f"{concept_name(concept)}.lock")
+    holder = folder / f"{concept}.json"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if wait > 0:
+            message(f"{_held(concept, holder)}; waiting for it, {wait / 60:.0f} minutes at most")
+        try:
+            lock.acquire(timeout=wait)
+        except Timeout:
+            raise ConceptBusy(f"{_held(concept, holder)}; try again when it is done, or end that process") from None
+    try:
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        write_json(holder, {"work": work, "pid": os.getpid(), "host": socket.gethostname(), "since": now})
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _held(concept: str, holder: Path) -> str:
+    """Who holds it, as far as that is known: the file is written after the lock is taken."""
+    try:
+        known = json.loads(holder.read_text())
+        return (f"{concept} is held by `{known['work']}` (process {known['pid']} on {known['host']}, "
+                f"since {known['since']})")  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{concept} is held by another process"

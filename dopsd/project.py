@@ -1,0 +1,83 @@
+"""Where things are in a project, and how the stages get at them: run folders, data sets, base, caches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dopsd.config import CONCEPTS, Settings, concept_name
+
+if TYPE_CHECKING:
+    from dopsd.data.cache import EncodingCache
+    from dopsd.data.manifest import ConceptTable
+    from dopsd.data.needs import Needs
+    from dopsd.evaluation.world import World
+    from dopsd.models import Use
+    from dopsd.models.base import Family
+
+BASE = Path("runs/base.json")
+PLAN = "plan.json"
+"""In a run folder: what each stage's result is made of (:mod:`dopsd.identity`)."""
+
+
+class StageError(ValueError):
+    """A stage that lacks what an earlier one makes; one line saying which to run."""
+
+
+def run_folder(concept: str, root: Path) -> Path:
+    """Where all results of a concept are. Raises ``SettingsError`` for a name that is none."""
+    return root / "runs" / concept_name(concept)
+
+
+def concept_folder(concept: str, root: Path) -> Path:
+    """Where a concept's data are. Raises ``SettingsError`` for a name that is none."""
+    return root / CONCEPTS / concept_name(concept)
+
+
+def read_result(path: Path, made_by: str) -> dict[str, Any]:
+    """What the stage ``made_by`` left. Raises :class:`StageError` where it did not."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise StageError(f"{path}: missing; run stage {made_by} first") from None
+    except ValueError:
+        raise StageError(f"{path}: damaged; run stage {made_by} again") from None
+
+
+def read_concept(concept: str, settings: Settings, root: Path) -> tuple[ConceptTable, ConceptTable | None]:
+    """The data set and its held-out part. Raises ``DataError`` with every fault."""
+    from dopsd.data.schema import validate_dataset
+
+    return validate_dataset(concept_folder(concept, root), concept, settings.data, needs_of(settings))
+
+
+def needs_of(settings: Settings) -> Needs:
+    """What the base's context asks of the data. Raises ``ModelError`` for a family or context that there is not."""
+    from dopsd.data.needs import Needs
+    from dopsd.models import references_rule, resolved
+
+    settings = resolved(settings)
+    return Needs(references_rule(settings.model), settings.model.teacher_variant)
+
+
+def load_base(settings: Settings, root: Path, use: Use = "teach") -> Family:
+    """The base model; its parts are loaded when they are used."""
+    from dopsd.models import load_family
+
+    return load_family(settings.model, root, use)
+
+
+def cache_of(root: Path) -> EncodingCache:
+    """The encodings of all concepts."""
+    from dopsd.data.cache import EncodingCache
+
+    return EncodingCache(root / ".cache" / "encodings")
+
+
+def world_of(settings: Settings, root: Path) -> World | None:
+    """The truth for every prompt, where the base's folder brings it along."""
+    from dopsd.evaluation import world
+    from dopsd.models import open_base
+
+    return world.world_of(open_base(settings.model, root, "train").source.folder)

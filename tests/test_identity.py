@@ -1,0 +1,222 @@
+"""What decides a result, and what does not; and that the numbers that stand for code are not forgotten."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dopsd import identity, versions
+from dopsd.config import Settings, load_settings
+from dopsd.data.encoded import Encoded
+from dopsd.models import open_base, resolved
+from emoji_turbo import architecture
+from tests import tiny
+from tests.tiny_project import make_project
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = ROOT / "params.yaml"
+STORED = Path(__file__).with_name("versions.json")
+MODELS = ("models/__init__.py", "models/base.py", "models/flux2_klein.py", "models/krea2.py", "models/loading.py",
+          "models/qwen_vl.py", "models/z_image.py")  # fmt: skip
+"""What a model answers; finding, fetching and checking its files decides nothing."""
+STANDS_FOR = {
+    "DATA_VERSION": ("data/duplicates.py", "data/images.py", "data/manifest.py", "data/needs.py", "data/records.py",
+                     "data/schema.py"),
+    "ENCODING_VERSION": (*MODELS, "data/encoded.py", "data/images.py", "data/pictures.py", "train/encode.py"),
+    "METHOD_VERSION": (*MODELS, "distill/adapters.py", "distill/baselines.py", "distill/flow.py", "distill/loss.py",
+                       "distill/rollout.py", "data/dataset.py", "train/objective.py", "train/parallel.py",
+                       "train/trainer.py"),
+    "SCORES_VERSION": (*MODELS, "distill/rollout.py", "data/images.py", "data/pictures.py", "evaluation/backbones.py",
+                       "evaluation/headline.py", "evaluation/metrics.py", "evaluation/probe.py",
+                       "evaluation/prompts.py", "evaluation/scoring.py", "evaluation/suite.py",
+                       "evaluation/world.py"),
+    "EXPORT_VERSION": ("card.md.j2", "card.py", "export.py", "models/lora_files.py", "registry/serving.py"),
+}  # fmt: skip
+"""The numbers of :mod:`dopsd.versions`, and the code whose results they stand for."""
+
+
+def plan(settings: Settings, root: Path = ROOT, concept: str = "style-ink") -> identity.Plan:
+    own = resolved(settings.of(concept, root))
+    return identity.plan_of(own, open_base(own.model, root))
+
+
+def changed(*overrides: str) -> set[str]:
+    """Which stages' plans another setting changes."""
+    before, after = plan(load_settings(SHIPPED)), plan(load_settings(SHIPPED, overrides))
+    return {stage for stage in before if before[stage] != after[stage]}
+
+
+@pytest.mark.parametrize(
+    ("override", "stages"),
+    [
+        ("model.device=cpu", set()),
+        ("model.gradient_checkpointing=true", set()),
+        ("train.preview_steps=7", set()),
+        ("train.checkpoint_steps=7", set()),
+        ("train.teacher.on_no_gain=refuse", set()),
+        ("train.teacher.gain_images=3", set()),
+        ("compute.workers=2", set()),
+        ("tracking.experiment=other", set()),
+        ("train.preview_count=2", {"encode"}),
+        ("data.min_images=5", {"validate"}),
+        ("data.resolution=128", {"validate", "encode", "evaluate", "register"}),
+        ("model.context_pixels=[4096,8192]", {"encode", "evaluate"}),
+        ("model.vlm_positions=encoder", {"encode", "evaluate"}),
+        ("model.dtype=bfloat16", {"encode", "train", "evaluate"}),
+        ("model.name=mine", {"register"}),
+        ("model.licence=mit", {"register"}),
+        ("train.max_steps=7", {"train"}),
+        ("train.max_minutes=7", {"train"}),
+        ("train.methods=[d-opsd]", {"train"}),
+        ("evaluation.max_prompts=7", {"evaluate"}),
+        ("evaluation.seed=7", {"evaluate", "register"}),
+        ("registry.tolerance=0.1", {"register"}),
+    ],
+)
+def test_a_setting_changes_the_stages_that_it_decides_and_no_other(override: str, stages: set[str]) -> None:
+    assert changed(override) == stages
+
+
+def test_replay_prompts_count_where_they_are_replayed() -> None:
+    off = ("train.replay.weight=0",)
+    before, after = (plan(load_settings(SHIPPED, (*off, *more))) for more in ((), ("train.replay.prompts=[a fox]",)))
+    assert before == after
+    assert changed("train.replay.prompts=[a fox]") == {"encode"}
+    examples, (fox, owl) = tuple(tiny.tiny_examples(2)), tiny.tiny_prompts(2)
+
+    def learnt_from(replay: Any, counts: bool) -> str:
+        return Encoded(examples, (), (("x", replay),), 1, "").identity(counts)
+
+    assert learnt_from(fox, False) == learnt_from(owl, False)
+    assert learnt_from(fox, True) != learnt_from(owl, True)
+
+
+def test_what_is_learnt_from_counts_to_the_last_bit_and_what_is_shown_does_not() -> None:
+    examples = tiny.tiny_examples(2)
+    same = Encoded(tuple(examples), (), (), 1, "").identity(False)
+    previews = (tiny.Preview("a fox", tiny.tiny_prompts(1)[0], 64, 64),)
+    assert Encoded(tuple(tiny.tiny_examples(2)), previews, (), 5, "other").identity(False) == same
+    for change in (
+        {"latents": examples[0].latents + 1e-6},
+        {"context": {"caption": examples[0].context["caption"].to(torch.bfloat16)}},
+        {"prompt": {"words": examples[0].prompt["caption"]}},
+        {"prompt": examples[0].context, "context": examples[0].prompt},
+        {"caption": "another"},
+        {"height": 32},
+    ):
+        other = type(examples[0])(**(examples[0].__dict__ | change))
+        assert Encoded((other, examples[1]), (), (), 1, "").identity(False) != same, change
+
+
+def test_a_method_more_is_the_same_training_and_another_seed_is_not() -> None:
+    def identities(*overrides: str) -> tuple[str, str]:
+        train = load_settings(SHIPPED, overrides).train
+        return identity.training_name(train, "x"), identity.training_identity(train, "d-opsd", "x")
+
+    same = identities()
+    assert identities("train.methods=[d-opsd]") == same
+    assert identities("train.preview_prompts=[a]", "train.max_minutes=3") == same
+    assert identities("train.sft_compute_factor=2")[1] == same[1], "of SFT alone"
+    assert not set(identities("train.seed=1")) & set(same)
+
+
+@pytest.mark.parametrize(
+    ("part", "stages"),
+    [
+        ("scheduler", {"train", "evaluate", "register"}),
+        ("transformer", {"train", "evaluate", "register"}),
+        ("text_encoder", {"encode", "evaluate", "register"}),
+        ("vae", {"encode", "evaluate", "register"}),
+        ("vlm", {"encode", "evaluate", "register"}),
+    ],
+)
+def test_a_part_of_the_base_changes_what_it_is_used_for(tmp_path: Path, part: str, stages: set[str]) -> None:
+    """The grid is in the scheduler's file: another ``shift`` there once left the old adapter "finished"."""
+    root = make_project(tmp_path)
+    settings = load_settings(root / "params.yaml")
+    before = plan(settings, root, "blots")
+    if part == "scheduler":
+        file = root / "data/base/tiny/scheduler/scheduler_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"shift": 2.5}))
+    else:
+        parts, others = tiny.tiny_parts(), tiny.tiny_parts(seed=1)
+        names = {"vae", "tokenizer", "vlm", "transformer"}
+        if part == "text_encoder":
+            _replace_weights(root / "data/base/tiny/text_encoder")
+        else:
+            architecture.save_folder(
+                root / "data/base/tiny", **{key: (others if key == part else parts)[key] for key in names}
+            )
+            if part == "vlm":  # its language half is the text encoder
+                stages = {"encode", "evaluate", "register"}
+    after = plan(settings, root, "blots")
+    assert {stage for stage in before if before[stage] != after[stage]} == stages
+
+
+def _replace_weights(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    (file,) = folder.glob("*.safetensors")
+    save_file({key: value + 1e-3 for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+def test_a_plan_is_the_same_in_every_process_and_plain_json() -> None:
+    values = plan(load_settings(SHIPPED))
+    assert json.loads(json.dumps(values)) == values
+    assert identity.hash_of({"a": 1, "b": (2,)}) == identity.hash_of({"b": [2], "a": 1})
+
+
+def test_a_version_says_what_changed_since() -> None:
+    settings = resolved(load_settings(SHIPPED).of("style-ink", ROOT))
+    base = open_base(settings.model, ROOT)
+    made = identity.version_identity("d" * 64, settings, base)
+    assert made.differences(identity.version_identity("e" * 64, settings, base)) == ["data"]
+    other = load_settings(SHIPPED, ("train.seed=5", "train.preview_steps=3")).of("style-ink", ROOT)
+    assert made.differences(identity.version_identity("d" * 64, resolved(other), base)) == ["settings"]
+
+
+# --- the numbers that stand for code ----------------------------------------------------------------------------------
+
+
+def _digest(file: Path) -> str:
+    """Of what the code does: neither comments nor docstrings nor its layout."""
+    if file.suffix != ".py":
+        return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]  # type: ignore[attr-defined]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+
+
+def _today() -> dict[str, Any]:
+    return {
+        name: {
+            "version": getattr(versions, name),
+            "code": {file: _digest(ROOT / "dopsd" / file) for file in sorted(files)},
+        }
+        for name, files in STANDS_FOR.items()
+    }
+
+
+def test_whoever_changes_code_that_a_version_stands_for_is_reminded() -> None:
+    stored = json.loads(STORED.read_text())
+    for name, now in _today().items():
+        files = [file for file, digest in now["code"].items() if stored[name]["code"].get(file) != digest]
+        assert stored[name] == now, (
+            f"{', '.join(files) or name} changed, and {name} stands for what it makes. Do the same inputs give another "
+            f"result now? Then raise {name} in dopsd/versions.py. Either way: python -m tests.test_identity"
+        )
+
+
+if __name__ == "__main__":
+    STORED.write_text(json.dumps(_today(), indent=1) + "\n")
+    sys.stdout.write(f"{STORED.name}: written\n")
