@@ -169,8 +169,7 @@ def _evaluation(concept: str, seed: int, word: str | None = None) -> Path:
 def _about(row: Row, adapter: Path) -> dict[str, Any]:
     trained = json.loads(adapter.with_suffix(".json").read_text())
     rate = trained["settings"]["learning_rate"]
-    return {"name": row.name, "label": row.label, "steps": trained["steps"], "learning_rate": rate,
-            "seconds": round(trained["seconds"], 1)}  # fmt: skip
+    return {"name": row.name, "label": row.label, "steps": trained["steps"], "learning_rate": rate}
 
 
 def _base() -> str:
