@@ -19,7 +19,7 @@ _LISTED_LICENCES = ("apache-2.0", "mit", "openrail", "creativeml-openrail-m", "c
 def card_of(
     concept: str, settings: Settings, table: ConceptTable, run: Path, base: Base, example: tuple[Request, int, int]
 ) -> Card:
-    """The card of the first method's adapter in ``run``. ``asked``: an example request with height and width."""
+    """The card of the first method's adapter in ``run``. ``example``: a request with height and width."""
     train, (request, height, width) = settings.train, example
     call = family_class(settings.model).call(request, height, width, settings.evaluation.few)
     licence = settings.model.licence or licence_of(base.source)

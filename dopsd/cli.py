@@ -15,6 +15,7 @@ import typer
 
 from dopsd.config import Settings, load_settings
 from dopsd.files import is_disk_full
+from dopsd.lock import concept_lock
 from dopsd.project import StageError, needs_of, run_folder
 from dopsd.stages import STAGES, plan, run_stage
 
@@ -242,7 +243,8 @@ def concept_add(
     from dopsd.data.concept import add_concept, list_concept
 
     settings = _settings(params, overrides)
-    table = add_concept(folder, name, Path(), settings.data, replace, needs_of(settings))
+    with concept_lock(name, Path(), "dopsd concept add"):
+        table = add_concept(folder, name, Path(), settings.data, replace, needs_of(settings))
     print(f"{len(table.rows)} images -> {table.root}")
     if name not in settings.concepts:
         list_concept(params, name)

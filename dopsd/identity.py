@@ -30,7 +30,7 @@ _SHOWN = {"max_minutes", "checkpoint_steps", "preview_steps", "preview_prompts",
 def plan_of(settings: Settings, base: Base) -> Plan:
     """Stage to what decides its result, beside the results of the stages before it; of resolved settings of one
     concept. Data counts by its content, which stage validate writes down."""
-    from dopsd.models import references_rule
+    from dopsd.models import licence_of, references_rule
 
     model, data = settings.model, settings.data
     train, evaluation = settings.train, settings.evaluation
@@ -56,12 +56,14 @@ def plan_of(settings: Settings, base: Base) -> Plan:
         "evaluate": {
             "version": [SCORES_VERSION, METHOD_VERSION, ENCODING_VERSION], "base": files,
             "model": model.decides_learning(), "data": pictures, "evaluation": evaluation.model_dump(mode="json"),
+            "replayed": train.replay.prompts if train.replay.weight > 0 else (),  # of these nothing is asked
         },
         "register": {
-            "version": EXPORT_VERSION, "base": files, "name": model.name, "licence": model.licence,
+            "version": EXPORT_VERSION, "base": files, "name": model.name,
+            "licence": model.licence or licence_of(base.source),
             "method": train.methods[0], "placeholder": data.placeholder, "resolution": data.resolution,
             "few_steps": evaluation.few_steps, "seed": evaluation.seed,
-            "registry": settings.registry.model_dump(mode="json"),
+            "registry": settings.registry.model_dump(mode="json"), "tracked": settings.tracking.enabled,
         },
     })  # fmt: skip
 
@@ -104,7 +106,9 @@ class VersionIdentity:
 
 def version_identity(content_hash: str, settings: Settings, base: Base) -> VersionIdentity:
     """What a version would be made from. ``content_hash``: of the concept's data; resolved settings of the concept."""
-    decides = [_deciding(settings.train, settings.train.methods[0]), settings.model.decides_learning(),
+    train = settings.train
+    replayed = train.replay.prompts if train.replay.weight > 0 else ()  # in a training's identity by their encodings
+    decides = [_deciding(train, train.methods[0]), replayed, train.max_minutes, settings.model.decides_learning(),
                settings.data.resolution]  # fmt: skip
     return VersionIdentity(content_hash[:32], hash_of(decides), base.identity, f"{METHOD_VERSION}.{ENCODING_VERSION}")
 

@@ -30,6 +30,15 @@ _ONE = threading.Lock()
 class PipelineError(ValueError):
     """The project's ``dvc.yaml`` or ``dvc.lock`` cannot be used as it is; one line saying what to do."""
 
+    away = False
+    """Whether another try may help."""
+
+
+class PipelineBusy(PipelineError):
+    """Another DVC command holds the project for longer than we wait."""
+
+    away = True
+
 
 def reasons_to_run(stage: str, concept: str, root: Path) -> list[str]:
     """What changed since ``dvc.lock`` was written: dependencies, results, or all of it; empty where nothing did."""
@@ -55,6 +64,7 @@ def remember_data(root: Path, concept: str) -> None:
 @contextmanager
 def _project(root: Path, concept: str | None) -> Iterator[Repo]:
     from dvc.exceptions import DvcException, NoOutputOrStageError, NotDvcRepoError
+    from dvc.lock import LockError
     from dvc.repo import Repo
 
     logging.getLogger("dvc").setLevel(logging.WARNING)
@@ -67,6 +77,8 @@ def _project(root: Path, concept: str | None) -> Iterator[Repo]:
     except NoOutputOrStageError:
         raise PipelineError(f"params.yaml: concepts does not list {concept}; add it, or let `dopsd concept add` "
                            "do so") from None  # fmt: skip
+    except LockError as error:
+        raise PipelineBusy(f"DVC: {' '.join(str(error).split())[:300]}") from error
     except DvcException as error:
         raise PipelineError(f"DVC: {' '.join(str(error).split())[:300]}") from error
 

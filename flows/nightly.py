@@ -24,7 +24,7 @@ from dopsd.data.concept import pull_missing
 from dopsd.project import read_concept
 
 from . import artifacts
-from .train import RETRIES, is_infrastructure, tune_all
+from .train import RETRIES, base, is_infrastructure, tune_all
 
 
 @task(
@@ -55,6 +55,7 @@ def nightly(concepts: list[str] | None = None, overrides: list[str] | None = Non
     logger = get_run_logger()
     settings = load_settings(Path(params), tuple(overrides or ()))
     root = Path().resolve()
+    base(settings, str(root))  # a branch on the hub may mean another commit tonight
     decisions: dict[str, str] = {}
     to_tune, broken = [], []
     for concept in concepts or list(settings.concepts):

@@ -48,6 +48,8 @@ _NETWORKED = {"botocore", "httpx", "mlflow", "prefect", "ray", "requests", "sqla
 def is_infrastructure(_task: Any, _run: Any, state: State) -> bool:
     """Whether trying again can help: not where a person's data, settings or training are at fault, or the code is."""
     error = state.result(raise_on_failure=False)
+    cause = getattr(error, "cause", None)  # of an error in a task of Ray's, which may be a mistake like any other
+    error = cause if isinstance(cause, Exception) else error
     ours = isinstance(error, LaunchError | RegistryAway | RemoteAway) or getattr(error, "away", False)
     theirs = type(error).__module__.partition(".")[0] in _NETWORKED
     return ours or theirs or (isinstance(error, OSError) and not isinstance(error, FileNotFoundError))

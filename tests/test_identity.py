@@ -31,13 +31,14 @@ STANDS_FOR = {
                      "data/schema.py"),
     "ENCODING_VERSION": (*MODELS, "data/encoded.py", "data/images.py", "data/pictures.py", "train/encode.py"),
     "METHOD_VERSION": (*MODELS, "distill/adapters.py", "distill/baselines.py", "distill/flow.py", "distill/loss.py",
-                       "distill/rollout.py", "data/dataset.py", "train/objective.py", "train/parallel.py",
-                       "train/trainer.py"),
+                       "distill/rollout.py", "data/dataset.py", "train/gain.py", "train/job.py", "train/objective.py",
+                       "train/parallel.py", "train/trainer.py"),
     "SCORES_VERSION": (*MODELS, "distill/rollout.py", "data/images.py", "data/pictures.py", "evaluation/backbones.py",
-                       "evaluation/headline.py", "evaluation/metrics.py", "evaluation/probe.py",
-                       "evaluation/prompts.py", "evaluation/scoring.py", "evaluation/suite.py",
-                       "evaluation/world.py"),
-    "EXPORT_VERSION": ("card.md.j2", "card.py", "export.py", "models/lora_files.py", "registry/serving.py"),
+                       "evaluation/grids.py", "evaluation/headline.py", "evaluation/metrics.py",
+                       "evaluation/naming.py", "evaluation/probe.py", "evaluation/prompts.py",
+                       "evaluation/scoring.py", "evaluation/suite.py", "evaluation/world.py"),
+    "EXPORT_VERSION": ("card.md.j2", "card.py", "evaluation/table.py", "export.py", "models/lora_files.py",
+                       "registry/__init__.py", "registry/gate.py", "registry/serving.py"),
 }  # fmt: skip
 """The numbers of :mod:`dopsd.versions`, and the code whose results they stand for."""
 
@@ -64,6 +65,7 @@ def changed(*overrides: str) -> set[str]:
         ("train.teacher.gain_images=3", set()),
         ("compute.workers=2", set()),
         ("tracking.experiment=other", set()),
+        ("tracking.enabled=false", {"register"}),
         ("train.preview_count=2", {"encode"}),
         ("data.min_images=5", {"validate"}),
         ("data.resolution=128", {"validate", "encode", "evaluate", "register"}),
@@ -88,7 +90,7 @@ def test_replay_prompts_count_where_they_are_replayed() -> None:
     off = ("train.replay.weight=0",)
     before, after = (plan(load_settings(SHIPPED, (*off, *more))) for more in ((), ("train.replay.prompts=[a fox]",)))
     assert before == after
-    assert changed("train.replay.prompts=[a fox]") == {"encode"}
+    assert changed("train.replay.prompts=[a fox]") == {"encode", "evaluate"}, "what is replayed is not asked"
     examples, (fox, owl) = tuple(tiny.tiny_examples(2)), tiny.tiny_prompts(2)
 
     def learnt_from(replay: Any, counts: bool) -> str:
@@ -180,6 +182,9 @@ def test_a_version_says_what_changed_since() -> None:
     assert made.differences(identity.version_identity("e" * 64, settings, base)) == ["data"]
     other = load_settings(SHIPPED, ("train.seed=5", "train.preview_steps=3")).of("style-ink", ROOT)
     assert made.differences(identity.version_identity("d" * 64, resolved(other), base)) == ["settings"]
+    for override in ("train.replay.prompts=[a fox]", "train.max_minutes=3"):
+        other = load_settings(SHIPPED, (override,)).of("style-ink", ROOT)
+        assert made.differences(identity.version_identity("d" * 64, resolved(other), base)) == ["settings"], override
 
 
 # --- the numbers that stand for code ----------------------------------------------------------------------------------

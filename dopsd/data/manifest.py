@@ -8,8 +8,8 @@ Exactly one of three kinds::
     NAME.parquet     one table with the same columns
 
 A sub-folder ``holdout/`` is a concept folder of its own (the truth that evaluation compares with) and no part of this
-table. Everything else in the folder must be mentioned by a row, apart from concept.json, train.yaml, README, LICENSE, NOTICE
-and hidden files.
+table. Everything else in the folder must be mentioned by a row, apart from concept.json, train.yaml, README, LICENSE,
+NOTICE and hidden files.
 
 Nothing is judged here: :func:`read_table` writes what it could not read into the column ``problems``, and
 :mod:`dopsd.data.schema` turns that and all its own findings into one :class:`DataError`.
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from ..config import OWN_SETTINGS
 from .images import EXTENSIONS
-from .records import Record, leaves, read_jsonl, read_parquet, read_texts, describe_extra, shown, stem_of
+from .records import Record, describe_extra, leaves, read_jsonl, read_parquet, read_texts, shown, stem_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -181,7 +181,9 @@ def _join(base: str, name: str) -> str:
 
 
 def _is_document(file: str) -> bool:
-    return file in (ABOUT, OWN_SETTINGS) or Path(file).name.split(".")[0].upper() in _DOCUMENTS and Path(file).suffix.lower() in ("", ".md", ".txt")
+    return file in (ABOUT, OWN_SETTINGS) or (
+        Path(file).name.split(".")[0].upper() in _DOCUMENTS and Path(file).suffix.lower() in ("", ".md", ".txt")
+    )
 
 
 def _mentioned(records: Sequence[Record]) -> set[str]:

@@ -91,8 +91,8 @@ def _unfit(name: str, facts: ImageFacts | None, target: ImageFacts | None) -> li
         problems.append(f"{size}, longer than {MAX_RATIO:g} : 1; crop it")
     # only the same file: after a small edit, before and after are near duplicates, as they should be
     if target is not None and facts.sha256 == target.sha256:
-        problems.append(f"{name} is the row's own image; the student would be shown the answer: give the picture before "
-                    "the edit")  # fmt: skip
+        answer = "the student would be shown the answer: give the picture before the edit"
+        problems.append(f"{name} is the row's own image; {answer}")
     return problems
 
 

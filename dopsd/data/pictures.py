@@ -15,7 +15,7 @@ from .manifest import Row
 
 @dataclass(frozen=True)
 class Picture:
-    """A file that was checked, as it is shown to a model. ``size``: (width, height) it is fitted to, ``None``: its own."""
+    """A file that was checked, as a model is shown it. ``size``: (width, height) it is fitted to, ``None``: its own."""
 
     path: Path
     max_pixels: int

@@ -118,7 +118,9 @@ def _seen(cells: Mapping[str, Any], facts: Mapping[str, ImageFacts]) -> Seen:
 def _unmet(row: Seen, cells: Mapping[str, Any], needs: Needs | None) -> list[tuple[str, str]]:
     captions = json.loads(cells["captions"]) if isinstance(cells["captions"], str) else None
     unread = [column for column, _ in json.loads(cells["problems"])]
-    return [] if needs is None else [(column, shown(problem)) for column, problem in unmet(row, captions, unread, needs)]
+    return (
+        [] if needs is None else [(column, shown(problem)) for column, problem in unmet(row, captions, unread, needs)]
+    )
 
 
 def _row(root: Path, cells: Mapping[str, Any]) -> Row:

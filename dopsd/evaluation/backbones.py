@@ -26,6 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dopsd.files import whole_file
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -229,12 +231,10 @@ class FeatureStore:
         """Write the file, atomically, if there is something new and a path."""
         if self.path is None or not self._changed:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(self.path.name + ".partial")
         names = sorted(self._features)
         metadata = {"backbone": self.backbone.name, "keys": json.dumps(names)}
-        save_file({"features": torch.stack([self._features[name] for name in names])}, partial, metadata=metadata)
-        partial.replace(self.path)
+        with whole_file(self.path) as partial:
+            save_file({"features": torch.stack([self._features[name] for name in names])}, partial, metadata=metadata)
         self._changed = False
 
 
