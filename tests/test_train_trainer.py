@@ -232,6 +232,14 @@ def test_schedules_warm_up_and_end_low_at_every_milestone(schedule):
         assert all(a > b for a, b in pairwise(rates[4:20]))
 
 
+def test_schedules_by_hand():
+    """Two steps of warm-up, three down to the first milestone, one whole schedule of one step, and one of two."""
+    rates = {"linear": [2, 4, 4, 8 / 3, 4 / 3, 4, 4, 2], "cosine": [2, 4, 4, 3, 1, 4, 4, 2]}
+    for schedule, expected in rates.items():
+        settings = tiny.tiny_settings(schedule=schedule, warmup_steps=2, max_steps=5, learning_rate=4.0)
+        assert [learning_rate(settings, step, [5, 6, 8]) for step in range(8)] == pytest.approx(expected)
+
+
 def test_teacher_samples_are_drawn_once_from_the_contexts(tmp_path):
     examples = tiny.tiny_examples(3, latents=False)
     tiny.run_tiny("sft-teacher", tmp_path, tiny.tiny_settings(max_steps=2), examples=examples)

@@ -30,6 +30,7 @@ Selection = Literal["student", "teacher"] | None
 TeacherKind = Literal["ema", "frozen", "copy"]
 STUDENT: Final = "student"
 TEACHER: Final = "teacher"
+_APPLIED: Final = "applied"
 
 _log = logging.getLogger(__name__)
 
@@ -352,13 +353,13 @@ def load_adapter(transformer: nn.Module, path: Path, name: str) -> None:
 
 
 @contextmanager
-def adapter_applied(transformer: nn.Module, path: Path | None, name: str = "applied") -> Iterator[None]:
+def adapter_applied(transformer: nn.Module, path: Path | None) -> Iterator[None]:
     """The transformer with the adapter of a file inside the block, without it after; ``None`` is the base as it is."""
     if path is None:
         yield
         return
-    load_adapter(transformer, path, name)
+    load_adapter(transformer, path, _APPLIED)
     try:
         yield
     finally:
-        remove_adapters(transformer, (name,))
+        remove_adapters(transformer, (_APPLIED,))
