@@ -39,6 +39,7 @@ EQUIVALENT = {
     "learning_rate: end = next(e for e in ends if step <= e)": "at a milestone itself the progress is 0 of any length",
     'off_policy: loss: LossKind = "XXvelocityXX",': _KINDS,
     'off_policy: loss: LossKind = "VELOCITY",': _KINDS,
+    "AdapterPair.remove: self._merged.use(None)": "`None` is as false as `False`",
     'rollout: loss: LossKind = "XXvelocityXX",': _KINDS,
     'rollout: loss: LossKind = "VELOCITY",': _KINDS,
 }

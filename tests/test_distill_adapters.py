@@ -181,8 +181,9 @@ def test_each_selection_gives_its_own_answer_and_restores_the_one_before(family)
     assert torch.equal(_velocity(family), student)
 
 
-def test_only_the_student_is_ever_trainable(family):
-    pair = add_adapters(family.transformer, LORA, family.lora_targets, seed=0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["merged", "two adapters"])
+def test_only_the_student_is_ever_trainable(family, dtype):
+    pair = add_adapters(family.transformer, LORA, family.lora_targets, seed=0, dtype=dtype)
 
     def trainable():
         return {name for name, p in family.transformer.named_parameters() if p.requires_grad}
@@ -261,15 +262,20 @@ def test_the_teacher_is_merged_up_to_a_size_and_in_float32_alone(monkeypatch):
 
 
 def test_the_merged_teacher_answers_as_its_adapter_does(family, monkeypatch):
-    """The same products added up in another order, with a scale that is not 1."""
+    """The same products added up in another order, with a scale that is not 1; merged they are not worked out."""
     settings, answers = LoraSettings(rank=4, alpha=6), []
     for limit in (0, 10**9):
         monkeypatch.setattr(adapters, "_MERGED_PARAMETERS", limit)
         pair = add_adapters(family.transformer, settings, family.lora_targets, seed=0)
         _randomise(pair)
         pair.update(0.25)
+        calls: list[str] = []
+        for layer in lora_layers(family.transformer, "teacher").values():
+            for name in ("student", "teacher"):
+                layer.lora_A[name].register_forward_hook(lambda *_, name=name, calls=calls: calls.append(name))
         with pair.select("teacher"):
             answers.append(_velocity(family))
+        assert calls == ["teacher"] * (0 if limit else len(lora_layers(family.transformer, "teacher")))
         student = _velocity(family)
         pair.remove()
     torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-5)

@@ -127,7 +127,7 @@ def reference(s: TrainSettings, method: str) -> tuple[PlainLora, list[dict[str, 
     ("method", "changes"),
     [("d-opsd", {}), ("d-opsd", {"loss": "velocity", "schedule": "linear", "replay": {"weight": 0.0}}),
      ("d-opsd", {"teacher": {"decay": 0.7, "guidance": 1.0}, "clip_norm": 1e9, "weight_decay": 0.0}),
-     ("d-opsd", {"batch_size": 2, "accumulation": 2, "max_steps": 2, "warmup_steps": 1, "rollout_steps": 2}),
+     ("d-opsd", {"batch_size": 2, "accumulation": 2, "max_steps": 2, "warmup_steps": 3, "rollout_steps": 2}),
      ("sft", {}), ("sft", {"loss": "velocity"}),
      ("sft", {"replay": {"weight": 0.0}, "schedule": "constant", "warmup_steps": 0, "clip_norm": 1e9})],
 )  # fmt: skip

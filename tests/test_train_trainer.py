@@ -123,6 +123,7 @@ def test_sft_is_kept_at_equal_images_and_goes_on_to_equal_compute(tmp_path):
         ({"teacher": {"guidance": 1.5}, "replay": {"weight": 1.0, "prompts": ["a fox"]}}, 36 / 19),
         ({"rollout_steps": 2, "replay": {"weight": 1.0, "prompts": ["a fox"]}}, 16 / 11),
         ({"sft_compute_factor": 2.0}, 2),
+        ({"sft_compute_factor": 1.0}, 61 / 60),  # always one step more: it is an adapter of its own
     ],
 )
 def test_equal_compute_counts_every_pass_through_the_model(changes, factor):
