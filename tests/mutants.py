@@ -122,6 +122,7 @@ def _results() -> dict[str, Any]:
         counts["mutants"] += 1
         killed = status in KILLED
         counts["killed" if killed else "survived" if status == "survived" else "not run"] += 1
+        counts["of them by time"] += status == "timeout"
         if killed:
             continue
         function = mutant.rpartition("__mutmut_")[0].rpartition(".")[2].removeprefix("x_").replace("xǁ", "")

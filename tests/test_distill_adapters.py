@@ -183,6 +183,7 @@ def test_each_selection_gives_its_own_answer_and_restores_the_one_before(family)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["merged", "two adapters"])
 def test_only_the_student_is_ever_trainable(family, dtype):
+    family.transformer.requires_grad_(True)
     pair = add_adapters(family.transformer, LORA, family.lora_targets, seed=0, dtype=dtype)
 
     def trainable():

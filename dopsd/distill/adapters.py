@@ -244,7 +244,6 @@ def add_adapters(
     for pattern, names in matched.items():
         _log.info("LoRA target %s matches %d layers", pattern, len(names))
     modules = sorted({name for names in matched.values() for name in names})
-    transformer.requires_grad_(False)
     for name in (TEACHER, STUDENT) if kind == "ema" else (STUDENT,):
         _inject(transformer, name, modules, settings.rank, settings.alpha or settings.rank, dtype)
         _initialise(transformer, name, seed, settings.init)
@@ -254,7 +253,8 @@ def add_adapters(
 def _inject(
     transformer: nn.Module, name: str, modules: Sequence[str], rank: int, alpha: float, dtype: torch.dtype
 ) -> None:
-    """Add an adapter on exactly ``modules``; its values are whatever peft draws, without touching the global RNG."""
+    """Add an adapter on exactly ``modules``, all else frozen; its values are whatever peft draws, without touching the
+    global RNG."""
     model: Any = transformer  # diffusers' PeftAdapterMixin, too
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(modules))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
