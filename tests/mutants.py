@@ -47,10 +47,8 @@ EQUIVALENT = {
 }
 """``function: line as mutated`` -> why no test can, or need, tell it from the code."""
 
-OPEN = {
-    "_inject: with torch.random.fork_rng(devices=None), warnings.catch_warnings():": "only where there is a GPU does it "
-    "set back more, the GPU's random numbers",
-}
+_RANDOM = "a GPU's random numbers would be set back too, which only a GPU tells"
+OPEN = {"_inject: with torch.random.fork_rng(devices=None), warnings.catch_warnings():": _RANDOM}
 """The same for what a test could tell, and none does."""
 
 
