@@ -15,7 +15,7 @@ FIND_LINKS := $(foreach place,$(PIP_FIND_LINKS),--find-links "$(place)")
 INSTALL := $(VENV)/bin/uv pip install --quiet --compile-bytecode
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format ui up down lock clean
+.PHONY: help setup demo test mutants lint format ui up down lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -37,6 +37,10 @@ demo: $(READY) ## tune the embedded base to CONCEPT (style-ink) and show it: all
 
 test: $(READY) lint ## lint, types and tests
 	@$(RUN) python -m pytest
+
+mutants: $(READY) ## would the tests notice a fault in the method's own code? Half an hour; writes docs/mutants.md
+	@VIRTUAL_ENV="$(CURDIR)/$(VENV)" $(INSTALL) $(FIND_LINKS) --constraint requirements.lock --group mutants
+	@$(RUN) OMP_NUM_THREADS=1 python -m tests.mutants
 
 lint: $(READY) ## ruff and mypy
 	@$(RUN) ruff check .
@@ -64,5 +68,5 @@ lock: ## pin anew what pyproject.toml asks for; pins that still fit stay
 	@sed -i -E 's/^(torch==[0-9.]+)\+.*/\1/; 1i # The versions that were tested, made by `make lock`. Torch without a build tag: CPU and CUDA builds both satisfy it.' requirements.lock
 
 clean: ## remove what the tools left; data, runs and the environment stay
-	rm -rf build *.egg-info .mypy_cache .pytest_cache .ruff_cache .cache/mypy
+	rm -rf build mutants *.egg-info .mypy_cache .pytest_cache .ruff_cache .cache/mypy
 	find dopsd tests -name __pycache__ -type d -prune -exec rm -rf {} +

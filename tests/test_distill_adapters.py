@@ -1,17 +1,25 @@
 """Adapters: which layers, who is selected, the float32 average, and files."""
 
+import warnings
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from dopsd.config import LoraSettings, load_settings
+from dopsd.distill import adapters
 from dopsd.distill.adapters import (
     AdapterError,
+    AdapterPair,
     adapter_applied,
     adapter_parameters,
     add_adapters,
     linear_layers,
     load_adapter,
+    lora_layers,
     match_targets,
+    remove_adapters,
     save_adapter,
 )
 from tests import tiny
@@ -62,6 +70,20 @@ def test_a_pattern_that_matches_nothing_is_named(family, lost):
     assert not [n for n, _ in family.transformer.named_parameters() if "lora" in n]
 
 
+def test_a_pattern_that_matches_nothing_is_told_what_there_is():
+    """The layers' endings: what comes before the first number, and the number, say nothing."""
+    blocks = torch.nn.ModuleList(torch.nn.ModuleDict({"to_q": torch.nn.Linear(1, 1)}) for _ in range(2))
+    inner = torch.nn.ModuleDict({"parts": torch.nn.ModuleList([torch.nn.Linear(1, 1)]), "head": torch.nn.Linear(1, 1)})
+    model = torch.nn.ModuleDict({"blocks": blocks, "top": torch.nn.ModuleDict({"all": torch.nn.ModuleList([inner])})})
+    with pytest.raises(AdapterError) as error:
+        match_targets(model, ("to_q", "to_k", "to_v"))
+    assert str(error.value) == (
+        "lora.targets: 'to_k', 'to_v' matches no linear layer of the transformer; it has head, parts.0, to_q"
+    )
+    with pytest.raises(AdapterError, match="empty"):
+        match_targets(model, ())
+
+
 def test_a_pattern_that_is_no_expression_is_named(family):
     with pytest.raises(AdapterError, match=r"to_\[ab.*regular expression"):
         match_targets(family.transformer, (r"to_[ab",))
@@ -74,7 +96,9 @@ def test_only_the_targets_are_adapted_and_the_counts_are_logged(family, caplog):
         "layers.1.attention.to_q.lora_A.weight",
         "layers.1.attention.to_q.lora_B.weight",
     ]
-    assert "matches 1 layers" in caplog.text
+    assert [record.getMessage() for record in caplog.records if record.name == "dopsd.distill.adapters"] == [
+        r"LoRA target layers\.1\.attention\.to_q matches 1 layers"
+    ]
     pair.remove()
     assert not [n for n, _ in family.transformer.named_parameters() if "lora" in n]
 
@@ -99,6 +123,47 @@ def test_the_start_is_the_base_and_depends_on_the_seed_alone(family):
     assert not all(torch.equal(starts[0][key], starts[2][key]) for key in starts[0])
 
 
+@pytest.mark.parametrize(("init", "rank"), [("kaiming", 3), ("gaussian", 3), ("gaussian", 5)])
+def test_the_start_is_drawn_as_the_settings_say(family, init, rank):
+    """Uniform within one over the root of the fan in, or normal with deviation one over the rank; B is zero."""
+    pair = add_adapters(family.transformer, LoraSettings(rank=rank, init=init), family.lora_targets, seed=9)
+    generator = torch.Generator().manual_seed(9)
+    for key, value in pair.state_dict().items():
+        if key.startswith("teacher"):
+            assert torch.equal(value, pair.state_dict()[key.replace("teacher", "student")])
+        elif "lora_B" in key:
+            assert not value.any()
+        elif init == "gaussian":
+            expected = torch.randn(value.shape, generator=generator) / rank
+            torch.testing.assert_close(value, expected)
+        else:
+            expected = (2 * torch.rand(value.shape, generator=generator) - 1) / value.shape[1] ** 0.5
+            torch.testing.assert_close(value, expected)
+
+
+def test_a_second_adapter_is_no_warning_and_other_warnings_come_through(family, monkeypatch):
+    add = family.transformer.add_adapter
+
+    def adding(*args, **kwargs):
+        warnings.warn("something else", stacklevel=1)
+        return add(*args, **kwargs)
+
+    monkeypatch.setattr(family.transformer, "add_adapter", adding)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        add_adapters(family.transformer, LORA, family.lora_targets, seed=0)
+    assert [str(w.message) for w in caught] == ["something else"] * 2
+
+
+def test_an_adapter_elsewhere_than_asked_is_refused(family):
+    """peft takes names by their endings: where it finds more than the list says, nothing is trained."""
+    inner = torch.nn.ModuleDict({"attention": torch.nn.ModuleDict({"to_q": torch.nn.Linear(2, 2)})})
+    family.transformer.outer = torch.nn.ModuleDict({"layers": torch.nn.ModuleDict({"1": inner})})
+    settings = LoraSettings(rank=2, targets=(r"^layers\.1\.attention\.to_q",))
+    with pytest.raises(AdapterError, match=r"outer\.layers\.1\.attention\.to_q.*unambiguously"):
+        add_adapters(family.transformer, settings, (), seed=0)
+
+
 def test_each_selection_gives_its_own_answer_and_restores_the_one_before(family):
     base = _velocity(family)
     pair = add_adapters(family.transformer, LORA, family.lora_targets, seed=0)
@@ -116,8 +181,10 @@ def test_each_selection_gives_its_own_answer_and_restores_the_one_before(family)
     assert torch.equal(_velocity(family), student)
 
 
-def test_only_the_student_is_ever_trainable(family):
-    pair = add_adapters(family.transformer, LORA, family.lora_targets, seed=0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["merged", "two adapters"])
+def test_only_the_student_is_ever_trainable(family, dtype):
+    family.transformer.requires_grad_(True)
+    pair = add_adapters(family.transformer, LORA, family.lora_targets, seed=0, dtype=dtype)
 
     def trainable():
         return {name for name, p in family.transformer.named_parameters() if p.requires_grad}
@@ -143,6 +210,77 @@ def test_teacher_kinds(family, kind):
     with pair.select(pair.teacher):
         moved = not torch.equal(_velocity(family), answer)
     assert moved == (kind == "ema")
+
+
+def test_the_base_comes_back_bit_for_bit_also_while_the_teacher_answers(family):
+    before = {name: value.clone() for name, value in family.transformer.state_dict().items()}
+    pair = add_adapters(family.transformer, LORA, family.lora_targets, seed=0)
+    _randomise(pair)
+    pair.update(0.5)
+    with pair.select("teacher"):
+        pair.remove()
+        after = family.transformer.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "copy"])
+def test_a_teacher_that_is_no_adapter_cannot_be_selected(family, kind):
+    pair = add_adapters(family.transformer, LORA, family.lora_targets, seed=0, kind=kind)
+    with pytest.raises(AdapterError, match=repr(kind)), pair.select("teacher"):
+        raise AssertionError
+    assert pair.selected == "student"
+
+
+def test_adapters_are_removed_by_name_and_what_is_not_there_is_nothing_to_do(family):
+    def present():
+        return {n.split(".")[-2] for n, _ in family.transformer.named_parameters() if "lora_A" in n}
+
+    base = _velocity(family)
+    remove_adapters(torch.nn.Linear(1, 1), ("student",))
+    remove_adapters(family.transformer, ("student",))
+    pair = add_adapters(family.transformer, LORA, family.lora_targets, seed=0)
+    _randomise(pair)
+    assert present() == {"student", "teacher"}
+    remove_adapters(family.transformer, ("absent",))
+    assert present() == {"student", "teacher"}
+    remove_adapters(family.transformer, ("student", "absent"))
+    assert present() == {"teacher"}
+    remove_adapters(family.transformer, ("student", "teacher", "absent"))
+    assert present() == set()
+    assert not [n for n, _ in family.transformer.named_modules() if "base_layer" in n]
+    assert torch.equal(_velocity(family), base)
+
+
+def test_the_teacher_is_merged_up_to_a_size_and_in_float32_alone(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))  # 3 * 4 + 4 + 4 + 1
+    for limit, merged in ((21, True), (20, False)):
+        monkeypatch.setattr(adapters, "_MERGED_PARAMETERS", limit)
+        assert adapters._merges(model) == merged
+    monkeypatch.setattr(adapters, "_MERGED_PARAMETERS", 100)
+    model[1].to(torch.bfloat16)
+    assert not adapters._merges(model)
+
+
+def test_the_merged_teacher_answers_as_its_adapter_does(family, monkeypatch):
+    """The same products added up in another order, with a scale that is not 1; merged they are not worked out."""
+    settings, answers = LoraSettings(rank=4, alpha=6), []
+    for limit in (0, 10**9):
+        monkeypatch.setattr(adapters, "_MERGED_PARAMETERS", limit)
+        pair = add_adapters(family.transformer, settings, family.lora_targets, seed=0)
+        _randomise(pair)
+        pair.update(0.25)
+        calls: list[str] = []
+        for layer in lora_layers(family.transformer, "teacher").values():
+            for name in ("student", "teacher"):
+                layer.lora_A[name].register_forward_hook(lambda *_, name=name, calls=calls: calls.append(name))
+        with pair.select("teacher"):
+            answers.append(_velocity(family))
+        assert calls == ["teacher"] * (0 if limit else len(lora_layers(family.transformer, "teacher")))
+        student = _velocity(family)
+        pair.remove()
+    torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-5)
+    assert (answers[0] - student).abs().max() > 1e-2
 
 
 # --- the average
@@ -176,7 +314,57 @@ def test_the_average_follows_a_float64_reference_over_1000_steps(family, dtype):
     assert torch.equal(live, master.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_is_a_copy_and_puts_back_what_it_was_taken_of(family, dtype):
+    pair = add_adapters(family.transformer, LORA, family.lora_targets, seed=0, dtype=dtype)
+    _randomise(pair)
+    pair.update(0.5)
+    state = pair.state_dict()
+    kept, answers = {key: value.clone() for key, value in state.items()}, {}
+    for name in ("student", "teacher"):
+        with pair.select(name):
+            answers[name] = _velocity(family)
+    _randomise(pair, seed=1)
+    pair.update(0.5)
+    assert all(torch.equal(state[key], kept[key]) for key in kept)
+    pair.load_state_dict(state)
+    for name, answer in answers.items():
+        with pair.select(name):
+            assert torch.equal(_velocity(family), answer)
+
+
+@pytest.mark.parametrize("name", ["student", "teacher"])
+def test_a_state_leaves_the_device_that_the_adapters_are_on(family, name):
+    """The ``meta`` device stands for a GPU: it has nothing to copy, and says so."""
+    add_adapters(family.transformer, LORA, family.lora_targets, seed=0, dtype=torch.bfloat16)
+    for layer in lora_layers(family.transformer, name).values():
+        layer.lora_A[name].to("meta")
+    with pytest.raises(NotImplementedError, match="meta"):
+        AdapterPair(family.transformer, "ema", {}).state_dict()
+
+
 # --- files
+
+
+def test_a_file_says_what_it_is(family, tmp_path):
+    settings = LoraSettings(rank=2, alpha=5, targets=(r"layers\.[01]\.attention\.to_q",))
+    add_adapters(family.transformer, settings, (), seed=0)
+    path = save_adapter(tmp_path / "a.safetensors", family.transformer, "student", settings)
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {
+            "format": "dopsd-lora",
+            "rank": "2",
+            "alpha": "5.0",
+            "targets": '["layers.0.attention.to_q", "layers.1.attention.to_q"]',
+        }
+
+
+def test_an_adapter_is_loaded_in_the_precision_of_its_file(family, tmp_path):
+    add_adapters(family.transformer, LORA, family.lora_targets, seed=0, dtype=torch.bfloat16)
+    path = save_adapter(tmp_path / "a.safetensors", family.transformer, "student", LORA)
+    other = tiny.tiny_family().transformer
+    load_adapter(other, path, "x")
+    assert {p.dtype for p in adapter_parameters(other, "x").values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("alpha", [None, 10.0])
@@ -211,6 +399,36 @@ def test_an_adapter_that_does_not_fit_is_refused_and_leaves_the_base_as_it_was(f
     with pytest.raises(AdapterError, match="does not fit"):
         load_adapter(wider, path, "x")
     assert not [n for n, _ in wider.named_parameters() if "lora" in n]
+
+
+@pytest.mark.parametrize("lost", ["A", "B"])
+def test_half_an_adapter_is_refused_and_leaves_no_trace(family, tmp_path, lost):
+    key = "layers.1.attention.to_q.lora_{}.weight"
+    tensors = {"A": torch.zeros(4, 32), "B": torch.zeros(32, 4)}
+    path = tmp_path / "a.safetensors"
+    kept = {key.format(part): value for part, value in tensors.items() if part != lost}
+    save_file(kept, path, {"rank": "4", "alpha": "4.0"})
+    with pytest.raises(AdapterError, match=rf"to_q\.lora_{lost}\.weight does not fit"):
+        load_adapter(family.transformer, path, "x")
+    assert not [n for n, _ in family.transformer.named_parameters() if "lora" in n]
+    more = {key.format(part): value for part, value in tensors.items()} | {key.format("C"): torch.zeros(1)}
+    save_file(more, path, {"rank": "4", "alpha": "4.0"})
+    with pytest.raises(AdapterError, match=r"to_q\.lora_C\.weight does not fit"):
+        load_adapter(family.transformer, path, "x")
+    assert not [n for n, _ in family.transformer.named_parameters() if "lora" in n]
+
+
+@pytest.mark.parametrize("header", [None, {"rank": "4"}, {"alpha": "4"}, {"rank": "four", "alpha": "4"}])
+def test_a_file_that_does_not_say_its_rank_and_alpha_was_not_written_here(family, tmp_path, header):
+    save_file({"layers.1.attention.to_q.lora_A.weight": torch.zeros(4, 32)}, tmp_path / "a.safetensors", header)
+    with pytest.raises(AdapterError, match="no rank and alpha"):
+        load_adapter(family.transformer, tmp_path / "a.safetensors", "x")
+
+
+def test_an_adapter_that_is_not_there_is_not_saved(family, tmp_path):
+    with pytest.raises(AdapterError, match="no adapter 'student' to save"):
+        save_adapter(tmp_path / "a.safetensors", family.transformer, "student", LORA)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_is_no_adapter_is_one_clear_line(family, tmp_path):

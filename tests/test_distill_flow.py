@@ -34,6 +34,20 @@ def test_a_level_per_example_is_the_level_of_that_example():
         torch.testing.assert_close(estimate, x0[i])
 
 
+@pytest.mark.parametrize("level", [1, 0.5, torch.tensor(0.5), torch.tensor(0.5, dtype=torch.float64)], ids=str)
+def test_one_level_for_all_leaves_the_latents_their_precision(level):
+    x0, eps = (x.bfloat16() for x in _pair())
+    noised = add_noise(x0, eps, level)
+    assert noised.dtype == torch.bfloat16
+    assert torch.equal(noised, (1 - float(level)) * x0 + float(level) * eps)
+
+
+def test_levels_go_to_where_the_latents_are():
+    """The ``meta`` device stands for a GPU."""
+    x = torch.zeros(2, 1, 1, 1, device="meta")
+    assert add_noise(x, x, torch.tensor([0.3, 0.8])).device.type == "meta"
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.floats(1e-6, 1))
 def test_flow_matching_levels_follow_the_static_shift(uniform):

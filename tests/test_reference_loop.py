@@ -56,13 +56,15 @@ class PlainLora:
         return out + self.scale * F.linear(F.linear(x, a), b)
 
 
-def reference(s: TrainSettings, method: str) -> PlainLora:
+def reference(s: TrainSettings, method: str) -> tuple[PlainLora, list[dict[str, float]]]:
+    """The adapters at the end, and what the log has to say of each step."""
     family, examples, replay = tiny.tiny_family(), tiny.tiny_examples(), tiny.tiny_prompts()
     lora = PlainLora(family, s.lora.rank, s.lora.alpha or s.lora.rank, s.seed)
     theta = [tensor.requires_grad_() for pair in lora.student.values() for tensor in pair]
     moments = [(torch.zeros_like(t), torch.zeros_like(t)) for t in theta]
     draw = torch.Generator().manual_seed(s.seed)
-    batches = BucketSampler([(e.height, e.width) for e in examples], s.batch_size, s.seed)
+    batches = BucketSampler([(e.height, e.width) for e in examples], s.batch_size * s.accumulation, s.seed)
+    rows = []
     sigmas = [3 * u / (1 + 2 * u) for u in torch.linspace(1, 1 / s.rollout_steps, s.rollout_steps).tolist()] + [0.0]
 
     def u(x, sigma, told, who):
@@ -82,8 +84,7 @@ def reference(s: TrainSettings, method: str) -> PlainLora:
         return loss
 
     for step in range(1, s.max_steps + 1):
-        loss = 0.0
-        turns = []
+        loss, kept, turns = 0.0, 0.0, []
         for index in next(batches):
             noise = family.initial_latents(1, 64, 64, draw)
             uniform = float(torch.rand(1, generator=draw)) if method == "sft" else 0.0
@@ -98,13 +99,17 @@ def reference(s: TrainSettings, method: str) -> PlainLora:
             else:
                 loss = loss + roll_out(noise, e.prompt, e.context, lora.teacher, s.teacher.guidance)
             if s.replay.weight:
-                loss = loss + s.replay.weight * roll_out(other, old, old, None, 1.0)
-        grads = torch.autograd.grad(loss / len(turns), theta)
+                kept = kept + roll_out(other, old, old, None, 1.0)
+        grads = torch.autograd.grad((loss + s.replay.weight * kept) / len(turns), theta)
         norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
         warm = step / s.warmup_steps if step <= s.warmup_steps else None
         place = (step - 1 - s.warmup_steps) / (s.max_steps - s.warmup_steps)
         shape = {"constant": 1.0, "linear": 1 - place, "cosine": 0.5 * (1 + math.cos(math.pi * place))}[s.schedule]
         rate = s.learning_rate * (warm if warm is not None else shape)
+        rows.append({"train/loss": float(loss.detach()) / len(turns), "train/grad_norm": float(norm)})
+        rows[-1]["train/learning_rate"] = rate
+        if s.replay.weight:
+            rows[-1]["train/replay_loss"] = float(kept.detach()) / len(turns)
         with torch.no_grad():
             for tensor, g, (m, v) in zip(theta, grads, moments, strict=True):
                 g = g * min(1.0, s.clip_norm / (float(norm) + 1e-6))
@@ -115,21 +120,27 @@ def reference(s: TrainSettings, method: str) -> PlainLora:
             for mine, theirs in zip(lora.student.values(), lora.teacher.values(), strict=True):
                 for a, b in zip(mine, theirs, strict=True):
                     b.lerp_(a, 1 - s.teacher.decay)
-    return lora
+    return lora, rows
 
 
 @pytest.mark.parametrize(
     ("method", "changes"),
     [("d-opsd", {}), ("d-opsd", {"loss": "velocity", "schedule": "linear", "replay": {"weight": 0.0}}),
      ("d-opsd", {"teacher": {"decay": 0.7, "guidance": 1.0}, "clip_norm": 1e9, "weight_decay": 0.0}),
+     ("d-opsd", {"batch_size": 2, "accumulation": 2, "max_steps": 2, "warmup_steps": 3, "rollout_steps": 2}),
      ("sft", {}), ("sft", {"loss": "velocity"}),
      ("sft", {"replay": {"weight": 0.0}, "schedule": "constant", "warmup_steps": 0, "clip_norm": 1e9})],
 )  # fmt: skip
 def test_the_trainer_ends_where_the_plain_loop_ends(tmp_path, method, changes):
     settings = TrainSettings.model_validate(FULL | changes | {"methods": [method]})
-    tiny.run_tiny(method, tmp_path, settings)
+    seen = tiny.Recorder()
+    tiny.run_tiny(method, tmp_path, settings, seen)
     trained = load_file(tmp_path / "adapters" / f"{method}.safetensors")
-    plain = reference(settings, method)
+    plain, rows = reference(settings, method)
+    logged = [row for step, row in zip(seen.steps, seen.values, strict=True) if step]
+    for step, (ours, theirs) in enumerate(zip(logged[: settings.max_steps], rows, strict=True)):
+        del ours["train/images_per_second"], ours["train/seconds"]
+        assert ours == pytest.approx(theirs, rel=1e-4 if step == 0 else 1e-2), f"step {step + 1}"
     kept = load_file(sorted((tmp_path / "train" / "checkpoints").iterdir())[-1] / "tensors.safetensors")
     start = PlainLora(tiny.tiny_family(), settings.lora.rank, settings.lora.alpha or 0.0, settings.seed).student
     students, teachers = [], []

@@ -121,6 +121,7 @@ def test_sft_is_kept_at_equal_images_and_goes_on_to_equal_compute(tmp_path):
         ({"teacher": {"guidance": 1.5}, "replay": {"weight": 1.0, "prompts": ["a fox"]}}, 36 / 19),
         ({"rollout_steps": 2, "replay": {"weight": 1.0, "prompts": ["a fox"]}}, 16 / 11),
         ({"sft_compute_factor": 2.0}, 2),
+        ({"sft_compute_factor": 1.0}, 61 / 60),  # always one step more: it is an adapter of its own
     ],
 )
 def test_equal_compute_counts_every_pass_through_the_model(changes, factor):
@@ -226,6 +227,14 @@ def test_schedules_warm_up_and_end_low_at_every_milestone(schedule):
         assert rates[59] < 0.05
         assert rates[12] == pytest.approx(0.5)
         assert all(a > b for a, b in pairwise(rates[4:20]))
+
+
+def test_schedules_by_hand():
+    """Two steps of warm-up, three down to the first milestone, one whole schedule of one step, and one of two."""
+    rates = {"linear": [2, 4, 4, 8 / 3, 4 / 3, 4, 4, 2], "cosine": [2, 4, 4, 3, 1, 4, 4, 2]}
+    for schedule, expected in rates.items():
+        settings = tiny.tiny_settings(schedule=schedule, warmup_steps=2, max_steps=5, learning_rate=4.0)
+        assert [learning_rate(settings, step, [5, 6, 8]) for step in range(8)] == pytest.approx(expected)
 
 
 def test_teacher_samples_are_drawn_once_from_the_contexts(tmp_path):

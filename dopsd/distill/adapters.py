@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal
 
 import torch
 from peft import LoraConfig
@@ -30,6 +30,7 @@ Selection = Literal["student", "teacher"] | None
 TeacherKind = Literal["ema", "frozen", "copy"]
 STUDENT: Final = "student"
 TEACHER: Final = "teacher"
+_APPLIED: Final = "applied"
 
 _log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def lora_layers(transformer: nn.Module, name: str) -> dict[str, LoraLayer]:
 def adapter_parameters(transformer: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """The parameters of adapter ``name`` alone, keyed as in an adapter file, in a fixed order."""
     return {
-        f"{path}.{part}.weight": cast(nn.Parameter, getattr(layer, part)[name].weight)
+        f"{path}.{part}.weight": getattr(layer, part)[name].weight
         for path, layer in lora_layers(transformer, name).items()
         for part in ("lora_A", "lora_B")
     }
@@ -113,7 +114,6 @@ class AdapterPair:
         # a float32 teacher is its own master copy; any other dtype gets one beside it
         self._master = {key: value.data.float() for key, value in self._live.items()}
         self._merged = _Merged(transformer) if self._live and _merges(transformer) else None
-        self.selected: Selection = STUDENT
         self._follow()
         self._activate(STUDENT)
 
@@ -136,14 +136,15 @@ class AdapterPair:
     def _activate(self, name: Selection) -> None:
         if name == TEACHER and not self._live:
             raise AdapterError(f"there is no teacher adapter: the teacher is {self.kind!r}")
-        merged = self._merged is not None and name == TEACHER
+        active = name
         if self._merged is not None:
-            self._merged.use(merged)
+            self._merged.use(name == TEACHER)
+            active = None if name == TEACHER else name
         for layer in self._layers:
-            layer.enable_adapters(name is not None and not merged)
-            if name is not None and not merged:
+            layer.enable_adapters(active is not None)
+            if active is not None:
                 # peft would make whatever it activates trainable: only ever the student is
-                layer.set_adapter([name], inference_mode=name != STUDENT)
+                layer.set_adapter([active], inference_mode=active != STUDENT)
         self.selected = name
 
     def student_parameters(self) -> list[nn.Parameter]:
@@ -207,22 +208,23 @@ class _Merged:
     """
 
     def __init__(self, transformer: nn.Module) -> None:
-        self._layers = list(lora_layers(transformer, TEACHER).values())
-        self._weights = [cast(nn.Linear, layer.get_base_layer()).weight for layer in self._layers]
-        self._base = [weight.data for weight in self._weights]
-        self._sums = [weight.data.clone() for weight in self._weights]
+        self._parts = [
+            (layer, weight, weight.data, weight.data.clone())
+            for layer in lora_layers(transformer, TEACHER).values()
+            for weight in (layer.get_base_layer().weight,)
+        ]
 
     @torch.no_grad()
     def follow(self) -> None:
         """Add up anew, after the teacher changed."""
-        for layer, base, total in zip(self._layers, self._base, self._sums, strict=True):
+        for layer, _, base, total in self._parts:
             a, b = layer.lora_A[TEACHER].weight, layer.lora_B[TEACHER].weight
             torch.addmm(base, b, a, alpha=layer.scaling[TEACHER], out=total)
 
     def use(self, merged: bool) -> None:
         """Let the layers hold the sums, or the base's own weights."""
-        for weight, data in zip(self._weights, self._sums if merged else self._base, strict=True):
-            weight.data = data
+        for _, weight, base, total in self._parts:
+            weight.data = total if merged else base
 
 
 def add_adapters(
@@ -242,7 +244,6 @@ def add_adapters(
     for pattern, names in matched.items():
         _log.info("LoRA target %s matches %d layers", pattern, len(names))
     modules = sorted({name for names in matched.values() for name in names})
-    transformer.requires_grad_(False)
     for name in (TEACHER, STUDENT) if kind == "ema" else (STUDENT,):
         _inject(transformer, name, modules, settings.rank, settings.alpha or settings.rank, dtype)
         _initialise(transformer, name, seed, settings.init)
@@ -252,13 +253,14 @@ def add_adapters(
 def _inject(
     transformer: nn.Module, name: str, modules: Sequence[str], rank: int, alpha: float, dtype: torch.dtype
 ) -> None:
-    """Add an adapter on exactly ``modules``; its values are whatever peft draws, without touching the global RNG."""
-    # peft annotates lora_alpha as int and takes any number
-    config = LoraConfig(r=rank, lora_alpha=cast(int, alpha), target_modules=list(modules))
+    """Add an adapter on exactly ``modules``, all else frozen; its values are whatever peft draws, without touching the
+    global RNG."""
+    model: Any = transformer  # diffusers' PeftAdapterMixin, too
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(modules))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # two adapters on one model is what is wanted here
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        cast(Any, transformer).add_adapter(config, adapter_name=name)
+        model.add_adapter(config, adapter_name=name)
     layers = lora_layers(transformer, name)
     if set(layers) != set(modules):
         raise AdapterError(
@@ -288,7 +290,7 @@ def _initialise(transformer: nn.Module, name: str, seed: int, init: str) -> None
 
 def remove_adapters(transformer: nn.Module, names: Sequence[str]) -> None:
     """Remove these adapters; with the last one the layers' wrappers go too. An absent adapter is nothing to do."""
-    model = cast(Any, transformer)
+    model: Any = transformer
     present = set(getattr(transformer, "peft_config", None) or {})
     if not present & set(names):
         return
@@ -352,13 +354,13 @@ def load_adapter(transformer: nn.Module, path: Path, name: str) -> None:
 
 
 @contextmanager
-def adapter_applied(transformer: nn.Module, path: Path | None, name: str = "applied") -> Iterator[None]:
+def adapter_applied(transformer: nn.Module, path: Path | None) -> Iterator[None]:
     """The transformer with the adapter of a file inside the block, without it after; ``None`` is the base as it is."""
     if path is None:
         yield
         return
-    load_adapter(transformer, path, name)
+    load_adapter(transformer, path, _APPLIED)
     try:
         yield
     finally:
-        remove_adapters(transformer, (name,))
+        remove_adapters(transformer, (_APPLIED,))

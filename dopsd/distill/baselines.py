@@ -59,7 +59,7 @@ def off_policy(
 
     Only the states differ from :func:`dopsd.distill.rollout.rollout`: same levels, same forwards, same weights.
     """
-    total, num_steps = torch.zeros((), device=latents.device), len(sigmas) - 1
+    total, num_steps = torch.zeros(()), len(sigmas) - 1
     for sigma in sigmas[:-1]:
         _, value = distill_at(
             predict, adapters, add_noise(latents, noise, sigma), sigma, prompts, contexts, teacher=teacher, loss=loss,

@@ -13,8 +13,6 @@ from torch import Tensor
 def broadcast(sigma: Tensor | float, x: Tensor) -> Tensor:
     """``sigma`` shaped so that it multiplies ``x``: a scalar stays one, ``[B]`` becomes ``[B, 1, 1, 1]``."""
     sigma = torch.as_tensor(sigma, device=x.device)
-    if not torch.is_floating_point(sigma):
-        sigma = sigma.to(x.dtype)
     return sigma if sigma.ndim == 0 else sigma.reshape(-1, *[1] * (x.ndim - 1))
 
 

@@ -117,7 +117,7 @@ def rollout(
     Gradients of ``weight * mean_k loss_k`` are left in the student's parameters. Returns the end of the roll-out
     (the student's few-step sample, detached) and the loss before ``weight``.
     """
-    x, total = noise, torch.zeros((), device=noise.device)
+    x, total = noise, torch.zeros(())
     num_steps = len(sigmas) - 1
     for sigma, sigma_next in pairwise(sigmas):
         x = x.detach()

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -82,7 +82,7 @@ def learning_rate(settings: TrainSettings, step: int, ends: Sequence[int]) -> fl
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     end = next(e for e in ends if step < e)
     start = max([settings.warmup_steps, *[e for e in ends if e <= step]])
-    progress = (step - start) / max(1, end - start)
+    progress = (step - start) / (end - start)
     factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
     return settings.learning_rate * factor[settings.schedule]
 
@@ -351,7 +351,8 @@ class _Run:
         indices = next(self._batches)
         draws = [self.objective.draw(index, self.generator) for index in indices]  # the same in every process
         mine = share(draws, self.accelerator.process_index, self.accelerator.num_processes)
-        size, sums = self.settings.batch_size, cast(dict[str, Tensor], {})
+        size = self.settings.batch_size
+        sums: dict[str, Tensor] = {}
         for start in range(0, len(mine), size):
             part = mine[start : start + size]
             weight = len(part) / len(draws)
@@ -368,7 +369,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self.adapters.update(self.settings.teacher.decay)
         return {**values, "train/grad_norm": norm, "train/learning_rate": rate}
 
