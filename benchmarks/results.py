@@ -213,7 +213,7 @@ def document(runs: Sequence[dict[str, Any]], reading: str) -> str:
     lines = [
         "# Results",
         "",
-        f"Written by `python benchmarks/results.py` from `results.json`: {machines}, {when}.",
+        f"Written by `python benchmarks/results.py` from `results.json`: {machines},\n{when}.",
         "",
         reading.strip(),
     ]

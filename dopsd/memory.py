@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,18 @@ def remember_data(root: Path, concept: str) -> None:
     if pointer.exists():
         with _project(root, concept) as repo:
             _patiently(repo.commit, str(pointer), force=True)
+
+
+@contextmanager
+def no_reader(path: Path, root: Path) -> Iterator[None]:
+    """Inside the block no ``dvc repro`` depends on ``path`` in the middle of a stage: it hashes what a stage depends on
+    when its command is done, and would write down a result beside other values than it was made of."""
+    from dvc.rwlock import rwlock
+
+    with _project(root, None) as repo, ExitStack() as held:
+        wanted = [str(path.resolve())]
+        _patiently(lambda: held.enter_context(rwlock(repo.tmp_dir, repo.fs, "dopsd plan", [], wanted, False)))
+        yield
 
 
 @contextmanager

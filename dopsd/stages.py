@@ -27,6 +27,7 @@ from dopsd.project import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
+    from dopsd.data.manifest import ConceptTable
     from dopsd.models.base import Family
 
 
@@ -57,15 +58,10 @@ def _plan(concept: str, settings: Settings, root: Path) -> None:
 
 def validate(concept: str, settings: Settings, root: Path) -> None:
     """``data/concepts/<concept>`` -> ``validated.json``. Raises ``DataError`` with every fault of the data."""
-    from dopsd.data.manifest import kind_hash
-
     table, holdout = read_concept(concept, settings, root)
     summary: dict[str, Any] = {
-        "concept": concept, "content_hash": table.content_hash, "images": len(table.rows),
-        "captions": sum(len(row.captions) for row in table.rows),
-        "holdout_images": len(holdout.rows) if holdout else 0,
-        "holdout_hash": holdout.content_hash if holdout else None,
-        "kind_hash": kind_hash(table.root),
+        "concept": concept, "images": len(table.rows), "captions": sum(len(row.captions) for row in table.rows),
+        "holdout_images": len(holdout.rows) if holdout else 0, **_hashes(table, holdout),
     }  # fmt: skip
     write_json(run_folder(concept, root) / "validated.json", summary)
     print(
@@ -82,9 +78,7 @@ def encode(concept: str, settings: Settings, root: Path) -> None:
     from dopsd.train.workers import SpreadEncoders, workers
 
     run = run_folder(concept, root)
-    table, holdout = read_concept(concept, settings, root)
-    if read_result(run / "validated.json", "validate")["content_hash"] != table.content_hash:
-        raise StageError(f"data/concepts/{concept} changed since it was validated; run `dopsd validate` again")
+    table, holdout = _read_validated(concept, settings, root)
     replay = settings.train.replay.prompts if settings.train.replay.weight > 0 else ()
     cache = cache_of(root)
     if note := open_base(settings.model, root).differences():
@@ -144,7 +138,7 @@ def evaluate(concept: str, settings: Settings, root: Path) -> None:
     from dopsd.train.workers import workers
 
     run = run_folder(concept, root)
-    table, holdout = read_concept(concept, settings, root)
+    table, holdout = _read_validated(concept, settings, root)
     subjects = subjects_in(run / "adapters")
     with workers(settings.model, settings.compute, root, "train") as helpers:
         evaluate_subjects(
@@ -178,7 +172,7 @@ def register(concept: str, settings: Settings, root: Path) -> None:
 
     run, method = run_folder(concept, root), settings.train.methods[0]
     adapter = run / "adapters" / f"{method}.safetensors"
-    table, _ = read_concept(concept, settings, root)
+    table, _ = _read_validated(concept, settings, root)
     base, family = open_base(settings.model, root, use="draw"), family_class(settings.model)
     requests = first_requests(table, settings, 2)
     export = export_adapter(adapter, run / "export", card_of(concept, settings, table, run, base, requests[0]), family)
@@ -223,6 +217,26 @@ def run_stage(name: str, concept: str, settings: Settings, root: Path) -> None:
     """One stage (or ``plan``) by itself, while nobody else works on the concept. Raises ``ConceptBusy``."""
     with concept_lock(concept, root, f"dopsd {name}"):
         (STAGES | {"plan": plan})[name](concept, settings, root)
+
+
+# --- what goes in -----------------------------------------------------------------------------------------------------
+
+
+def _hashes(table: ConceptTable, holdout: ConceptTable | None) -> dict[str, str | None]:
+    """By what the later stages know a data set."""
+    from dopsd.data.manifest import kind_hash
+
+    held_out = holdout.content_hash if holdout else None
+    return {"content_hash": table.content_hash, "holdout_hash": held_out, "kind_hash": kind_hash(table.root)}
+
+
+def _read_validated(concept: str, settings: Settings, root: Path) -> tuple[ConceptTable, ConceptTable | None]:
+    """The data set that stage validate has seen. Raises :class:`StageError` where it is another one now."""
+    table, holdout = read_concept(concept, settings, root)
+    validated = read_result(run_folder(concept, root) / "validated.json", "validate")
+    if any(validated.get(key) != value for key, value in _hashes(table, holdout).items()):
+        raise StageError(f"data/concepts/{concept} changed since it was validated; run `dopsd validate` again")
+    return table, holdout
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------

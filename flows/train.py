@@ -25,7 +25,8 @@ from prefect.tasks import exponential_backoff
 from dopsd.config import Settings, load_settings
 from dopsd.data.concept import RemoteAway
 from dopsd.lock import concept_lock
-from dopsd.memory import reasons_to_run, remember, remember_data
+from dopsd.memory import no_reader, reasons_to_run, remember, remember_data
+from dopsd.project import PLAN, run_folder
 from dopsd.registry import RegistryAway
 from dopsd.stages import STAGES, identify_base, plan
 from dopsd.train.errors import LaunchError
@@ -109,7 +110,8 @@ def tune(concept: str, settings: Settings, root: str) -> str:
 
 def _run_stages(concept: str, settings: Settings, root: str) -> list[str]:
     """Run what is not up to date; the names of what is."""
-    plan(concept, settings, Path(root))
+    with no_reader(run_folder(concept, Path(root)) / PLAN, Path(root)):
+        plan(concept, settings, Path(root))
     remember("plan", Path(root), concept)
     remember_data(Path(root), concept)
     reused = []

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 from dvc.repo import Repo
 
-from dopsd.memory import PipelineError, reasons_to_run, remember, remember_data
+from dopsd.memory import PipelineBusy, PipelineError, no_reader, reasons_to_run, remember, remember_data
 
 PIPELINE = """
 stages:
@@ -92,6 +94,34 @@ def test_many_may_remember_at_one_moment(root: Path) -> None:
     assert not failed
     with Repo(str(root)) as repo:
         assert repo.status() == {}
+
+
+READER = """
+import sys
+from dvc.repo import Repo
+from dvc.rwlock import rwlock
+with Repo(".") as repo, rwlock(repo.tmp_dir, repo.fs, "dvc repro", [sys.argv[1]], [], False):
+    print("reads", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_plan_is_not_written_while_dvc_is_between_a_stage_and_its_record(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = root / "runs/a/plan.json"
+    command = [sys.executable, "-c", READER, str(plan)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdout is not None
+        assert reader.stdin is not None
+        assert reader.stdout.readline() == "reads\n"
+        with monkeypatch.context() as patch:
+            patch.setattr("dopsd.memory.PATIENCE", 0.01)
+            with pytest.raises(PipelineBusy, match="dvc repro"), no_reader(plan, root):
+                raise AssertionError("it was entered")
+        threading.Timer(0.5, reader.stdin.close).start()  # it is done soon, and we wait for it
+        with no_reader(plan, root):
+            assert reader.wait(60) == 0
 
 
 def test_changed_data_under_dvc_are_committed_too(root: Path) -> None:
