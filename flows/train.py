@@ -149,13 +149,14 @@ def dopsd(
         params: The settings file.
     """
     settings = load_settings(Path(params), tuple(overrides or ()))
+    base(settings, str(Path().resolve()))
     return tune_all(concepts or list(settings.concepts), settings, Path())
 
 
 def tune_all(concepts: Sequence[str], settings: Settings, root: Path) -> Any:
-    """Tune several concepts side by side; one that fails does not stop the others, but the run fails in the end."""
+    """Tune several concepts side by side, on the base that the caller has identified; one that fails does not stop the
+    others, but the run fails in the end."""
     _name_flow_run()
-    base(settings, str(root.resolve()))
     futures = {concept: tune.submit(concept, settings, str(root.resolve())) for concept in concepts}
     wait(list(futures.values()))
     outcomes, failed = {}, []
