@@ -319,16 +319,17 @@ def load_settings(path: Path, overrides: tuple[str, ...] = ()) -> Settings:
     Raises :class:`SettingsError` with one line per fault.
     """
     raw = _read_yaml(path)
-    if "overrides" in raw:
-        raise SettingsError(f"{path}: overrides: unknown setting; remove it or check the spelling")
     if not raw:
         raise SettingsError(f"{path}: expected keys and values, found nothing")
     given: dict[str, Any] = {}
     for override in overrides:
         _override(given, override)
         _override(raw, override)
+    if "overrides" in raw:  # neither a file's nor a command line's to set
+        raise SettingsError(f"{path}: overrides: unknown setting; remove it or check the spelling")
+    forced = given.get("train")
     try:
-        return Settings.model_validate(raw | {"overrides": given.get("train") or {}})
+        return Settings.model_validate(raw | {"overrides": forced if isinstance(forced, dict) else {}})
     except ValidationError as error:
         raise SettingsError("\n".join(f"{path}: {_fault(fault)}" for fault in error.errors())) from None
 

@@ -117,6 +117,7 @@ def test_overrides(tmp_path: Path) -> None:
         ("train.max_steps.more=3", "is a value, not a group"),
         ("train.max_steps=[1", "is not a YAML value"),
         ("train.nothing=1", "train.nothing: unknown setting"),
+        ("overrides.max_steps=1", "overrides: unknown setting"),
     ):
         with pytest.raises(SettingsError, match=said):
             load_settings(SHIPPED, (override,))
