@@ -238,7 +238,7 @@ def concept_add(
     params: Params = PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Check a folder, copy it to `data/concepts/NAME` and put it under DVC."""
+    """Check a folder, copy it to `data/concepts/NAME`, put it under DVC and list it in the settings."""
     from dopsd.config import OWN_SETTINGS
     from dopsd.data.concept import add_concept, list_concept
 

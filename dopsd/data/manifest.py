@@ -101,7 +101,10 @@ def hash_content(rows: Iterable[tuple[str, Iterable[tuple[str, str]], Iterable[s
 def kind_hash(folder: Path) -> str | None:
     """sha256 of ``concept.json``; ``None`` where there is none."""
     path = folder / ABOUT
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_table(folder: Path, name: str) -> pd.DataFrame:
