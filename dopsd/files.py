@@ -44,6 +44,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
     partial.rename(path)
 
 
+def stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Size, time of change and inode of every file below ``folder``: two equal ones, and nobody wrote meanwhile."""
+    found = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {str(path): (stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in found.items()}
+
+
 def write_json(path: Path, value: Any) -> None:
     """``value`` as readable JSON."""
     with whole_file(path) as partial:

@@ -11,14 +11,15 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from dopsd.config import Settings
-from dopsd.files import write_json
+from dopsd.config import Method, Settings
+from dopsd.files import stamps, write_json
 from dopsd.lock import concept_lock
 from dopsd.project import (
     BASE,
     PLAN,
     StageError,
     cache_of,
+    concept_folder,
     load_base,
     read_concept,
     read_result,
@@ -58,11 +59,15 @@ def _plan(concept: str, settings: Settings, root: Path) -> None:
 
 def validate(concept: str, settings: Settings, root: Path) -> None:
     """``data/concepts/<concept>`` -> ``validated.json``. Raises ``DataError`` with every fault of the data."""
+    before = stamps(concept_folder(concept, root))
     table, holdout = read_concept(concept, settings, root)
     summary: dict[str, Any] = {
         "concept": concept, "images": len(table.rows), "captions": sum(len(row.captions) for row in table.rows),
         "holdout_images": len(holdout.rows) if holdout else 0, **_hashes(table, holdout),
     }  # fmt: skip
+    if stamps(concept_folder(concept, root)) != before:
+        # dvc.lock would tie what was seen to what lies there when the stage is over
+        raise StageError(f"data/concepts/{concept} changed while it was validated; run it again when all is there")
     write_json(run_folder(concept, root) / "validated.json", summary)
     print(
         f"validate: {concept} has {summary['images']} images, {summary['captions']} captions and "
@@ -173,6 +178,7 @@ def register(concept: str, settings: Settings, root: Path) -> None:
     run, method = run_folder(concept, root), settings.train.methods[0]
     adapter = run / "adapters" / f"{method}.safetensors"
     table, _ = _read_validated(concept, settings, root)
+    _check_trained(run, method, settings, root)
     base, family = open_base(settings.model, root, use="draw"), family_class(settings.model)
     requests = first_requests(table, settings, 2)
     export = export_adapter(adapter, run / "export", card_of(concept, settings, table, run, base, requests[0]), family)
@@ -237,6 +243,23 @@ def _read_validated(concept: str, settings: Settings, root: Path) -> tuple[Conce
     if any(validated.get(key) != value for key, value in _hashes(table, holdout).items()):
         raise StageError(f"data/concepts/{concept} changed since it was validated; run `dopsd validate` again")
     return table, holdout
+
+
+def _check_trained(run: Path, method: Method, settings: Settings, root: Path) -> None:
+    """Raise :class:`StageError` where the adapter was trained from other settings, data or base than today's: a version
+    of it would be said to be made from those."""
+    from dopsd.data.encoded import read_encoded
+    from dopsd.identity import common_identity, plan_of, training_identity
+    from dopsd.models import open_base
+
+    trained = read_result(run / "adapters" / f"{method}.json", "train")
+    plan = plan_of(settings, open_base(settings.model, root))
+    common = common_identity(plan, read_encoded(run / "encoded"), settings.train.replay.weight > 0)
+    if trained.get("fingerprint") != training_identity(settings.train, method, common):
+        raise StageError(
+            f"{run / 'adapters' / method}.safetensors was trained from other settings, data or base than today's; "
+            "run stage train first"
+        )
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------

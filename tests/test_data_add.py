@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,15 @@ def test_a_concept_is_listed_and_nothing_else_in_the_settings_is_touched(tmp_pat
     list_concept(params, "mine")
     assert params.read_text() == after
     assert yaml.safe_load(after)["concepts"][-1] == "mine"
+
+
+def test_many_that_are_listed_at_one_moment_are_all_there(tmp_path):
+    params = tmp_path / "params.yaml"
+    params.write_text("concepts: []\n")
+    names = [f"c{number}" for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: list_concept(params, name), names))
+    assert sorted(yaml.safe_load(params.read_text())["concepts"]) == names
 
 
 @pytest.mark.parametrize("content", ["x: 1\n", "concepts: a\n", ""])

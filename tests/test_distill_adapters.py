@@ -437,3 +437,6 @@ def test_a_file_that_is_no_adapter_is_one_clear_line(family, tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"\x00" * 40)
     with pytest.raises(AdapterError, match="not a readable safetensors file"):
         load_adapter(family.transformer, tmp_path / "broken.safetensors", "x")
+    save_file({}, tmp_path / "empty.safetensors", {"rank": "4", "alpha": "4.0"})
+    with pytest.raises(AdapterError, match="there is no tensor in it"):
+        load_adapter(family.transformer, tmp_path / "empty.safetensors", "x")

@@ -22,8 +22,10 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.client.schemas.sorting import ArtifactSort
 from prefect.testing.utilities import prefect_test_harness
 
+from dopsd.config import load_settings
 from dopsd.data.concept import list_concept
 from dopsd.lock import concept_lock
+from dopsd.project import StageError, read_concept
 from dopsd.stages import STAGES
 from dopsd.train.errors import LaunchError
 from emoji_turbo import architecture
@@ -95,6 +97,30 @@ def test_a_run_goes_the_whole_way_and_a_second_one_reuses_every_stage(project: P
     table = _artifact("blots-result")
     assert "| D-OPSD" in table
     assert "dopsd-blots` version 1 (champion)" in table
+
+
+def test_an_adapter_of_other_settings_is_not_registered_as_one_of_todays(project: Path) -> None:
+    settings = load_settings(Path("params.yaml"), ("train.seed=99",))
+    with pytest.raises(StageError, match=r"d-opsd\.safetensors was trained from other settings.*run stage train first"):
+        STAGES["register"]("blots", settings, project)
+
+
+def test_data_that_change_while_they_are_validated_are_not_said_to_be_valid(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, validated = project / "data/concepts/blots/metadata.jsonl", project / "runs/blots/validated.json"
+    text, before = file.read_text(), validated.read_text()
+
+    def meanwhile(*arguments: Any) -> Any:
+        found = read_concept(*arguments)
+        file.write_text(text + "\n")
+        return found
+
+    monkeypatch.setattr("dopsd.stages.read_concept", meanwhile)
+    with pytest.raises(StageError, match="data/concepts/blots changed while it was validated; run it again"):
+        STAGES["validate"]("blots", load_settings(Path("params.yaml")), project)
+    assert validated.read_text() == before
+    file.write_text(text)
 
 
 def test_an_evaluation_setting_does_not_retrain(project: Path, ran: list[str]) -> None:

@@ -218,7 +218,8 @@ def test_a_deployment_run_trains_and_registers_through_an_outage_of_the_tracker(
     assert kept >= {"report.html", "evaluation", "export"}
     state = service.end(second)
     assert state["type"] == "COMPLETED"
-    assert state["message"] == "blots: reused: validate, encode, train, evaluate, report, register"
+    reused = "blots: reused: validate, encode, train, evaluate, report, register"
+    assert state["message"] == reused, _worker_log(service)
 
 
 @needs_browser

@@ -213,20 +213,17 @@ def _take(recipe: str, file: Path, stand_in: dict[str, str]) -> None:
     edit_settings(file, _small(few) | stand_in | {"concepts": [concept]})
 
 
-def test_two_families_one_after_another_by_dvc(
-    models: dict[str, dict[str, str]], database: Path, tmp_path: Path
-) -> None:
+def test_two_families_one_after_another_by_dvc(models: dict[str, dict[str, str]], tmp_path: Path) -> None:
+    """As far as their encodings: the rest goes by DVC with Z-Image above, and by the flow with these two below."""
     clone = make_clone(tmp_path / "clone")
-    shutil.copy(database, clone)
-    for recipe, (concept, few) in OTHERS.items():
+    for recipe, (concept, _) in OTHERS.items():
         _take(recipe, clone / "params.yaml", models[recipe])
         write_concept(tmp_path / concept, edits=recipe.endswith("edit"))
         run(clone, f"dopsd concept add ~/{concept} --name {concept}")
-        assert sorted(_stages_run(run(clone, "dvc repro"))) == sorted(
-            ["base", *(f"{s}@{concept}" for s in ("plan", *STAGES))]
-        )
-        _check_results(clone, concept, few)
-    assert _stages_run(run(clone, "dvc repro")) == ["base", f"plan@{concept}"], "nothing else has changed"
+        wanted = ["base", *(f"{stage}@{concept}" for stage in ("plan", "validate", "encode"))]
+        assert _stages_run(run(clone, f"dvc repro encode@{concept}")) == wanted
+    again = run(clone, f"dvc repro encode@{concept}")
+    assert _stages_run(again) == ["base", f"plan@{concept}"], "nothing else has changed"
 
 
 def test_two_families_one_after_another_by_the_flow(

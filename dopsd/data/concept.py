@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
+from filelock import FileLock
 
 from ..config import CONCEPTS, OWN_SETTINGS, DataSettings, SettingsError, concept_name
 from ..files import whole_file
@@ -132,6 +133,13 @@ def list_concept(params: Path, name: str) -> None:
 
     Raises ``SettingsError`` where ``concepts`` is no list of names.
     """
+    lock = params.parent / ".cache" / f"{params.name}.lock"
+    lock.parent.mkdir(exist_ok=True)
+    with FileLock(lock):  # of two at once one would lose its name
+        _list_concept(params, name)
+
+
+def _list_concept(params: Path, name: str) -> None:
     text = params.read_text(encoding="utf-8")
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     found = [value for key, value in getattr(root, "value", []) if key.value == "concepts"]

@@ -329,6 +329,8 @@ def read_adapter(path: Path) -> tuple[dict[str, Tensor], int, float]:
         raise AdapterError(f"{path}: no such adapter; train first") from None
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path}: not a readable safetensors file ({error}); train again") from None
+    if not tensors:
+        raise AdapterError(f"{path}: there is no tensor in it; train again")
     try:
         return tensors, int(header["rank"]), float(header["alpha"])
     except (KeyError, ValueError):
