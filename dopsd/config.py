@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Method = Literal["d-opsd", "sft", "sft-teacher", "off-policy"]
 METHODS: tuple[Method, ...] = ("d-opsd", "sft", "sft-teacher", "off-policy")
 
+Quantization = Literal["none", "int8", "fp8", "nf4"]
+Offload = Literal["none", "model", "group"]
+Checkpointing = Literal["none", "every", "every-second", "auto"]
 ContextName = Literal["vlm", "edit", "edit-reference", "enhanced-prompt"]
 
 Positive = Annotated[int, Field(gt=0)]
@@ -39,6 +42,11 @@ def concept_name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise SettingsError(f"concept name {name!r}: use 1 to 64 of a-z, 0-9 and -, not beginning with -")
     return name
+
+
+def _as_words(value: Any) -> Any:
+    """YAML's true and false, as earlier versions had it."""
+    return {True: "every", False: "none"}.get(value, value) if isinstance(value, bool) else value
 
 
 class _Settings(BaseModel):
@@ -74,7 +82,22 @@ class ModelSettings(_Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """``auto``: bfloat16 on CUDA, float32 on a CPU (bfloat16 is far slower on most of them)."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[Checkpointing, BeforeValidator(_as_words)] = "none"
+    """Which blocks compute their activations twice instead of holding them. ``auto``: none on a CPU, else what fits
+    (:mod:`dopsd.memory`). ``true`` and ``false`` mean every and none."""
+    quantization: Quantization = "none"
+    """How the frozen weights of transformer and text encoder are stored; adapters and products keep their precision.
+    It changes the base a little, and so what is encoded, learnt and drawn. Needs the extra ``quantization``."""
+    offload: Offload = "none"
+    """``model``: of the large components one at a time is on the device, the others wait in host memory. ``group``: of
+    the transformer a block at a time, the next on its way; it needs every block checkpointed."""
+
+    @model_validator(mode="after")
+    def _blocks_are_let_go(self) -> ModelSettings:
+        if self.offload == "group" and self.gradient_checkpointing not in ("every", "auto"):
+            raise ValueError("offload: group needs gradient_checkpointing: every (or auto); without it a backward pass "
+                             "holds every block on the device")  # fmt: skip
+        return self
 
     @property
     def teacher_variant(self) -> str | None:
@@ -87,13 +110,18 @@ class ModelSettings(_Settings):
 
     def decides_encoding(self) -> dict[str, Any]:
         """What of this decides encodings."""
-        return self.model_dump(mode="json", include={
-            "family", "context", "context_suffix", "context_variant", "context_pixels", "vlm_positions", "dtype",
-        })  # fmt: skip
+        return self._decides(
+            "family", "context", "context_suffix", "context_variant", "context_pixels", "vlm_positions", "dtype"
+        )
 
     def decides_velocity(self) -> dict[str, Any]:
         """What of this decides the transformer's answers."""
-        return self.model_dump(mode="json", include={"family", "dtype"})
+        return self._decides("family", "dtype")
+
+    def _decides(self, *names: str) -> dict[str, Any]:
+        """These settings, and the base's rounding where there is one: what was made without it stays what it is."""
+        rounded = () if self.quantization == "none" else ("quantization",)
+        return self.model_dump(mode="json", include={*names, *rounded})
 
 
 class DataSettings(_Settings):
@@ -156,6 +184,8 @@ class TrainSettings(_Settings):
     learning_rate: Rate
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
+    """``adamw-8bit``: both moments in a byte per parameter, by bitsandbytes (the extra ``quantization``)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: tuple[Share, Share] = (0.9, 0.999)
     clip_norm: Rate = 1.0

@@ -22,10 +22,12 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from dopsd.config import Offload, Quantization
 from dopsd.distill.adapters import adapter_applied, read_adapter
 from dopsd.distill.rollout import sample
 from dopsd.files import whole_folder, write_tensors
 from dopsd.models.base import Family, Request
+from dopsd.models.loading import place_pipeline
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 COMFYUI_FILE = "comfyui_lora.safetensors"
@@ -145,19 +147,26 @@ def draw_student(
 
 def check_export(
     base: Path, export: Path, drawn: Sequence[Drawn], family: type[Family], *, file: str = DIFFUSERS_FILE,
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", quantization: Quantization = "none",
+    offload: Offload = "none",
 ) -> dict[str, float]:  # fmt: skip
-    """Load ``export`` with plain diffusers on ``base`` and compare with the student, image against image.
+    """Load ``export`` with plain diffusers on ``base`` and compare with the student, image against image; on the same
+    base, rounded and offloaded as the student's was.
 
     Returns mean differences in levels of 255: ``change`` (what the adapter changes) and ``difference`` (from the
     student). Raises :class:`ExportError` where the adapter is not there, changes nothing, or draws something else.
     """
     from diffusers import DiffusionPipeline
 
-    pipeline = DiffusionPipeline.from_pretrained(base, torch_dtype=dtype, use_safetensors=True).to(device)
+    pipeline = DiffusionPipeline.from_pretrained(base, torch_dtype=dtype, use_safetensors=True)
+    place_pipeline(pipeline, torch.device(device), quantization, offload)
     pipeline.set_progress_bar_config(disable=True)
     before = _draw(pipeline, drawn, family)
     pipeline.load_lora_weights(export, weight_name=file, use_safetensors=True)
+    if offload == "group":
+        for name, parameter in pipeline.transformer.named_parameters():
+            if "lora_" in name:  # diffusers puts them where the block waits
+                parameter.data = parameter.data.to(device)
     if not pipeline.get_active_adapters():
         raise ExportError(
             f"{export / file}: diffusers loads it as nothing; the names of its tensors do not fit the base"

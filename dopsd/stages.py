@@ -186,7 +186,10 @@ def register(concept: str, settings: Settings, root: Path) -> None:
     dtype, device = loaded.dtype, loaded.device
     drawn = draw_student(loaded, adapter, requests, settings.evaluation.few, settings.evaluation.seed)
     del loaded  # a large base fits once
-    compared = check_export(base.source.folder, export, drawn, family, dtype=dtype, device=device)
+    compared = check_export(
+        base.source.folder, export, drawn, family, dtype=dtype, device=device,
+        quantization=settings.model.quantization, offload=settings.model.offload,
+    )  # fmt: skip
     write_json(run / "exported.json", compared)
     send(root, run, settings.tracking)
     print(

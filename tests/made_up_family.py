@@ -26,7 +26,7 @@ from dopsd.models.base import (
     check_lengths,
     shift_levels,
 )  # fmt: skip
-from dopsd.models.loading import frozen, standard_loaders
+from dopsd.models.loading import Where, load, standard_loaders
 from dopsd.models.sources import Source
 
 _SYSTEM = (
@@ -49,14 +49,11 @@ class MadeUp(Family):
     lora_targets = (r"layers\.\d+\.attn\.to_(q|k|v|out\.0)", r"layers\.\d+\.feed_forward\.linear_[123]")
 
     @classmethod
-    def loaders(
-        cls, base: Source, vlm: Source | None, teaching: Teaching, device: torch.device, dtype: torch.dtype
-    ) -> Mapping[Part, Loader]:
+    def loaders(cls, base: Source, vlm: Source | None, teaching: Teaching, where: Where) -> Mapping[Part, Loader]:
         from transformers import Gemma2Model
 
-        parts = standard_loaders(base.folder, "Lumina2Transformer2DModel", "AutoencoderKL", device, dtype)
-        folder = base.folder / "text_encoder"
-        return parts | {"text_encoder": lambda _: frozen(Gemma2Model.from_pretrained(folder, dtype=dtype), device)}
+        parts = standard_loaders(base.folder, "Lumina2Transformer2DModel", "AutoencoderKL", where)
+        return parts | {"text_encoder": lambda _: load(Gemma2Model, base.folder / "text_encoder", where)}
 
     @staticmethod
     def call(request: Request, height: int, width: int, num_steps: int, noise: Tensor | None = None) -> dict[str, Any]:

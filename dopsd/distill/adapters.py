@@ -196,8 +196,10 @@ _MERGED_PARAMETERS = 200_000_000
 
 def _merges(transformer: nn.Module) -> bool:
     parameters = list(transformer.parameters())
+    if getattr(transformer, "weights_wait", False):  # in host memory: what a layer holds is a copy for the moment
+        return False
     # in bfloat16 the teacher's small steps would be lost in the sum
-    exact = all(p.dtype == torch.float32 for p in parameters)
+    exact = all(type(p.data) is Tensor and p.dtype == torch.float32 for p in parameters)
     return exact and sum(p.numel() for p in parameters) <= _MERGED_PARAMETERS
 
 
@@ -268,7 +270,8 @@ def _inject(
             "otherwise; give lora.targets that name layers unambiguously"
         )
     for parameter in adapter_parameters(transformer, name).values():
-        parameter.data = parameter.data.to(dtype)
+        # the layer below may wait in host memory; what is trained does not
+        parameter.data = parameter.data.to(model.device, dtype)
         parameter.requires_grad_(False)
 
 

@@ -18,8 +18,10 @@ from dopsd.data.images import MULTIPLE
 from dopsd.versions import ENCODING_VERSION
 
 from .base import Family, Parts, Teaching
+from .checkpointing import checkpoint_blocks
 from .folder import CONFIG, read_json
-from .loading import use_plain_attention
+from .loading import Where, use_plain_attention
+from .quantized import check_installed
 from .sources import ModelError, Source, check_pipeline, check_vlm, identity, licence_of, locate
 
 FAMILIES = {
@@ -219,6 +221,13 @@ def device_of(model: ModelSettings) -> torch.device:
     return torch.device(name)
 
 
+def checkpointing_of(model: ModelSettings, device: torch.device) -> Literal["none", "every", "every-second"]:
+    """Which blocks are checkpointed on that device."""
+    if model.gradient_checkpointing != "auto":
+        return model.gradient_checkpointing
+    return "none" if device.type == "cpu" and model.offload != "group" else "every"
+
+
 def load_family(model: ModelSettings, root: Path = Path(), use: Use = "teach") -> Family:
     """The base that the settings name. Nothing of it is in memory yet: each part is loaded when it is first used.
 
@@ -227,24 +236,29 @@ def load_family(model: ModelSettings, root: Path = Path(), use: Use = "teach") -
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
+    check_installed(model.quantization)
     base, device = open_base(model, root, use), device_of(model)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     dtype = dtypes.get(model.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
     family = family_class(model)
     teaching = replace(teaching_of(model), vlm=base.vlm_identity)
-    loaders = dict(family.loaders(base.source, base.vlm, teaching, device, dtype))
+    loaders = dict(
+        family.loaders(base.source, base.vlm, teaching, Where(device, dtype, model.quantization, model.offload))
+    )
     load_transformer = loaders["transformer"]
 
     def transformer(parts: Parts) -> Any:
         module = load_transformer(parts)
-        if model.gradient_checkpointing:
-            module.enable_gradient_checkpointing()
+        checkpoint_blocks(module, checkpointing_of(model, device))
         return use_plain_attention(module) if device.type == "cpu" else module
 
     configs = {name: _config(base.source, name) for name in _with_config(base)}
-    parts = Parts(loaders | {"transformer": transformer}, configs | {"index": base.index})
+    waiting = device if model.offload == "model" else None
+    parts = Parts(loaders | {"transformer": transformer}, configs | {"index": base.index}, waiting)
     # what only trains encodes nothing, and need not have the encoders' files to say which they are
-    fingerprint = "" if use == "train" else _hash([ENCODING_VERSION, str(dtype), base.encoders, family.pipeline])
+    rounded = [] if model.quantization == "none" else [model.quantization]
+    made_of = [ENCODING_VERSION, str(dtype), base.encoders, family.pipeline, *rounded]
+    fingerprint = "" if use == "train" else _hash(made_of)
     return family(parts, teaching, device, dtype, fingerprint)
 
 

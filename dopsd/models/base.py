@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from torch import Tensor
 from dopsd.config import ContextName
 
 from .sources import ModelError, Source
+
+if TYPE_CHECKING:
+    from .loading import Where
 
 __all__ = ["Conditioning", "ContextName", "Family", "ModelError", "Part", "Parts", "Request"]
 
@@ -32,6 +35,11 @@ Part = Literal[
 ]
 ENCODERS: tuple[Part, ...] = ("text_encoder", "vision", "vae_encoder")
 """What is no longer needed once everything is encoded."""
+
+
+_LARGE: frozenset[Part] = frozenset({"text_encoder", "vision", "transformer"})
+"""Of which a device may hold only one: gigabytes each. A VLM that looks through the text encoder shares its weights,
+and brings them along."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +56,13 @@ class Parts:
     So a stage holds what it uses and nothing else: encoding never reads the transformer, training no text encoder.
     """
 
-    def __init__(self, loaders: Mapping[Part, Loader], configs: Mapping[str, Mapping[str, Any]]) -> None:
-        """``configs``: the configurations of the folder's components, known without loading any."""
-        self._loaders, self.configs = dict(loaders), configs
+    def __init__(
+        self, loaders: Mapping[Part, Loader], configs: Mapping[str, Mapping[str, Any]],
+        in_turn: torch.device | None = None,
+    ) -> None:  # fmt: skip
+        """``configs``: the configurations of the folder's components, known without loading any. ``in_turn``: the
+        device on which one large part is at a time; the others wait in host memory, released ones too."""
+        self._loaders, self.configs, self._in_turn = dict(loaders), configs, in_turn
         self._loaded: dict[Part, Any] = {}
 
     @classmethod
@@ -66,16 +78,27 @@ class Parts:
         return name in self._loaders
 
     def __getitem__(self, name: Part) -> Any:
+        if self._in_turn is not None and name in _LARGE:
+            self._wait(_LARGE - {name})
         if name not in self._loaded:
             self._loaded[name] = self._loaders[name](self)
+        elif self._in_turn is not None and name in _LARGE:
+            self._loaded[name].to(self._in_turn)
         return self._loaded[name]
+
+    def _wait(self, names: Collection[Part]) -> None:
+        for name in set(names) & set(self._loaded):
+            self._loaded[name].to("cpu")
 
     def loaded(self) -> set[Part]:
         """What is in memory now."""
         return set(self._loaded)
 
     def release(self, names: Collection[Part]) -> None:
-        """Free these parts; asked for again, they are loaded again."""
+        """Free these parts; asked for again, they are loaded again, or come from where they wait."""
+        if self._in_turn is not None:
+            self._wait(_LARGE & set(names))
+            names = set(names) - _LARGE
         for name in names:
             self._loaded.pop(name, None)
 
@@ -141,9 +164,7 @@ class Family(ABC):
 
     @classmethod
     @abstractmethod
-    def loaders(
-        cls, base: Source, vlm: Source | None, teaching: Teaching, device: torch.device, dtype: torch.dtype
-    ) -> Mapping[Part, Loader]:
+    def loaders(cls, base: Source, vlm: Source | None, teaching: Teaching, where: Where) -> Mapping[Part, Loader]:
         """How each part is loaded, from a folder that was checked."""
 
     @classmethod

@@ -31,7 +31,7 @@ from .base import (
     shift_levels,
 )  # fmt: skip
 from .folder import CONFIG, read_json
-from .loading import frozen, standard_loaders
+from .loading import Where, load, standard_loaders
 from .sources import ModelError, Source
 
 MAX_PROMPT_TOKENS = 512
@@ -86,9 +86,7 @@ class Flux2Klein(Family):
     )
 
     @classmethod
-    def loaders(
-        cls, base: Source, vlm: Source | None, teaching: Teaching, device: torch.device, dtype: torch.dtype
-    ) -> Mapping[Part, Loader]:
+    def loaders(cls, base: Source, vlm: Source | None, teaching: Teaching, where: Where) -> Mapping[Part, Loader]:
         def text_encoder(_: Any) -> Any:
             from transformers import Qwen3Config, Qwen3Model
 
@@ -101,9 +99,9 @@ class Flux2Klein(Family):
                 raise ModelError(f"{base.shown}: its text encoder has {found} layers, klein's captions need {needed}")
             config = Qwen3Config.from_pretrained(folder)
             config.num_hidden_layers, config.layer_types = needed, (config.layer_types or [])[:needed] or None
-            return frozen(Qwen3Model.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True), device)
+            return load(Qwen3Model, folder, where, config=config)
 
-        loaders = standard_loaders(base.folder, "Flux2Transformer2DModel", "AutoencoderKLFlux2", device, dtype)
+        loaders = standard_loaders(base.folder, "Flux2Transformer2DModel", "AutoencoderKLFlux2", where)
         return loaders | {"text_encoder": text_encoder}
 
     @staticmethod

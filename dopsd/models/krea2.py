@@ -27,7 +27,7 @@ from .base import (
     check_lengths,
     shift_levels,
 )  # fmt: skip
-from .loading import frozen, standard_loaders
+from .loading import Where, load, standard_loaders
 from .sources import Source
 
 MAX_PROMPT_TOKENS = 512
@@ -74,16 +74,13 @@ class Krea2(Family):
     )
 
     @classmethod
-    def loaders(
-        cls, base: Source, vlm: Source | None, teaching: Teaching, device: torch.device, dtype: torch.dtype
-    ) -> Mapping[Part, Loader]:
+    def loaders(cls, base: Source, vlm: Source | None, teaching: Teaching, where: Where) -> Mapping[Part, Loader]:
         def text_encoder(_: Any) -> Any:
             from transformers import Qwen3VLModel
 
-            folder = base.folder / "text_encoder"
-            return frozen(Qwen3VLModel.from_pretrained(folder, dtype=dtype, use_safetensors=True), device)
+            return load(Qwen3VLModel, base.folder / "text_encoder", where)
 
-        loaders = standard_loaders(base.folder, "Krea2Transformer2DModel", "AutoencoderKLQwenImage", device, dtype)
+        loaders = standard_loaders(base.folder, "Krea2Transformer2DModel", "AutoencoderKLQwenImage", where)
         return loaders | {
             "text_encoder": text_encoder,
             "image_processor": lambda parts: qwen_vl.image_processor_of(parts["text_encoder"].config.vision_config),

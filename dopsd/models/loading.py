@@ -2,32 +2,94 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from tqdm import tqdm
+
+from dopsd.config import Offload, Quantization
 
 from .base import Loader, Part
+from .offload import BlockOffload
+from .quantized import blocks_of, quantize
 
 
-def standard_loaders(
-    folder: Path, transformer: str, vae: str, device: torch.device, dtype: torch.dtype
-) -> dict[Part, Loader]:
+@dataclass(frozen=True)
+class Where:
+    """Where components are to be, and in which precision."""
+
+    device: torch.device
+    dtype: torch.dtype
+    quantization: Quantization = "none"
+    """Of the blocks of transformer and text encoder."""
+    offload: Offload = "none"
+
+
+def standard_loaders(folder: Path, transformer: str, vae: str, where: Where) -> dict[Part, Loader]:
     """The parts that every family has; ``transformer`` and ``vae`` are classes of diffusers."""
+    plain = replace(where, quantization="none")
     return {
         "tokenizer": lambda _: load_tokenizer(folder / "tokenizer"),
         "scheduler": lambda _: load_scheduler(folder / "scheduler"),
-        "transformer": lambda _: _load(transformer, folder / "transformer", device, dtype),
-        "vae_encoder": lambda _: _half(_load(vae, folder / "vae", device, dtype), "encoder"),
-        "vae_decoder": lambda _: _half(_load(vae, folder / "vae", device, dtype), "decoder"),
+        "transformer": lambda _: load(
+            _of_diffusers(transformer), folder / "transformer", where, in_blocks=where.offload == "group"
+        ),
+        "vae_encoder": lambda _: _half(load(_of_diffusers(vae), folder / "vae", plain), "encoder"),
+        "vae_decoder": lambda _: _half(load(_of_diffusers(vae), folder / "vae", plain), "decoder"),
     }
 
 
-def _load(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+def _of_diffusers(name: str) -> Any:
     import diffusers
 
-    model = getattr(diffusers, name).from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
-    return frozen(model, device)
+    return getattr(diffusers, name)
+
+
+def load(cls: Any, folder: Path, where: Where, *, in_blocks: bool = False, **options: Any) -> Any:
+    """A model of diffusers or transformers from its folder, frozen and on its device.
+
+    It goes straight there, or where it is quantized, or its blocks are to wait (``in_blocks``), through host memory.
+    """
+    key = "torch_dtype" if cls.__module__.startswith("diffusers") else "dtype"
+    direct = where.quantization == "none" and not in_blocks
+    if direct:
+        options["device_map"] = {"": where.device}
+    model = cls.from_pretrained(folder, use_safetensors=True, **{key: where.dtype}, **options)
+    model = model.eval().requires_grad_(False)
+    return model if direct else place(model, where.device, where.quantization, in_blocks)
+
+
+def place(model: Any, device: torch.device, quantization: Quantization, in_blocks: bool) -> Any:
+    """Bring a frozen model from host memory to its device, a block at a time: the device never holds all of it in full
+    precision. With ``in_blocks`` the blocks go back to host memory, and are on the device while they compute."""
+    blocks, offload = blocks_of(model), BlockOffload(device) if in_blocks else None
+    for block in tqdm(blocks, desc=type(model).__name__, unit="block", leave=False, disable=None):
+        quantize(block, quantization, device)
+        if offload is not None:
+            offload.add(block)
+    model.weights_wait = in_blocks
+    inside = {id(module) for block in blocks for module in block.modules()}
+    for module in model.modules():
+        if id(module) not in inside:
+            for name, parameter in module.named_parameters(recurse=False):
+                module._parameters[name] = torch.nn.Parameter(parameter.to(device), requires_grad=False)
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)
+    return model
+
+
+def place_pipeline(pipeline: Any, device: torch.device, quantization: Quantization, offload: Offload) -> None:
+    """A pipeline of plain diffusers on the device as the stages have its components there: rounded alike, and of the
+    large ones no more at once than fits."""
+    if device.type == "cuda" and quantization == "none" and offload != "group":
+        pipeline.enable_model_cpu_offload(device=device)
+        return
+    for name, component in pipeline.components.items():
+        if isinstance(component, torch.nn.Module):
+            rounded = quantization if name in ("text_encoder", "transformer") else "none"
+            place(component, device, rounded, in_blocks=offload == "group" and name == "transformer")
 
 
 def load_tokenizer(folder: Path) -> Any:

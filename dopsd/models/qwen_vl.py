@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,11 +39,30 @@ def load_with(folder: Path, text_encoder: Any, positions: Literal["vlm", "encode
 
 
 def share_language_half(vlm: Any, text_encoder: Any) -> None:
-    """Make the VLM's language model use the text encoder's own tensors (no copy in memory); every key must match."""
-    missing, unexpected = vlm.language_model.load_state_dict(text_encoder.state_dict(), strict=False, assign=True)
+    """Make the VLM's language model use the text encoder's own tensors (no copy in memory); every key must match.
+
+    Linear layers are shared as they are, whatever form their weights are stored in.
+    """
+    own = {name: part for name, part in text_encoder.named_modules() if isinstance(part, torch.nn.Linear)}
+    named = dict(vlm.language_model.named_modules())
+    for name in own.keys() & named.keys():
+        parent, _, last = name.rpartition(".")
+        setattr(named[parent], last, own[name])
+    missing, unexpected = vlm.language_model.load_state_dict(
+        {key: value for key, value in text_encoder.state_dict().items() if _owner(key, named) not in own}, strict=False,
+        assign=True,
+    )  # fmt: skip
+    missing = [key for key in missing if _owner(key, named) not in own]
     if missing or unexpected:
         names = ", ".join([*missing, *unexpected][:4])
         raise ModelError(f"the VLM's language half does not fit the text encoder (keys {names})")
+
+
+def _owner(key: str, modules: Mapping[str, torch.nn.Module]) -> str:
+    """The module that a key of a state dictionary belongs to: quantized weights have names below their own."""
+    while key and key not in modules:
+        key = key.rpartition(".")[0]
+    return key
 
 
 def _assign(folder: Path, module: Any, prefix: str, dtype: torch.dtype) -> None:

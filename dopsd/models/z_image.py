@@ -26,7 +26,7 @@ from .base import (
     check_lengths,
     shift_levels,
 )  # fmt: skip
-from .loading import frozen, standard_loaders
+from .loading import Where, frozen, load, standard_loaders
 from .sources import ModelError, Source
 
 if TYPE_CHECKING:
@@ -69,22 +69,19 @@ class ZImage(Family):
         return teaching.context == "vlm"
 
     @classmethod
-    def loaders(
-        cls, base: Source, vlm: Source | None, teaching: Teaching, device: torch.device, dtype: torch.dtype
-    ) -> Mapping[Part, Loader]:
+    def loaders(cls, base: Source, vlm: Source | None, teaching: Teaching, where: Where) -> Mapping[Part, Loader]:
         def text_encoder(_: Any) -> Any:
             from transformers import Qwen3Model
 
-            folder = base.folder / "text_encoder"
-            return frozen(Qwen3Model.from_pretrained(folder, dtype=dtype, use_safetensors=True), device)
+            return load(Qwen3Model, base.folder / "text_encoder", where)
 
-        loaders = standard_loaders(base.folder, "ZImageTransformer2DModel", "AutoencoderKL", device, dtype)
+        loaders = standard_loaders(base.folder, "ZImageTransformer2DModel", "AutoencoderKL", where)
         loaders["text_encoder"] = text_encoder
         if vlm is not None:
             folder = vlm.folder
             loaders |= {
                 "vision": lambda parts: frozen(
-                    qwen_vl.load_with(folder, parts["text_encoder"], teaching.positions), device
+                    qwen_vl.load_with(folder, parts["text_encoder"], teaching.positions), where.device
                 ),
                 "image_processor": lambda _: qwen_vl.load_image_processor(folder),
             }

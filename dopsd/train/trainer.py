@@ -33,6 +33,7 @@ from dopsd.train.gain import choose, described, helps, teacher_gain, teacher_sam
 from dopsd.train.machine import MachineLoad
 from dopsd.train.objective import Objective
 from dopsd.train.observer import Observer, Previews, Progress, RunLog
+from dopsd.train.optimizer import make_optimizer
 from dopsd.train.parallel import exchange, share
 from dopsd.train.status import adopt, running
 
@@ -241,10 +242,7 @@ class _Run:
             (settings.teacher.kind or "ema") if method in _DISTILLED else "frozen",
         )  # fmt: skip
         self.parameters = self.adapters.student_parameters()
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay,
-            fused=family.device.type in ("cpu", "cuda"),
-        )  # fmt: skip
+        self.optimizer = make_optimizer(settings, self.parameters, family.device)
         self.gain: dict[str, float] | None = saved.state["teacher_gain"] if saved else None
         try:
             if saved is None:
