@@ -63,7 +63,7 @@ down: $(READY) ## end all that `make up` started
 lock: ## pin anew what pyproject.toml asks for; pins that still fit stay
 	@mkdir -p .cache  # the torch that is installed stays: the index's own newest one may be a CUDA build of gigabytes
 	@$(VENV)/bin/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > .cache/torch.txt
-	@$(VENV)/bin/uv pip compile pyproject.toml --group dev --python-version 3.11 $(FIND_LINKS) --quiet \
+	@$(VENV)/bin/uv pip compile pyproject.toml --extra quantization --group dev --python-version 3.11 $(FIND_LINKS) --quiet \
 	  --constraint .cache/torch.txt --no-header --no-annotate --no-emit-find-links --no-emit-index-url -o requirements.lock
 	@sed -i -E 's/^(torch==[0-9.]+)\+.*/\1/; 1i # The versions that were tested, made by `make lock`. Torch without a build tag: CPU and CUDA builds both satisfy it.' requirements.lock
 

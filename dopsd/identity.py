@@ -25,6 +25,8 @@ Plan = dict[str, dict[str, Any]]
 
 _SHOWN = {"max_minutes", "checkpoint_steps", "preview_steps", "preview_prompts", "preview_count"}
 """Settings that do not change what is learnt at a step, and so may differ on resume."""
+_ADDED = {"optimizer": "adamw"}
+"""Settings that came later, with what was always so before: what was trained then is still what it is."""
 
 
 def plan_of(settings: Settings, base: Base) -> Plan:
@@ -134,7 +136,7 @@ def _deciding(train: TrainSettings, method: Method) -> dict[str, Any]:
         values["teacher"].pop(key)
     if method != "sft":
         values.pop("sft_compute_factor")
-    return values
+    return {key: value for key, value in values.items() if _ADDED.get(key) != value}
 
 
 def _drawing(files: Mapping[str, str]) -> dict[str, str]:

@@ -115,7 +115,9 @@ def train(concept: str, settings: Settings, root: Path) -> None:
     from dopsd.train.job import Job
     from dopsd.train.launch import run_training
     from dopsd.train.observer import Terminal
+    from dopsd.train.optimizer import check_optimizer
 
+    check_optimizer(settings.train)
     run = run_folder(concept, root)
     encoded = read_encoded(run / "encoded")
     plan = plan_of(settings, open_base(settings.model, root))

@@ -262,6 +262,7 @@ def _inject(
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # two adapters on one model is what is wanted here
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")  # we merge nothing there
         model.add_adapter(config, adapter_name=name)
     layers = lora_layers(transformer, name)
     if set(layers) != set(modules):

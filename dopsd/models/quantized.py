@@ -18,6 +18,8 @@ from dopsd.config import Quantization
 
 from .folder import ModelError
 
+_GROUP = 64
+"""Weights that share a scale in nf4."""
 _PACKAGES: dict[Quantization, str] = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
 
 
@@ -59,22 +61,22 @@ def _by_torchao(block: nn.Module, kind: Quantization) -> None:
 
 
 def _to_nf4(block: nn.Module, device: torch.device) -> None:
-    """Replace the linear layers; the scales are quantized once more, which takes 4.13 bits a weight in all."""
+    """The scales are quantized once more, which takes 4.13 bits a weight in all. A layer that is no whole number of
+    groups stays as it is; no published model has one."""
     from bitsandbytes.nn import Params4bit
 
-    for name, linear in list(block.named_modules()):
-        if type(linear) is not nn.Linear:
+    for linear in block.modules():
+        if type(linear) is not nn.Linear or linear.weight.numel() % _GROUP:
             continue
-        parent, _, own = name.rpartition(".")
-        packed: Any = Params4bit(
-            linear.weight.data.cpu(), requires_grad=False, compress_statistics=True, quant_type="nf4"
-        )
+        # as rows of one group: the library's CPU code garbles rows that are shorter than that
+        weights = linear.weight.data.reshape(-1, _GROUP).cpu()
+        packed: Any = Params4bit(weights, requires_grad=False, compress_statistics=True, quant_type="nf4")
         linear.weight = packed.to(device)  # this quantizes
         linear.forward = MethodType(_nf4_forward, linear)  # type: ignore[method-assign]
 
 
 def _nf4_forward(self: Any, x: Tensor) -> Tensor:
-    return _NF4Product.apply(x, self.weight, self.weight.quant_state, self.bias)
+    return _NF4Product.apply(x, self.weight, self.weight.quant_state, self.in_features, self.bias)
 
 
 class _NF4Product(torch.autograd.Function):
@@ -82,21 +84,22 @@ class _NF4Product(torch.autograd.Function):
     the forward to the backward pass, past checkpointing: blocks that wait in host memory would all stay."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, state: Any, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packed: Tensor, state: Any, width: int, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(packed)
-        ctx.state = state
-        return nn.functional.linear(x, _unpacked(packed, state, x.dtype), None if bias is None else bias.to(x.dtype))
+        ctx.state, ctx.width = state, width
+        weight = _unpacked(packed, state, width, x.dtype)
+        return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (packed,) = ctx.saved_tensors
-        return grads[0] @ _unpacked(packed, ctx.state, grads[0].dtype), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (packed,), grad = ctx.saved_tensors, grads[0]
+        return grad @ _unpacked(packed, ctx.state, ctx.width, grad.dtype), None, None, None, None
 
 
-def _unpacked(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+def _unpacked(packed: Tensor, state: Any, width: int, dtype: torch.dtype) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(packed.data, state).to(dtype)
+    return dequantize_4bit(packed.data, state).view(-1, width).to(dtype)
 
 
 assert set(_PACKAGES) | {"none"} == set(get_args(Quantization))

@@ -105,19 +105,23 @@ def set_aside(folder: Path) -> Path:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Copies on the CPU of the optimizer's state, ``optimizer/<parameter's number>/<what>``."""
-    state = optimizer.state_dict()["state"]
     return {
         f"optimizer/{number}/{what}": torch.as_tensor(value).detach().to("cpu", copy=True)
-        for number, values in state.items()
-        for what, value in values.items()
+        for number, parameter in enumerate(_parameters(optimizer))
+        for what, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put back what :func:`optimizer_tensors` gave; the parameters must come in the same order."""
-    state: dict[int, dict[str, Tensor]] = {}
+    parameters = _parameters(optimizer)
     for key, value in tensors.items():
         if key.startswith("optimizer/"):
             _, number, what = key.split("/")
-            state.setdefault(int(number), {})[what] = value.clone()
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+            parameter = parameters[int(number)]
+            whole = value.dtype == torch.int64 and value.ndim == 0  # bitsandbytes counts in plain numbers
+            optimizer.state[parameter][what] = int(value) if whole else value.to(parameter.device, copy=True)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
