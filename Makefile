@@ -6,6 +6,7 @@ PORT ?= 5000
 
 VENV := .venv
 READY := $(VENV)/.ready
+EXTRAS := $(VENV)/.extras
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 # pip reads PIP_FIND_LINKS by itself, uv does not; a CPU build of torch found there saves gigabytes.
 FIND_LINKS := $(foreach place,$(PIP_FIND_LINKS),--find-links "$(place)")
@@ -31,18 +32,23 @@ $(READY): requirements.lock pyproject.toml
 	VIRTUAL_ENV="$(CURDIR)/$(VENV)" $(INSTALL) --no-deps -e .
 	@touch $@
 
+# The extras are for GPUs and cost every import a second: only whoever tests has them without asking.
+$(EXTRAS): $(READY)
+	@VIRTUAL_ENV="$(CURDIR)/$(VENV)" $(INSTALL) $(FIND_LINKS) --constraint requirements.lock -e '.[quantization]'
+	@touch $@
+
 demo: $(READY) ## tune the embedded base to CONCEPT (style-ink) and show it: all stages, those already done are skipped
 	@$(RUN) dvc repro report@$(CONCEPT) register@$(CONCEPT)
 	@$(RUN) dopsd show --concept $(CONCEPT)
 
-test: $(READY) lint ## lint, types and tests
+test: $(EXTRAS) lint ## lint, types and tests
 	@$(RUN) python -m pytest
 
 mutants: $(READY) ## would the tests notice a fault in the method's own code? Half an hour; writes docs/mutants.md
 	@VIRTUAL_ENV="$(CURDIR)/$(VENV)" $(INSTALL) $(FIND_LINKS) --constraint requirements.lock --group mutants
 	@$(RUN) OMP_NUM_THREADS=1 python -m tests.mutants
 
-lint: $(READY) ## ruff and mypy
+lint: $(EXTRAS) ## ruff and mypy
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
 	@$(RUN) mypy
@@ -63,7 +69,7 @@ down: $(READY) ## end all that `make up` started
 lock: ## pin anew what pyproject.toml asks for; pins that still fit stay
 	@mkdir -p .cache  # the torch that is installed stays: the index's own newest one may be a CUDA build of gigabytes
 	@$(VENV)/bin/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > .cache/torch.txt
-	@$(VENV)/bin/uv pip compile pyproject.toml --extra quantization --group dev --python-version 3.11 $(FIND_LINKS) --quiet \
+	@$(VENV)/bin/uv pip compile pyproject.toml --group dev --python-version 3.11 $(FIND_LINKS) --quiet \
 	  --constraint .cache/torch.txt --no-header --no-annotate --no-emit-find-links --no-emit-index-url -o requirements.lock
 	@sed -i -E 's/^(torch==[0-9.]+)\+.*/\1/; 1i # The versions that were tested, made by `make lock`. Torch without a build tag: CPU and CUDA builds both satisfy it.' requirements.lock
 

@@ -5,6 +5,7 @@ A person's mistake is one line and exit code 2; ``--debug`` shows where it was f
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -66,6 +67,8 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show where an 
     # --debug is read by main(), which sees the arguments first
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    for name in _SPEAK_OF_FAULTS_ALONE:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 _QUIET = {
@@ -74,6 +77,8 @@ _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
 }
+_SPEAK_OF_FAULTS_ALONE = ("bitsandbytes", "torch.utils._pytree", "torchao")
+"""The extras' loggers: they warn of every kernel that is not for this machine."""
 
 
 def main() -> None:
