@@ -265,6 +265,8 @@ class ComputeSettings(_Settings):
     in this process, for debugging."""
     workers: Positive | tuple[Positive, Positive] = 1
     """Data-parallel workers; least and most of them where the cluster may grow and shrink while it trains."""
+    sharded: bool = False
+    """Whether the workers divide the base's transformer among them (FSDP2) instead of each holding all of it."""
     resize_seconds: Rate = 60
     """How often a job with a least and a most of workers looks whether it can have more; a change costs the steps since
     its last checkpoint and the start of the workers."""
@@ -286,6 +288,8 @@ class ComputeSettings(_Settings):
             raise ValueError(
                 f"compute.workers: the least ({self.workers[0]}) is more than the most ({self.workers[1]})"
             )
+        if self.sharded and (not isinstance(self.workers, int) or self.launcher == "local"):
+            raise ValueError("compute.sharded needs launcher: ray and a fixed number of compute.workers")
         return self
 
 
@@ -319,6 +323,13 @@ class Settings(_Settings):
     tracking: TrackingSettings = TrackingSettings()
     overrides: Annotated[dict[str, Any], Field(exclude=True)] = {}
     """What ``--set`` says of ``train``: it holds for every concept, over the concept's own."""
+
+    @model_validator(mode="after")
+    def _shards_are_plain(self) -> Settings:
+        if self.compute.sharded and (self.model.quantization != "none" or self.model.offload == "group"):
+            raise ValueError("compute.sharded divides plain weights: set model.quantization to none, and model.offload "
+                             "to none or model")  # fmt: skip
+        return self
 
     def of(self, concept: str, root: Path) -> Settings:
         """These settings for one concept: its ``train.yaml`` over ``train``. Done twice it is the same.

@@ -125,7 +125,9 @@ def train(concept: str, settings: Settings, root: Path) -> None:
     name = training_name(settings.train, common)
     _describe(run, name, settings, root, encoded.content_hash, images=encoded.images)
     print(f"train: {settings.train.work()}")
-    job = Job(f"{concept}-{name}", encoded, settings.train, settings.model, root, common, name)
+    job = Job(
+        f"{concept}-{name}", encoded, settings.train, settings.model, root, common, name, settings.compute.sharded
+    )
     with Sender(root, run, settings.tracking) as sender:
         watching = Terminal(sender.wake)
         results = run_training(job, settings.compute, root, run / "train", run / "adapters", watching)

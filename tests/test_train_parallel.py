@@ -13,12 +13,14 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from dopsd.train.parallel import exchange, share
+from dopsd.train.trainer import TrainError
 from tests import tiny, worker
 
 ROOT = Path(__file__).parent.parent
 STEPS = 3
 RUNS = {
     "d-opsd": {"batch_size": 4, "replay": {"weight": 0.5, "prompts": ["a fox"]}},
+    worker.SHARDED: {"batch_size": 4, "replay": {"weight": 0.5, "prompts": ["a fox"]}},
     "sft": {"batch_size": 1, "accumulation": 3, "replay": {"weight": 0.5, "prompts": ["a fox"]}},
 }
 """A batch that two processes share evenly, and one of which the first takes two examples and the second one."""
@@ -27,6 +29,10 @@ RUNS = {
 def _settings(method):
     # plain steps along the gradient: Adam's first ones are signs, which hide how large a difference is
     return tiny.tiny_settings(max_steps=STEPS, checkpoint_steps=STEPS, sft_compute_factor=1.0, **RUNS[method])
+
+
+def _method(name):
+    return "d-opsd" if name == worker.SHARDED else name
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +68,7 @@ def pair(request, together, tmp_path_factory):
     """A method trained by one process, and by two: (method, folder of the one, folder of the two)."""
     alone = tmp_path_factory.mktemp("alone")
     with worker.kept_gradients(alone / "gradients.safetensors"):
-        tiny.run_tiny(request.param, alone, _settings(request.param))
+        tiny.run_tiny(_method(request.param), alone, _settings(request.param))
     return request.param, alone, together / request.param
 
 
@@ -87,8 +93,8 @@ def test_two_workers_learn_what_one_does(pair):
     for mine, theirs in zip(_log(together / "0"), _log(alone), strict=True):
         for key in ("train/loss", "train/grad_norm"):
             assert mine[key] == pytest.approx(theirs[key], rel=2e-5), (method, mine["step"], key)
-    one = load_file(alone / "adapters" / f"{method}.safetensors")
-    two = load_file(together / "0" / "adapters" / f"{method}.safetensors")
+    file = f"{_method(method)}.safetensors"
+    one, two = load_file(alone / "adapters" / file), load_file(together / "0" / "adapters" / file)
     assert one.keys() == two.keys()
     moved = max(float(value.abs().max()) for key, value in one.items() if "lora_B" in key)
     assert moved > 1e-3, "the run learnt something, so that equality means something"
@@ -106,7 +112,7 @@ def test_gradients_are_exchanged_once_per_step(pair):
 def test_the_first_worker_alone_writes(pair):
     _, _, together = pair
     assert (together / "0" / "train" / "checkpoints").is_dir()
-    for name in ("checkpoints", "adapters", "previews"):
+    for name in ("checkpoints", "adapters", *(["previews"] if together.name != worker.SHARDED else [])):
         assert not (together / "1" / "train" / name).exists(), name
 
 
@@ -124,3 +130,13 @@ def test_one_process_exchanges_nothing():
     assert values == {"train/loss": 3.0}
     assert seconds == 4.0
     assert parameter.grad.tolist() == [1.0, 2.0]
+
+
+def test_a_batch_that_is_not_shared_evenly_is_refused_where_the_base_is_divided(tmp_path, monkeypatch):
+    """A process with an example less would not take part in putting the blocks together, and all would wait for it."""
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    family = tiny.tiny_family()
+    family.transformer.sharded = True
+    monkeypatch.setattr(tiny, "tiny_family", lambda: family)
+    with pytest.raises(TrainError, match="a batch of 3 is not shared evenly by 2 workers"):
+        tiny.run_tiny("d-opsd", tmp_path, tiny.tiny_settings(batch_size=3))

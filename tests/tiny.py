@@ -22,7 +22,7 @@ from dopsd.data.dataset import Example, Preview
 from dopsd.data.encoded import Encoded
 from dopsd.identity import training_identity
 from dopsd.models.base import Conditioning, Parts, Teaching
-from dopsd.models.loading import use_plain_attention
+from dopsd.models.loading import Blocks, place, use_plain_attention
 from dopsd.models.z_image import ZImage
 from dopsd.train.trainer import Place, Training, TrainResult, train
 from emoji_turbo import architecture
@@ -159,10 +159,13 @@ class Recorder:
 
 
 def run_tiny(
-    method: Method, folder: Path, settings: TrainSettings, observer: Any = None, examples: list[Example] | None = None
-) -> TrainResult:
+    method: Method, folder: Path, settings: TrainSettings, observer: Any = None, examples: list[Example] | None = None,
+    blocks: Blocks = "there",
+) -> TrainResult:  # fmt: skip
     """Train the tiny family on the tiny examples in ``folder/train`` and ``folder/adapters``."""
     family, prompts = tiny_family(), tiny_prompts()
+    if blocks != "there":
+        place(family.transformer, family.device, "none", blocks)
     examples = examples if examples is not None else tiny_examples()
     identity = tiny_identity(settings, method, examples, prompts)
     training = Training(method, settings, examples, identity, prompts, [Preview("a fox", prompts[0], SIDE, SIDE)])

@@ -26,6 +26,9 @@ from dopsd.train import trainer
 from dopsd.train.parallel import exchange
 from tests import tiny
 
+SHARDED = "sharded"
+"""A run of d-opsd whose processes divide the transformer among them."""
+
 
 @contextmanager
 def kept_gradients(path: Path) -> Iterator[None]:
@@ -50,11 +53,12 @@ def main() -> None:
     for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "reduce_scatter_tensor", "reduce"):
         setattr(dist, name, _counted(getattr(dist, name), counts, name))
     rank = os.environ["RANK"]
-    for method, settings in runs.items():
+    for name, settings in runs.items():
         counts.clear()
-        with kept_gradients(folder / method / f"gradients-{rank}.safetensors"):
-            tiny.run_tiny(method, folder / method / rank, TrainSettings.model_validate(settings))
-        (folder / method / f"counts-{rank}.json").write_text(json.dumps(counts))
+        method, blocks = ("d-opsd", "sharded") if name == SHARDED else (name, "there")
+        with kept_gradients(folder / name / f"gradients-{rank}.safetensors"):
+            tiny.run_tiny(method, folder / name / rank, TrainSettings.model_validate(settings), blocks=blocks)
+        (folder / name / f"counts-{rank}.json").write_text(json.dumps(counts))
     dist.destroy_process_group()
 
 

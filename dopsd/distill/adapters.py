@@ -196,7 +196,7 @@ _MERGED_PARAMETERS = 200_000_000
 
 def _merges(transformer: nn.Module) -> bool:
     parameters = list(transformer.parameters())
-    if getattr(transformer, "weights_wait", False):  # in host memory: what a layer holds is a copy for the moment
+    if getattr(transformer, "borrowed_weights", False):  # what a layer holds, it holds while it computes
         return False
     # in bfloat16 the teacher's small steps would be lost in the sum
     exact = all(type(p.data) is Tensor and p.dtype == torch.float32 for p in parameters)

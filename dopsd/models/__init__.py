@@ -228,10 +228,11 @@ def checkpointing_of(model: ModelSettings, device: torch.device) -> Literal["non
     return "none" if device.type == "cpu" and model.offload != "group" else "every"
 
 
-def load_family(model: ModelSettings, root: Path = Path(), use: Use = "teach") -> Family:
+def load_family(model: ModelSettings, root: Path = Path(), use: Use = "teach", sharded: bool = False) -> Family:
     """The base that the settings name. Nothing of it is in memory yet: each part is loaded when it is first used.
 
-    ``root`` is what a relative path is relative to. Raises :class:`ModelError` for what is missing or does not fit.
+    ``root`` is what a relative path is relative to. ``sharded``: the processes of this training divide the transformer
+    among them. Raises :class:`ModelError` for what is missing or does not fit.
     """
     from diffusers.utils import logging
 
@@ -243,7 +244,9 @@ def load_family(model: ModelSettings, root: Path = Path(), use: Use = "teach") -
     family = family_class(model)
     teaching = replace(teaching_of(model), vlm=base.vlm_identity)
     loaders = dict(
-        family.loaders(base.source, base.vlm, teaching, Where(device, dtype, model.quantization, model.offload))
+        family.loaders(
+            base.source, base.vlm, teaching, Where(device, dtype, model.quantization, model.offload, sharded)
+        )
     )
     load_transformer = loaders["transformer"]
 

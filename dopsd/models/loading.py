@@ -14,6 +14,10 @@ from dopsd.config import Offload, Quantization
 from .base import Loader, Part
 from .offload import BlockOffload
 from .quantized import blocks_of, quantize
+from .sharding import shard
+
+Blocks = Literal["there", "in turn", "sharded"]
+"""Where a transformer's blocks are: on the device, in host memory until they compute, or divided among processes."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Where:
     quantization: Quantization = "none"
     """Of the blocks of transformer and text encoder."""
     offload: Offload = "none"
+    sharded: bool = False
+    """Whether the processes of a training divide the transformer's blocks among them."""
 
 
 def standard_loaders(folder: Path, transformer: str, vae: str, where: Where) -> dict[Part, Loader]:
@@ -33,12 +39,14 @@ def standard_loaders(folder: Path, transformer: str, vae: str, where: Where) -> 
     return {
         "tokenizer": lambda _: load_tokenizer(folder / "tokenizer"),
         "scheduler": lambda _: load_scheduler(folder / "scheduler"),
-        "transformer": lambda _: load(
-            _of_diffusers(transformer), folder / "transformer", where, in_blocks=where.offload == "group"
-        ),
+        "transformer": lambda _: load(_of_diffusers(transformer), folder / "transformer", where, blocks=_blocks(where)),
         "vae_encoder": lambda _: _half(load(_of_diffusers(vae), folder / "vae", plain), "encoder"),
         "vae_decoder": lambda _: _half(load(_of_diffusers(vae), folder / "vae", plain), "decoder"),
     }
+
+
+def _blocks(where: Where) -> Blocks:
+    return "sharded" if where.sharded else "in turn" if where.offload == "group" else "there"
 
 
 def _of_diffusers(name: str) -> Any:
@@ -47,30 +55,34 @@ def _of_diffusers(name: str) -> Any:
     return getattr(diffusers, name)
 
 
-def load(cls: Any, folder: Path, where: Where, *, in_blocks: bool = False, **options: Any) -> Any:
+def load(cls: Any, folder: Path, where: Where, *, blocks: Blocks = "there", **options: Any) -> Any:
     """A model of diffusers or transformers from its folder, frozen and on its device.
 
-    It goes straight there, or where it is quantized, or its blocks are to wait (``in_blocks``), through host memory.
+    It goes straight there, or where it is quantized or its blocks are not to stay there, through host memory.
     """
     key = "torch_dtype" if cls.__module__.startswith("diffusers") else "dtype"
-    direct = where.quantization == "none" and not in_blocks
+    direct = where.quantization == "none" and blocks == "there"
     if direct:
         options["device_map"] = {"": where.device}
     model = cls.from_pretrained(folder, use_safetensors=True, **{key: where.dtype}, **options)
     model = model.eval().requires_grad_(False)
-    return model if direct else place(model, where.device, where.quantization, in_blocks)
+    return model if direct else place(model, where.device, where.quantization, blocks)
 
 
-def place(model: Any, device: torch.device, quantization: Quantization, in_blocks: bool) -> Any:
+def place(model: Any, device: torch.device, quantization: Quantization, blocks: Blocks) -> Any:
     """Bring a frozen model from host memory to its device, a block at a time: the device never holds all of it in full
-    precision. With ``in_blocks`` the blocks go back to host memory, and are on the device while they compute."""
-    blocks, offload = blocks_of(model), BlockOffload(device) if in_blocks else None
-    for block in tqdm(blocks, desc=type(model).__name__, unit="block", leave=False, disable=None):
-        quantize(block, quantization, device)
-        if offload is not None:
+    precision. Its blocks stay there, or wait in host memory until they compute, or are divided among processes."""
+    repeated, offload = blocks_of(model), BlockOffload(device)
+    if blocks == "sharded":
+        shard(repeated, device)
+    for block in tqdm(repeated, desc=type(model).__name__, unit="block", leave=False, disable=None):
+        if blocks != "sharded":
+            quantize(block, quantization, device)
+        if blocks == "in turn":
             offload.add(block)
-    model.weights_wait = in_blocks
-    inside = {id(module) for block in blocks for module in block.modules()}
+    model.borrowed_weights = blocks != "there"
+    model.sharded = blocks == "sharded"
+    inside = {id(module) for block in repeated for module in block.modules()}
     for module in model.modules():
         if id(module) not in inside:
             for name, parameter in module.named_parameters(recurse=False):
@@ -89,7 +101,7 @@ def place_pipeline(pipeline: Any, device: torch.device, quantization: Quantizati
     for name, component in pipeline.components.items():
         if isinstance(component, torch.nn.Module):
             rounded = quantization if name in ("text_encoder", "transformer") else "none"
-            place(component, device, rounded, in_blocks=offload == "group" and name == "transformer")
+            place(component, device, rounded, "in turn" if offload == "group" and name == "transformer" else "there")
 
 
 def load_tokenizer(folder: Path) -> Any:

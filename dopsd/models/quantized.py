@@ -42,7 +42,7 @@ def quantize(block: nn.Module, kind: Quantization, device: torch.device) -> None
 def blocks_of(module: nn.Module) -> list[nn.Module]:
     """The repeated blocks that a model's class names, in the order of its modules."""
     names = set(getattr(module, "_no_split_modules", None) or ())
-    return [part for part in module.modules() if type(part).__name__ in names]
+    return [part for part in module.modules() if names & {kind.__name__ for kind in type(part).__mro__}]
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -31,13 +31,15 @@ class Job:
     """What its methods have in common (:func:`dopsd.identity.common_identity`)."""
     training: str = ""
     """The training's name alone; every run says in its folder which one it belongs to."""
+    sharded: bool = False
+    """Whether its workers divide the transformer among them."""
 
 
 def run_job(
     job: Job, folder: Path, adapters: Path, observer: Observer, on_saved: Callable[[], None] = lambda: None
 ) -> dict[Method, TrainResult]:
     """Train every method of ``job`` in ``folder/<method>``; what is finished there is not done again."""
-    family = load_family(job.model, job.root, "train")
+    family = load_family(job.model, job.root, "train", job.sharded)
     encoded, how, results = job.encoded, job.train, {}
     replay = [conditioning for _, conditioning in encoded.replay]
     for method in job.train.methods:

@@ -237,6 +237,13 @@ class _Run:
                 f"{self.accelerator.num_processes} workers cannot share a batch of "
                 f"{settings.batch_size * settings.accumulation}; lower compute.workers or raise train.batch_size"
             )
+        # a forward puts each block together from all processes: every one must take part in it
+        self.sharded = bool(getattr(family.transformer, "sharded", False))
+        if self.sharded and settings.batch_size * settings.accumulation % self.accelerator.num_processes:
+            raise TrainError(
+                f"compute.sharded: a batch of {settings.batch_size * settings.accumulation} is not shared evenly by "
+                f"{self.accelerator.num_processes} workers; make train.batch_size x accumulation a multiple of them"
+            )
         self.adapters = add_adapters(
             family.transformer, settings.lora, family.lora_targets, settings.seed,
             (settings.teacher.kind or "ema") if method in _DISTILLED else "frozen",
@@ -372,7 +379,7 @@ class _Run:
         return {**values, "train/grad_norm": norm, "train/learning_rate": rate}
 
     def _show(self, previews: Previews) -> None:
-        if not self.main:
+        if not self.main and not self.sharded:
             return
         previews.show(self.step, self.adapters, self.method in _DISTILLED, self.folder / "previews", self.observer)
 
