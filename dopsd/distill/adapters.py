@@ -270,6 +270,12 @@ def _inject(
     for parameter in adapter_parameters(transformer, name).values():
         parameter.data = parameter.data.to(dtype)
         parameter.requires_grad_(False)
+    for layer in layers.values():
+        # peft raises every input to the adapter's float32, and the autocast that such a base always runs in
+        # (Family.velocity) brings it back to bfloat16: the same bits, for nothing
+        layer.cast_input_dtype_enabled = not (
+            dtype == torch.float32 and layer.get_base_layer().weight.dtype == torch.bfloat16
+        )
 
 
 @torch.no_grad()
