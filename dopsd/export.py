@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dopsd.config import Offload, Quantization
 from dopsd.distill.adapters import adapter_applied, read_adapter
-from dopsd.distill.rollout import sample
+from dopsd.distill.drawing import draw
 from dopsd.files import whole_folder, write_tensors
 from dopsd.models.base import Family, Request
 from dopsd.models.loading import place_pipeline
@@ -140,7 +140,7 @@ def draw_student(
     with adapter_applied(family.transformer, adapter):
         for (request, height, width), conditioning in zip(requests, encoded, strict=True):
             noise = family.initial_latents(1, height, width, generator)
-            (image,) = family.decode(sample(family, [conditioning], steps, height, width, noise))
+            (image,) = draw(family, [conditioning], steps, noise, height, width, most=1)
             drawn.append(Drawn(request, noise.cpu(), steps, height, width, image))
     return drawn
 

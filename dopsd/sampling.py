@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dopsd.config import Settings
 from dopsd.data.images import MULTIPLE, bucket_size, load_image
 from dopsd.distill.adapters import adapter_applied
-from dopsd.distill.rollout import sample
+from dopsd.distill.drawing import draw as draw_pictures
 from dopsd.models import ModelError, family_class
 from dopsd.models.base import Request
 from dopsd.project import load_base
@@ -57,4 +57,4 @@ def draw(
     with adapter_applied(family.transformer, adapter):
         for conditioning in tqdm(encoded, desc="sample", unit="picture", disable=None if len(encoded) > 1 else True):
             noise = family.initial_latents(1, height, width, generator)
-            yield family.decode(sample(family, [conditioning], steps, height, width, noise))[0]
+            yield from draw_pictures(family, [conditioning], steps, noise, height, width, most=1)

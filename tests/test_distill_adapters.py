@@ -197,6 +197,56 @@ def test_only_the_student_is_ever_trainable(family, dtype):
     assert {id(p) for _, p in family.transformer.named_parameters() if p.requires_grad} == expected
 
 
+def _select_as_peft_does(layers, name):
+    """peft's own calls, on every layer."""
+    for layer in layers:
+        layer.enable_adapters(name is not None)
+        if name is not None:
+            layer.set_adapter([name], inference_mode=name != "student")
+
+
+@pytest.mark.parametrize("kind", ["ema", "frozen", "copy"])
+def test_a_selection_is_to_the_layers_what_pefts_own_calls_are(monkeypatch, kind):
+    """Their answers, flags and trainable parameters; also where nothing changes and after an exception."""
+    monkeypatch.setattr(adapters, "_MERGED_PARAMETERS", 0)
+    ours, theirs = tiny.tiny_family(), tiny.tiny_family()
+    pairs = [add_adapters(f.transformer, LORA, f.lora_targets, seed=0, kind=kind) for f in (ours, theirs)]
+    for pair in pairs:
+        _randomise(pair)
+        pair.update(0.5)
+        _randomise(pair, seed=1)
+    layers = [list(lora_layers(f.transformer, "student").values()) for f in (ours, theirs)]
+
+    def compare():
+        flags = [[(layer.active_adapters, layer.disable_adapters) for layer in mine] for mine in layers]
+        assert flags[0] == flags[1]
+        trainable = [{n: p.requires_grad for n, p in f.transformer.named_parameters()} for f in (ours, theirs)]
+        assert trainable[0] == trainable[1]
+        assert torch.equal(_velocity(ours), _velocity(theirs))
+
+    _select_as_peft_does(layers[1], "student")
+    compare()
+    names = ["student", "student", None, "student", None, None, "student"]
+    if kind == "ema":
+        names += ["teacher", "student", "teacher", None, "teacher", "teacher", "student"]
+
+    def visit_and_fail(name):
+        with pairs[0].select(name):
+            for inner in dict.fromkeys(names):
+                with pairs[0].select(inner):
+                    _select_as_peft_does(layers[1], inner)
+                    compare()
+                _select_as_peft_does(layers[1], name)
+                compare()
+            raise ZeroDivisionError
+
+    for name in names:
+        with pytest.raises(ZeroDivisionError):
+            visit_and_fail(name)
+        _select_as_peft_does(layers[1], "student")
+        compare()
+
+
 @pytest.mark.parametrize("kind", ["ema", "frozen", "copy"])
 def test_teacher_kinds(family, kind):
     base = _velocity(family)

@@ -226,11 +226,9 @@ def test_sampling_takes_the_noise_and_its_grid_to_where_the_model_is():
     """The ``meta`` device stands for a GPU."""
     told = [{"caption": torch.zeros(1, device="meta")}]
 
-    def predict_velocity(x, sigma, conditioning):
+    def velocity(x, sigma, conditioning):
         assert (x.device.type, sigma.device.type, conditioning) == ("meta", "meta", told)
         return x
 
-    toy = SimpleNamespace(
-        device=torch.device("meta"), sigmas=lambda *_: torch.linspace(1, 0, 3), predict_velocity=predict_velocity
-    )
+    toy = SimpleNamespace(device=torch.device("meta"), sigmas=lambda *_: torch.linspace(1, 0, 3), velocity=velocity)
     assert sample(toy, told, 2, 8, 8, noise=torch.zeros(1, 1, 1, 1)).device.type == "meta"

@@ -15,6 +15,7 @@ from PIL import Image
 from dopsd.config import LoraSettings, ReplaySettings, Settings, load_settings
 from dopsd.data.cache import EncodingCache
 from dopsd.data.schema import validate_dataset
+from dopsd.distill import drawing
 from dopsd.distill.adapters import STUDENT, add_adapters, lora_layers, save_adapter
 from dopsd.evaluation import headline, prompts
 from dopsd.evaluation.metrics import laplacian_energy
@@ -26,6 +27,7 @@ from dopsd.evaluation.table import headline_table, table_as_text
 from dopsd.evaluation.verdict import verdict
 from emoji_turbo.captions import concept_caption
 from emoji_turbo.pictures import World
+from tests.test_drawing import Cramped
 from tests.tiny import tiny_family
 
 WORLD = Path(__file__).parent.parent / "data" / "base" / "emoji-turbo" / "world"
@@ -444,3 +446,37 @@ def test_the_table_is_the_same_everywhere(run):
     assert [row[0] for row in rows] == ["base, untuned", "teacher", "D-OPSD", "SFT", "truth, decoded", "truth"]
     style = titles.index("style ↑")
     assert rows[0][style].startswith(f"{run[1]['scores']['concept']['base']['style']:.3f} (")
+
+
+# --- memory
+
+
+def test_a_batch_that_does_not_fit_is_drawn_in_halves_and_one_picture_is_one_clear_line(run, world, tmp_path):
+    """Without a world, so that nothing but the sampling asks for memory."""
+    table, _ = write_concept(tmp_path / "concept", world, {"kind": "style"}, holdout=False)
+
+    def evaluated(family, **changes):
+        settings = tiny_run_settings(prompts=["a [V] fox", "a [V] owl", "a [V] cat", "a [V] ox"], **changes)
+        subjects, cache = [Subject("base", None)], EncodingCache(tmp_path / "cache")
+        return evaluate(family, table, None, None, subjects, settings, cache, tmp_path / "out")
+
+    tight = Cramped.of("transformer", 2)
+    numbers = evaluated(tight)["scores"]
+    assert {count for _, count in tight.seen} == {4, 2}
+    for key, value in evaluated(tiny_family())["scores"]["concept"]["base"].items():
+        assert numbers["concept"]["base"][key] == pytest.approx(value, rel=1e-2, abs=1e-3)
+    with pytest.raises(EvaluationError, match="64 x 64 pixels") as error:
+        evaluated(Cramped.of("transformer", 0))
+    assert "\n" not in str(error.value)
+    assert "1.61 GiB" in str(error.value)
+
+
+def test_the_batch_size_is_a_bound_and_the_pictures_pixels_choose(run, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing, "PIXELS", 2 * 64 * 64)
+    table, _ = write_concept(tmp_path / "concept", world, {"kind": "style"}, holdout=False)
+    for bound, most in ((32, 2), (1, 1)):
+        family = Cramped.of("nowhere", 0)
+        settings = tiny_run_settings(prompts=["a [V] fox", "a [V] owl", "a [V] cat"], batch_size=bound)
+        cache = EncodingCache(tmp_path / "cache")
+        evaluate(family, table, None, None, [Subject("base", None)], settings, cache, tmp_path / "out")
+        assert max(count for _, count in family.seen) == most

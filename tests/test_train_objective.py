@@ -7,9 +7,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dopsd.config import METHODS
 from dopsd.data.dataset import Example
+from dopsd.train import objective as objectives
 from dopsd.train.objective import Draw, Objective
 from tests import tiny
 
@@ -143,13 +145,33 @@ def test_an_examples_numbers_are_drawn_one_after_the_other(method, weight):
     assert seen == ({0, 1, 2} if weight else {None})
 
 
+class Copies(TorchDispatchMode):
+    """Counts what is copied to another device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.count += func is torch.ops.aten._to_copy.default and made.device != args[0].device
+        return made
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_all_that_the_model_is_given_lies_where_the_noise_lies(method):
-    """Examples and prompts wait on the CPU; the ``meta`` device stands for a GPU."""
+@pytest.mark.parametrize("resident", [0, 2**30], ids=["many", "few"])
+def test_all_that_the_model_is_given_lies_where_the_noise_lies(monkeypatch, method, resident):
+    """Examples and prompts wait on the CPU; the ``meta`` device stands for a GPU. Few are there before they are drawn:
+    only what flow matching and off-policy learn from is copied in a step."""
+    monkeypatch.setattr(objectives, "_RESIDENT", resident)
     toy = Toy("meta")
     objective = _objective(toy, method, replay=_replay(0.5))
     generator = torch.Generator().manual_seed(0)
-    parts = objective.backward([objective.draw(i, generator) for i in (0, 1)], 1.0, lambda loss: None)
+    draws = [objective.draw(i, generator) for i in (0, 1)]
+    objective.backward(draws, 1.0, lambda loss: None)  # the grids, too, are taken there once
+    with Copies() as copies:
+        parts = objective.backward(draws, 1.0, lambda loss: None)
+    told = {"d-opsd": 6, "off-policy": 6, "sft": 4, "sft-teacher": 4}[method]  # two prompts, contexts, replayed prompts
+    drawn = {"d-opsd": 0, "off-policy": 1, "sft": 2, "sft-teacher": 2}[method]  # latents, levels
+    assert copies.count == drawn + (0 if resident else told)
     assert {device.type for device in toy.told} == {"meta"}
     assert {value.device.type for value in parts.values()} == {"meta"}
     assert toy.weight.grad is None, "it is back-propagated by whom the trainer says, and this one does nothing"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from dopsd.models.base import Family
 from dopsd.train import trainer
 from dopsd.train.trainer import TrainError
 from tests import tiny
@@ -84,12 +85,12 @@ def test_a_forward_runs_in_the_bases_precision_whatever_the_processs_is(dtype):
         seen.append((latents, sigma, conditioning, torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
         return "velocity"
 
-    run = SimpleNamespace(family=SimpleNamespace(dtype=dtype, predict_velocity=predict_velocity))
+    family = SimpleNamespace(dtype=dtype, predict_velocity=predict_velocity)
     before = torch.get_autocast_dtype("cpu")
     torch.set_autocast_dtype("cpu", torch.float16)
     try:
         latents, sigma, told = torch.zeros(1), torch.ones(1), [{"caption": torch.zeros(1)}]
-        assert trainer._Run._predict(run, latents, sigma, told) == "velocity"
+        assert Family.velocity(family, latents, sigma, told) == "velocity"
     finally:
         torch.set_autocast_dtype("cpu", before)
     ((x, s, c, enabled, chosen),) = seen

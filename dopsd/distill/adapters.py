@@ -115,6 +115,7 @@ class AdapterPair:
         self._master = {key: value.data.float() for key, value in self._live.items()}
         self._merged = _Merged(transformer) if self._live and _merges(transformer) else None
         self._follow()
+        self.selected: Selection = None
         self._activate(STUDENT)
 
     @property
@@ -136,16 +137,21 @@ class AdapterPair:
     def _activate(self, name: Selection) -> None:
         if name == TEACHER and not self._live:
             raise AdapterError(f"there is no teacher adapter: the teacher is {self.kind!r}")
+        if name == self.selected:
+            return
+        self.selected = name
         active = name
         if self._merged is not None:
             self._merged.use(name == TEACHER)
             active = None if name == TEACHER else name
+        # what peft's enable_adapters and set_adapter come to, without their walk through every parameter, which takes
+        # 80 times as long (docs/benchmarks.md); peft would make whatever it activates trainable: only the student is
         for layer in self._layers:
-            layer.enable_adapters(active is not None)
+            layer._disable_adapters = active is None
             if active is not None:
-                # peft would make whatever it activates trainable: only ever the student is
-                layer.set_adapter([active], inference_mode=active != STUDENT)
-        self.selected = name
+                layer._active_adapter = [active]
+        for parameter in self._student.values():
+            parameter.requires_grad = active == STUDENT
 
     def student_parameters(self) -> list[nn.Parameter]:
         """What the optimizer gets, in a fixed order."""
@@ -210,6 +216,7 @@ class _Merged:
     """
 
     def __init__(self, transformer: nn.Module) -> None:
+        self._merged = False
         self._parts = [
             (layer, weight, weight.data, weight.data.clone())
             for layer in lora_layers(transformer, TEACHER).values()
@@ -225,8 +232,10 @@ class _Merged:
 
     def use(self, merged: bool) -> None:
         """Let the layers hold the sums, or the base's own weights."""
-        for _, weight, base, total in self._parts:
-            weight.data = total if merged else base
+        if merged != self._merged:
+            self._merged = merged
+            for _, weight, base, total in self._parts:
+                weight.data = total if merged else base
 
 
 def add_adapters(
@@ -274,6 +283,12 @@ def _inject(
         # the layer below may wait in host memory; what is trained does not
         parameter.data = parameter.data.to(model.device, dtype)
         parameter.requires_grad_(False)
+    for layer in layers.values():
+        # peft raises every input to the adapter's float32, and the autocast that such a base always runs in
+        # (Family.velocity) brings it back to bfloat16: the same bits, for nothing
+        layer.cast_input_dtype_enabled = not (
+            dtype == torch.float32 and layer.get_base_layer().weight.dtype == torch.bfloat16
+        )
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from dopsd.models.base import Conditioning, Family
 
 Velocity = Callable[[Tensor, Tensor, Sequence[Conditioning]], Tensor]
 """``(latents [B, C, h, w], sigma, conditioning of B examples) -> dx/dsigma [B, C, h, w]`` under whatever adapter is
-selected: ``family.predict_velocity``, or that within an autocast region."""
+selected: ``family.velocity``."""
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def sample(
     x = noise.to(family.device)
     sigmas = family.sigmas(num_steps, height, width).to(x.device)
     for sigma, sigma_next in pairwise(sigmas):
-        x = euler_step(x, family.predict_velocity(x, sigma, conditioning), sigma, sigma_next)
+        x = euler_step(x, family.velocity(x, sigma, conditioning), sigma, sigma_next)
     return x
 
 

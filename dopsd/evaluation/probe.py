@@ -18,6 +18,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from ..distill.drawing import batch_of, pictures
 from ..models.base import Family
 from .backbones import FeatureStore
 from .world import World
@@ -67,10 +68,13 @@ def round_trip(family: Family, side: int, batch: int) -> RoundTrip:
 
 
 def decoded(family: Family, images: Sequence[Image.Image], batch: int) -> list[Image.Image]:
-    """Pictures of one size through the base's own autoencoder, ``batch`` at a time."""
+    """Pictures of one size through the base's own autoencoder, at most ``batch`` at a time."""
     out: list[Image.Image] = []
+    if images:
+        width, height = images[0].size
+        batch = batch_of(height, width, batch)
     for start in range(0, len(images), batch):
-        out += family.decode(family.encode_images(images[start : start + batch]))
+        out += pictures(family, family.encode_images(images[start : start + batch]), height, width)
     return out
 
 

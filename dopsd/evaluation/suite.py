@@ -25,7 +25,7 @@ from dopsd.config import Settings
 from dopsd.data.cache import EncodingCache
 from dopsd.data.manifest import ConceptTable
 from dopsd.distill.adapters import adapter_applied
-from dopsd.distill.rollout import sample
+from dopsd.distill.drawing import batch_of, draw
 from dopsd.files import whole_folder
 from dopsd.models.base import Conditioning, Family
 from dopsd.train.encode import encode_contexts, encode_prompts
@@ -224,8 +224,9 @@ def _parts(
     conditioning = plan.conditioning["teacher" if subject.name == "teacher" else split]
     for (height, width), rows in by_size(requested).items():
         rows = sorted(rows, key=lambda i: max(len(tensor) for tensor in conditioning[i].values()))
-        for start in range(0, len(rows), settings.evaluation.batch_size):
-            chosen = rows[start : start + settings.evaluation.batch_size]
+        size = batch_of(height, width, settings.evaluation.batch_size)
+        for start in range(0, len(rows), size):
+            chosen = rows[start : start + size]
             # a prompt's own noise, whatever batch it is drawn in
             seeds = [settings.evaluation.seed * 1_000_003 + requested[i].number for i in chosen]
             yield _Part(
@@ -260,7 +261,13 @@ def _draw(family: Family, part: _Part) -> list[Image.Image]:
     noise = torch.cat([
         family.initial_latents(1, part.height, part.width, torch.Generator().manual_seed(seed)) for seed in part.seeds
     ])  # fmt: skip
-    return family.decode(sample(family, part.conditioning, part.steps, part.height, part.width, noise))
+    try:
+        return draw(family, part.conditioning, part.steps, noise, part.height, part.width, len(part.rows))
+    except torch.OutOfMemoryError as error:
+        raise EvaluationError(
+            f"evaluate: {family.device} has no memory for one picture of {part.width} x {part.height} pixels; free "
+            f"some of it (other programs?) or lower data.resolution ({str(error).splitlines()[0]})"
+        ) from None
 
 
 # --- what is written --------------------------------------------------------------------------------------------------

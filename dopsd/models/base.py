@@ -240,9 +240,19 @@ class Family(ABC):
     def predict_velocity(self, latents: Tensor, sigma: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
         """``dx/dsigma`` as float32 ``[B, C, h, w]``; ``sigma`` is a scalar or ``[B]``."""
 
+    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
+        """:meth:`predict_velocity` in the precision that training and sampling share.
+
+        Beside a bfloat16 base the adapters stay float32, because small steps vanish in bfloat16; their products are
+        bfloat16, by autocast. One region per forward: a longer one would reuse the weights that it cast without
+        gradient for the teacher. A float32 base is left alone, whatever the process's own precision is.
+        """
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            return self.predict_velocity(latents, sigma, conditioning)
+
     @abstractmethod
     def decode(self, latents: Tensor) -> list[Image]:
-        """Latents to pictures."""
+        """Latents to pictures, all at once; :func:`dopsd.distill.drawing.pictures` takes as many as fit."""
 
     def release_encoders(self) -> None:
         """Free text encoder, VLM and VAE encoder: after encoding, only transformer and decoder are needed."""

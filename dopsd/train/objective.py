@@ -20,6 +20,8 @@ from dopsd.distill.rollout import Velocity, rollout
 from dopsd.models.base import Conditioning, Family
 
 _FLOW_MATCHING = ("sft", "sft-teacher")
+_RESIDENT = 2**30
+"""Bytes of encodings that are kept where the model is; more are copied there as they are drawn."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,11 @@ class Objective:
         self._method, self._settings, self._family = method, settings, family
         self._predict, self._adapters = predict, adapters
         self._examples, self._targets = examples, targets
-        self._replay = replay if settings.replay.weight > 0 else ()
+        # a copy in each roll-out would wait for all that the device still has to do
+        self._prompts, self._contexts, self._replay = _held(
+            [e.prompt for e in examples], [e.context for e in examples],
+            replay if settings.replay.weight > 0 else (), device=family.device,
+        )  # fmt: skip
         self._grids: dict[tuple[int, int, int], Tensor] = {}
 
     def draw(self, index: int, generator: torch.Generator) -> Draw:
@@ -79,10 +85,9 @@ class Objective:
 
     def _backward_method(self, draws: Sequence[Draw], weight: float, backward: Callable[[Tensor], None]) -> Tensor:
         """The method's own loss, on the examples."""
-        examples = [self._examples[draw.index] for draw in draws]
         noise = torch.cat([draw.noise for draw in draws])
-        prompts = [_to(example.prompt, noise.device) for example in examples]
-        height, width = examples[0].height, examples[0].width
+        prompts = [_to(self._prompts[draw.index], noise.device) for draw in draws]
+        height, width = self._examples[draws[0].index].height, self._examples[draws[0].index].width
         if self._method in _FLOW_MATCHING:
             uniform = torch.cat([draw.level for draw in draws if draw.level is not None])
             sigma = self._family.levels(uniform, self._settings.rollout_steps, height, width).to(noise.device)
@@ -90,8 +95,8 @@ class Objective:
                 self._predict, self._adapters, self._latents(draws, noise), noise, sigma, prompts,
                 weight=weight, backward=backward,
             )  # fmt: skip
-        sigmas = self._grid(self._settings.rollout_steps, height, width).to(noise.device)
-        contexts = [_to(example.context, noise.device) for example in examples]
+        sigmas = self._grid(self._settings.rollout_steps, height, width)
+        contexts = [_to(self._contexts[draw.index], noise.device) for draw in draws]
         teacher, loss_kind, guidance = self._adapters.teacher, self._settings.loss, self._settings.teacher.guidance
         if self._method == "off-policy":
             return baselines.off_policy(
@@ -109,7 +114,7 @@ class Objective:
         noise = torch.cat([draw.replay_noise for draw in draws if draw.replay_noise is not None])
         prompts = [_to(self._replay[draw.replay], noise.device) for draw in draws if draw.replay is not None]
         example = self._examples[draws[0].index]
-        sigmas = self._grid(self._settings.rollout_steps, example.height, example.width).to(noise.device)
+        sigmas = self._grid(self._settings.rollout_steps, example.height, example.width)
         _, loss = rollout(
             self._predict, self._adapters, noise, sigmas, prompts, prompts, teacher=None, loss=self._settings.loss,
             weight=weight * self._settings.replay.weight, backward=backward,
@@ -118,14 +123,20 @@ class Objective:
 
     def _latents(self, draws: Sequence[Draw], like: Tensor) -> Tensor:
         targets = [self._targets[draw.index] for draw in draws]
-        return torch.stack([target for target in targets if target is not None]).to(like)
+        return torch.stack([target for target in targets if target is not None]).to(like, non_blocking=True)
 
     def _grid(self, num_steps: int, height: int, width: int) -> Tensor:
         key = (num_steps, height, width)
         if key not in self._grids:
-            self._grids[key] = self._family.sigmas(*key)
+            self._grids[key] = self._family.sigmas(*key).to(self._family.device)
         return self._grids[key]
 
 
-def _to(conditioning: Conditioning, device: torch.device) -> Conditioning:
-    return {key: value.to(device) for key, value in conditioning.items()}
+def _held(*groups: Sequence[Conditioning], device: torch.device) -> list[Sequence[Conditioning]]:
+    """The same where the model is, if they are few enough."""
+    size = sum(value.nbytes for group in groups for told in group for value in told.values())
+    return [[_to(told, device) for told in group] for group in groups] if size <= _RESIDENT else list(groups)
+
+
+def _to(told: Conditioning, device: torch.device) -> Conditioning:
+    return {key: value.to(device, non_blocking=True) for key, value in told.items()}

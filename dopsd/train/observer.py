@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dopsd.data.dataset import Example, Preview
 from dopsd.distill.adapters import AdapterPair, Selection
-from dopsd.distill.rollout import sample
+from dopsd.distill.drawing import draw
 from dopsd.files import now, whole_file
 from dopsd.models.base import Family
 
@@ -93,7 +93,7 @@ class Previews:
     """Fixed noise, fixed prompts: what the student (and its teacher) make of them, step by step.
 
     The student gets the preview prompts. The teacher is shown training examples (one per image), as in training: its
-    pictures are what the student is being taught. Each is drawn at its own size, ``batch_size`` of one size at a time.
+    pictures are what the student is being taught. Each is drawn at its own size, at most ``batch_size`` at a time.
     """
 
     def __init__(
@@ -114,8 +114,12 @@ class Previews:
         for name, selection, prompts in who:
             if not prompts:
                 continue
-            with adapters.select(selection):
-                images = self._draw(prompts)
+            try:
+                with adapters.select(selection):
+                    images = self._draw(prompts)
+            except torch.OutOfMemoryError:
+                observer.message(f"step {step}: no memory to preview a picture of the {name}; skipped")
+                return
             captions, strip = folder / f"{name}.captions.txt", folder / f"{name}-{step:06d}.png"
             text = "".join(f"{prompt.caption}\n" for prompt in prompts)
             if not captions.exists() or captions.read_text() != text:
@@ -133,13 +137,11 @@ class Previews:
         sizes = sorted({(p.height, p.width) for p in prompts})
         for size in sizes:
             rows = [number for number, p in enumerate(prompts) if (p.height, p.width) == size]
-            for start in range(0, len(rows), self._batch_size):
-                part = rows[start : start + self._batch_size]
-                latents = sample(
-                    self._family, [prompts[row].conditioning for row in part], self._num_steps, *size,
-                    noise=torch.cat([noise[row] for row in part]),
-                )  # fmt: skip
-                images |= dict(zip(part, self._family.decode(latents), strict=True))
+            drawn = draw(
+                self._family, [prompts[row].conditioning for row in rows], self._num_steps,
+                torch.cat([noise[row] for row in rows]), *size, self._batch_size,
+            )  # fmt: skip
+            images |= dict(zip(rows, drawn, strict=True))
         return [images[number] for number in range(len(prompts))]
 
 

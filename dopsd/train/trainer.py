@@ -229,7 +229,7 @@ class _Run:
         self.sampler = BucketSampler(
             [(e.height, e.width) for e in examples], settings.batch_size * settings.accumulation, settings.seed
         )
-        # precision is set per forward (see _predict): accelerate would fix it for the whole process
+        # precision is set per forward (Family.velocity): accelerate would fix it for the whole process
         self.accelerator = Accelerator(cpu=family.device.type == "cpu", mixed_precision="no")
         self.main = self.accelerator.is_main_process
         if self.accelerator.num_processes > settings.batch_size * settings.accumulation:
@@ -260,7 +260,7 @@ class _Run:
                 method,
                 settings,
                 family,
-                self._predict,
+                family.velocity,
                 self.adapters,
                 examples,
                 self._targets(),
@@ -315,13 +315,6 @@ class _Run:
                 self.folder / "teacher_samples.safetensors", self.identity, self.family, self.examples,
                 self.settings.rollout_steps, self.settings.seed + 3,
             )  # fmt: skip
-
-    def _predict(self, latents: Tensor, sigma: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
-        # One autocast region per forward: a longer one would reuse the weights that it cast without gradient for the
-        # teacher. The adapters stay float32 on a bfloat16 base, because small steps vanish in bfloat16.
-        dtype = self.family.dtype
-        with torch.autocast(latents.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return self.family.predict_velocity(latents, sigma, conditioning)
 
     def until_stopped(self, previews: Previews, on_saved: Callable[[], None]) -> _Done:
         """Step until the run is over and its last checkpoint is written."""
