@@ -18,6 +18,7 @@ METHODS: tuple[Method, ...] = ("d-opsd", "sft", "sft-teacher", "off-policy")
 Quantization = Literal["none", "int8", "fp8", "nf4"]
 Offload = Literal["none", "model", "group"]
 Checkpointing = Literal["none", "every", "every-second", "auto"]
+AdapterKind = Literal["lora", "dora", "lokr"]
 ContextName = Literal["vlm", "edit", "edit-reference", "enhanced-prompt"]
 
 Positive = Annotated[int, Field(gt=0)]
@@ -138,6 +139,8 @@ class DataSettings(_Settings):
 
 
 class LoraSettings(_Settings):
+    kind: AdapterKind = "lora"
+    """``dora`` trains the length of every output's weights beside it, ``lokr`` a Kronecker product: fewer numbers."""
     rank: Positive = 64
     alpha: Rate | None = None
     """``None`` means ``rank`` (scale 1), which every tool reads alike."""
@@ -325,7 +328,11 @@ class Settings(_Settings):
     """What ``--set`` says of ``train``: it holds for every concept, over the concept's own."""
 
     @model_validator(mode="after")
-    def _shards_are_plain(self) -> Settings:
+    def _weights_are_plain(self) -> Settings:
+        borrowed = self.model.offload == "group" or self.compute.sharded
+        if self.train.lora.kind == "dora" and (self.model.quantization != "none" or borrowed):
+            raise ValueError("train.lora.kind: dora measures the base's own weights; leave model.quantization none, "
+                             "model.offload none or model, and compute.sharded false")  # fmt: skip
         if self.compute.sharded and (self.model.quantization != "none" or self.model.offload == "group"):
             raise ValueError("compute.sharded divides plain weights: set model.quantization to none, and model.offload "
                              "to none or model")  # fmt: skip

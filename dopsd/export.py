@@ -25,6 +25,7 @@ from torch import Tensor
 from dopsd.config import Offload, Quantization
 from dopsd.distill.adapters import adapter_applied, read_adapter
 from dopsd.distill.drawing import draw
+from dopsd.distill.kinds import kind_of, module_of
 from dopsd.files import whole_folder, write_tensors
 from dopsd.models.base import Family, Request
 from dopsd.models.loading import place_pipeline
@@ -35,6 +36,10 @@ CARD_FILE = "README.md"
 
 # Mean difference in levels (of 255) between the student's pictures and plain diffusers' that is rounding, not a fault.
 _ROUNDING = {torch.float32: 0.25, torch.bfloat16: 6.0}
+
+
+_SCALED = (".lora_B.weight", ".lokr_w1", ".lokr_w1_a")
+"""Which tensor of a layer carries the scale."""
 
 
 class ExportError(ValueError):
@@ -90,27 +95,31 @@ def export_adapter(adapter: Path, out: Path, card: Card, family: type[Family]) -
     tensors, rank, scale = _scaled(adapter)
     with whole_folder(out) as partial:
         _write_diffusers(partial, tensors, rank)
-        write_tensors(partial / COMFYUI_FILE, family.comfyui_lora(tensors, rank), {"format": "pt"})
-        (partial / CARD_FILE).write_text(render_card(card, rank=rank, scale=scale))
+        comfyui = kind_of(list(tensors)) == "lora"  # of other kinds no name is known to load there
+        if comfyui:
+            write_tensors(partial / COMFYUI_FILE, family.comfyui_lora(tensors, rank), {"format": "pt"})
+        (partial / CARD_FILE).write_text(render_card(card, rank=rank, scale=scale, comfyui=comfyui))
     return out
 
 
 def _scaled(adapter: Path) -> tuple[dict[str, Tensor], int, float]:
-    """The adapter's tensors with ``alpha / rank`` folded into B, its rank, and that scale."""
+    """The adapter's tensors with ``alpha / rank`` folded into B (LoKr's first matrix), its rank, and that scale."""
     tensors, rank, alpha = read_adapter(adapter)
     scale = alpha / rank
-    folded = {
-        key: value * scale if scale != 1 and key.endswith(".lora_B.weight") else value for key, value in tensors.items()
-    }
+    folded = {key: value * scale if scale != 1 and key.endswith(_SCALED) else value for key, value in tensors.items()}
     return folded, rank, scale
 
 
 def _write_diffusers(folder: Path, tensors: Mapping[str, Tensor], rank: int) -> None:
     """The names that every pipeline's ``load_lora_weights`` reads, with alpha in the header: a tensor of it would be
     refused."""
-    modules = sorted({key.rsplit(".", 2)[0] for key in tensors})
+    modules, kind = sorted(set(map(module_of, tensors))), kind_of(list(tensors))
     config = {"r": rank, "lora_alpha": rank, "target_modules": modules, "lora_dropout": 0.0, "bias": "none"}
-    header = {"format": "pt", "lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in config.items()})}
+    if kind == "dora":
+        config["use_dora"] = True
+    header = {"format": "pt"}
+    if kind != "lokr":  # whose factors diffusers reads from the shapes
+        header["lora_adapter_metadata"] = json.dumps({f"transformer.{k}": v for k, v in config.items()})
     named = {f"transformer.{key}": value.contiguous() for key, value in tensors.items()}
     write_tensors(folder / DIFFUSERS_FILE, named, header)
 

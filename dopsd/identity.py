@@ -134,6 +134,8 @@ def _deciding(train: TrainSettings, method: Method) -> dict[str, Any]:
     values["replay"] = values["replay"]["weight"]
     for key in ("gain_images", "on_no_gain"):  # measured beforehand, from seeds of its own
         values["teacher"].pop(key)
+    if values["lora"]["kind"] == "lora":
+        values["lora"].pop("kind")  # came later: what was trained before is still what it is
     if method != "sft":
         values.pop("sft_compute_factor")
     return {key: value for key, value in values.items() if _ADDED.get(key) != value}

@@ -12,12 +12,12 @@ from dopsd.distill import adapters
 from dopsd.distill.adapters import (
     AdapterError,
     AdapterPair,
+    adapted_layers,
     adapter_applied,
     adapter_parameters,
     add_adapters,
     linear_layers,
     load_adapter,
-    lora_layers,
     match_targets,
     remove_adapters,
     save_adapter,
@@ -215,7 +215,7 @@ def test_a_selection_is_to_the_layers_what_pefts_own_calls_are(monkeypatch, kind
         _randomise(pair)
         pair.update(0.5)
         _randomise(pair, seed=1)
-    layers = [list(lora_layers(f.transformer, "student").values()) for f in (ours, theirs)]
+    layers = [list(adapted_layers(f.transformer, "student").values()) for f in (ours, theirs)]
 
     def compare():
         flags = [[(layer.active_adapters, layer.disable_adapters) for layer in mine] for mine in layers]
@@ -321,12 +321,12 @@ def test_the_merged_teacher_answers_as_its_adapter_does(family, monkeypatch):
         _randomise(pair)
         pair.update(0.25)
         calls: list[str] = []
-        for layer in lora_layers(family.transformer, "teacher").values():
+        for layer in adapted_layers(family.transformer, "teacher").values():
             for name in ("student", "teacher"):
                 layer.lora_A[name].register_forward_hook(lambda *_, name=name, calls=calls: calls.append(name))
         with pair.select("teacher"):
             answers.append(_velocity(family))
-        assert calls == ["teacher"] * (0 if limit else len(lora_layers(family.transformer, "teacher")))
+        assert calls == ["teacher"] * (0 if limit else len(adapted_layers(family.transformer, "teacher")))
         student = _velocity(family)
         pair.remove()
     torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-5)
@@ -387,7 +387,7 @@ def test_a_state_is_a_copy_and_puts_back_what_it_was_taken_of(family, dtype):
 def test_a_state_leaves_the_device_that_the_adapters_are_on(family, name):
     """The ``meta`` device stands for a GPU: it has nothing to copy, and says so."""
     add_adapters(family.transformer, LORA, family.lora_targets, seed=0, dtype=torch.bfloat16)
-    for layer in lora_layers(family.transformer, name).values():
+    for layer in adapted_layers(family.transformer, name).values():
         layer.lora_A[name].to("meta")
     with pytest.raises(NotImplementedError, match="meta"):
         AdapterPair(family.transformer, "ema", {}).state_dict()

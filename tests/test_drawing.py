@@ -9,7 +9,7 @@ from PIL import Image
 
 from dopsd.config import LoraSettings
 from dopsd.distill import drawing
-from dopsd.distill.adapters import add_adapters, lora_layers
+from dopsd.distill.adapters import adapted_layers, add_adapters
 from dopsd.distill.drawing import batch_of, draw, pictures
 from dopsd.distill.rollout import rollout, sample
 from dopsd.models.z_image import ZImage
@@ -182,7 +182,7 @@ def test_leaving_out_pefts_casts_changes_no_bit_of_loss_or_gradient(family, chec
     pair, examples = _half(family), tiny.tiny_examples(2)
     if checkpointing:
         family.transformer.enable_gradient_checkpointing()
-    layers = list(lora_layers(family.transformer, "student").values())
+    layers = list(adapted_layers(family.transformer, "student").values())
     assert {layer.cast_input_dtype_enabled for layer in layers} == {False}
     found = []
     for cast in (False, True):
@@ -204,6 +204,8 @@ def test_leaving_out_pefts_casts_changes_no_bit_of_loss_or_gradient(family, chec
 def test_where_no_autocast_is_active_pefts_casts_stay(family, dtype):
     """A float32 base, whatever its adapter: a bfloat16 one needs its input cast."""
     pair = add_adapters(family.transformer, LoraSettings(rank=4), family.lora_targets, 0, dtype=dtype)
-    assert {layer.cast_input_dtype_enabled for layer in lora_layers(family.transformer, "student").values()} == {True}
+    assert {layer.cast_input_dtype_enabled for layer in adapted_layers(family.transformer, "student").values()} == {
+        True
+    }
     with pair.select("student"):
         assert torch.isfinite(sample(family, tiny.tiny_prompts(1), 1, SIDE, SIDE, _noise(family, 1))).all()

@@ -16,7 +16,7 @@ from dopsd.config import LoraSettings, ReplaySettings, Settings, load_settings
 from dopsd.data.cache import EncodingCache
 from dopsd.data.schema import validate_dataset
 from dopsd.distill import drawing
-from dopsd.distill.adapters import STUDENT, add_adapters, lora_layers, save_adapter
+from dopsd.distill.adapters import STUDENT, adapted_layers, add_adapters, save_adapter
 from dopsd.evaluation import headline, prompts
 from dopsd.evaluation.metrics import laplacian_energy
 from dopsd.evaluation.probe import world_picture
@@ -77,7 +77,7 @@ def write_adapter(path: Path, scale: float) -> Path:
     pair = add_adapters(transformer, LoraSettings(rank=4), tiny_family().lora_targets, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for layer in lora_layers(transformer, STUDENT).values():
+        for layer in adapted_layers(transformer, STUDENT).values():
             weight = layer.lora_B[STUDENT].weight
             weight.copy_(scale * torch.randn(weight.shape, generator=generator))
     save_adapter(path, transformer, STUDENT, LoraSettings(rank=4))

@@ -1,8 +1,9 @@
 """Student and teacher as two LoRA adapters on one transformer: exact names, one place that switches, float32 EMA.
 
 Parameters are found through the layers that carry them, by exact adapter name, never by a substring of theirs.
-Adapter files are safetensors keyed ``<module>.lora_A.weight`` / ``<module>.lora_B.weight`` with a header of text
-values (``rank``, ``alpha``, ``targets``); :mod:`dopsd.export` turns them into what diffusers and ComfyUI load.
+Adapter files are safetensors keyed ``<module>.lora_A.weight`` / ``<module>.lora_B.weight`` (other kinds: their own
+names, :mod:`dopsd.distill.kinds`) with a header of text values (``rank``, ``alpha``, ``targets``);
+:mod:`dopsd.export` turns them into what diffusers and ComfyUI load.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
-from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dopsd.config import LoraSettings
+from dopsd.distill.kinds import carries, config_of, kind_of, module_of, start, tensors_of
 from dopsd.files import write_tensors
 
 Selection = Literal["student", "teacher"] | None
@@ -46,7 +47,7 @@ def linear_layers(module: nn.Module, prefix: str = "") -> Iterator[str]:
     """Names of the linear layers below ``module``, also of those that carry adapters already."""
     for name, child in module.named_children():
         path = prefix + name
-        if isinstance(child, LoraLayer):
+        if isinstance(child, BaseTunerLayer):
             if isinstance(child.get_base_layer(), nn.Linear):
                 yield path
         elif isinstance(child, nn.Linear):
@@ -80,18 +81,17 @@ def match_targets(transformer: nn.Module, patterns: Sequence[str]) -> dict[str, 
     return matched
 
 
-def lora_layers(transformer: nn.Module, name: str) -> dict[str, LoraLayer]:
-    """The layers that carry adapter ``name``, by module path, in a fixed order."""
-    found = ((path, module) for path, module in transformer.named_modules() if isinstance(module, LoraLayer))
-    return dict(sorted((path, module) for path, module in found if name in module.lora_A))
+def adapted_layers(transformer: nn.Module, name: str) -> dict[str, Any]:
+    """The layers that carry adapter ``name`` (peft's), by module path, in a fixed order."""
+    return dict(sorted((path, module) for path, module in transformer.named_modules() if carries(module, name)))
 
 
 def adapter_parameters(transformer: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """The parameters of adapter ``name`` alone, keyed as in an adapter file, in a fixed order."""
     return {
-        f"{path}.{part}.weight": getattr(layer, part)[name].weight
-        for path, layer in lora_layers(transformer, name).items()
-        for part in ("lora_A", "lora_B")
+        f"{path}.{part}": tensor
+        for path, layer in adapted_layers(transformer, name).items()
+        for part, tensor in tensors_of(layer, name)
     }
 
 
@@ -108,12 +108,13 @@ class AdapterPair:
 
     def __init__(self, transformer: nn.Module, kind: TeacherKind, matched: Mapping[str, tuple[str, ...]]) -> None:
         self.transformer, self.kind, self.matched = transformer, kind, dict(matched)
-        self._layers = list(lora_layers(transformer, STUDENT).values())
+        self._layers = list(adapted_layers(transformer, STUDENT).values())
         self._student = adapter_parameters(transformer, STUDENT)
         self._live = adapter_parameters(transformer, TEACHER)
         # a float32 teacher is its own master copy; any other dtype gets one beside it
         self._master = {key: value.data.float() for key, value in self._live.items()}
-        self._merged = _Merged(transformer) if self._live and _merges(transformer) else None
+        plain = kind_of(list(self._student)) == "lora"
+        self._merged = _Merged(transformer) if self._live and plain and _merges(transformer) else None
         self._follow()
         self.selected: Selection = None
         self._activate(STUDENT)
@@ -219,7 +220,7 @@ class _Merged:
         self._merged = False
         self._parts = [
             (layer, weight, weight.data, weight.data.clone())
-            for layer in lora_layers(transformer, TEACHER).values()
+            for layer in adapted_layers(transformer, TEACHER).values()
             for weight in (layer.get_base_layer().weight,)
         ]
 
@@ -256,24 +257,23 @@ def add_adapters(
         _log.info("LoRA target %s matches %d layers", pattern, len(names))
     modules = sorted({name for names in matched.values() for name in names})
     for name in (TEACHER, STUDENT) if kind == "ema" else (STUDENT,):
-        _inject(transformer, name, modules, settings.rank, settings.alpha or settings.rank, dtype)
+        config = config_of(settings.kind, settings.rank, settings.alpha or settings.rank, modules)
+        _inject(transformer, name, config, dtype)
         _initialise(transformer, name, seed, settings.init)
     return AdapterPair(transformer, kind, matched)
 
 
-def _inject(
-    transformer: nn.Module, name: str, modules: Sequence[str], rank: int, alpha: float, dtype: torch.dtype
-) -> None:
-    """Add an adapter on exactly ``modules``, all else frozen; its values are whatever peft draws, without touching the
-    global RNG."""
+def _inject(transformer: nn.Module, name: str, config: Any, dtype: torch.dtype) -> None:
+    """Add an adapter on exactly the configuration's modules, all else frozen; its values are whatever peft draws,
+    without touching the global RNG."""
     model: Any = transformer  # diffusers' PeftAdapterMixin, too
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(modules))
+    modules = config.target_modules
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # two adapters on one model is what is wanted here
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")  # we merge nothing there
         model.add_adapter(config, adapter_name=name)
-    layers = lora_layers(transformer, name)
+    layers = adapted_layers(transformer, name)
     if set(layers) != set(modules):
         raise AdapterError(
             f"adapter {name!r}: peft adapted {sorted(set(layers) ^ set(modules))[:5]} where the list of targets says "
@@ -291,20 +291,10 @@ def _inject(
         )
 
 
-@torch.no_grad()
 def _initialise(transformer: nn.Module, name: str, seed: int, init: str) -> None:
-    """A uniform within ``1 / sqrt(fan in)`` (kaiming), or normal with deviation ``1 / rank`` (gaussian), as peft draws
-    both; B zero. Drawn on the CPU: devices agree."""
     generator = torch.Generator().manual_seed(seed)
     for key, parameter in adapter_parameters(transformer, name).items():
-        if key.endswith("lora_B.weight"):
-            parameter.zero_()
-        else:
-            drawn, bound = torch.empty(parameter.shape), parameter.shape[1] ** -0.5
-            if init == "gaussian":
-                parameter.copy_(drawn.normal_(std=1 / len(drawn), generator=generator))
-            else:
-                parameter.copy_(drawn.uniform_(-bound, bound, generator=generator))
+        start(key, parameter, init, generator)
 
 
 def remove_adapters(transformer: nn.Module, names: Sequence[str]) -> None:
@@ -327,7 +317,7 @@ def save_adapter(path: Path, transformer: nn.Module, name: str, settings: LoraSe
     tensors = {key: value.detach().cpu().contiguous() for key, value in adapter_parameters(transformer, name).items()}
     if not tensors:
         raise AdapterError(f"{path}: the transformer has no adapter {name!r} to save")
-    modules = sorted({key.rsplit(".", 2)[0] for key in tensors})
+    modules = sorted(set(map(module_of, tensors)))
     header = {
         "format": "dopsd-lora",
         "rank": str(settings.rank),
@@ -359,11 +349,13 @@ def read_adapter(path: Path) -> tuple[dict[str, Tensor], int, float]:
 def load_adapter(transformer: nn.Module, path: Path, name: str) -> None:
     """Add the adapter of a file as ``name``, frozen and active. Raises where it does not fit the transformer."""
     tensors, rank, alpha = read_adapter(path)
-    modules = sorted({key.rsplit(".", 2)[0] for key in tensors})
+    modules = sorted(set(map(module_of, tensors)))
     unknown = set(modules) - set(linear_layers(transformer))
     if unknown:
         raise AdapterError(f"{path}: the transformer has no linear layer {sorted(unknown)[0]!r}; wrong base model?")
-    _inject(transformer, name, modules, rank, alpha, next(iter(tensors.values())).dtype)
+    _inject(
+        transformer, name, config_of(kind_of(list(tensors)), rank, alpha, modules), next(iter(tensors.values())).dtype
+    )
     parameters = adapter_parameters(transformer, name)
     faults = [key for key, value in parameters.items() if key not in tensors or tensors[key].shape != value.shape]
     if faults or len(parameters) != len(tensors):

@@ -66,6 +66,9 @@ def resolved(settings: Settings) -> Settings:
     context = teaching_of(model).context
     if settings.data.resolution % MULTIPLE:
         raise ModelError(f"data.resolution ({settings.data.resolution}) must be a multiple of {MULTIPLE}")
+    if settings.train.lora.kind not in family.kinds:
+        raise ModelError(f"train.lora.kind: diffusers loads no {settings.train.lora.kind} for {model.family}; there "
+                         f"are {', '.join(family.kinds)}")  # fmt: skip
     few = evaluation.few_steps or family.few_steps
     if few not in evaluation.steps:
         raise ModelError(f"evaluation.few_steps ({few}) must be one of evaluation.steps")

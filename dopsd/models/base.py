@@ -17,7 +17,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from dopsd.config import ContextName
+from dopsd.config import AdapterKind, ContextName
 
 from .sources import ModelError, Source
 
@@ -146,6 +146,8 @@ class Family(ABC):
     """What is added to the caption that the teacher reads."""
     edits: ClassVar[bool] = False
     """Whether a request may have references."""
+    kinds: ClassVar[tuple[AdapterKind, ...]] = ("lora", "dora", "lokr")
+    """Kinds of adapter that its diffusers pipeline loads."""
     published: ClassVar[str] = ""
     """Its name on the hub, for the command that fetches it."""
     published_vlm: ClassVar[str] = ""

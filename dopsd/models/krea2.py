@@ -60,6 +60,7 @@ class Krea2(Family):
     published = "krea/Krea-2-Turbo"
     says_distilled = True
     few_steps = 8
+    kinds = ("lora", "dora")
     contexts: ClassVar[tuple[ContextName, ...]] = ("vlm", "enhanced-prompt")
     lora_targets = (
         r"transformer_blocks\.\d+\.attn\.to_q",
