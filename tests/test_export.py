@@ -132,7 +132,7 @@ def test_an_export_with_another_scale_is_an_error(base: Path, family: Family, tm
 
 
 def test_the_card_is_markdown_with_valid_front_matter() -> None:
-    text = render_card(CARD, rank=4, scale=2.0)
+    text = render_card(CARD, rank=4, scale=2.0, comfyui=True)
     _, front, body = text.split("---\n", 2)
     about = yaml.safe_load(front)
     assert about["base_model"] == "maker/emoji-turbo"
@@ -144,4 +144,4 @@ def test_the_card_is_markdown_with_valid_front_matter() -> None:
     code = body.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
     assert "num_inference_steps=4" in code
-    assert "Before and after" not in render_card(Card(**{**vars(CARD), "rows": ()}), rank=4, scale=1.0)
+    assert "Before and after" not in render_card(Card(**{**vars(CARD), "rows": ()}), rank=4, scale=1.0, comfyui=True)
