@@ -75,6 +75,9 @@ class ModelSettings(_Settings):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """``auto``: bfloat16 on CUDA, float32 on a CPU (bfloat16 is far slower on most of them)."""
     gradient_checkpointing: bool = False
+    compile: bool = False
+    """Compile the transformer's blocks for training: minutes at the first steps, then fewer passes through memory. The
+    same values but for rounding; needs a C compiler."""
 
     @property
     def teacher_variant(self) -> str | None:

@@ -19,7 +19,7 @@ from dopsd.versions import ENCODING_VERSION
 
 from .base import Family, Parts, Teaching
 from .folder import CONFIG, read_json
-from .loading import use_plain_attention
+from .loading import compile_blocks, use_plain_attention
 from .sources import ModelError, Source, check_pipeline, check_vlm, identity, licence_of, locate
 
 FAMILIES = {
@@ -239,6 +239,8 @@ def load_family(model: ModelSettings, root: Path = Path(), use: Use = "teach") -
         module = load_transformer(parts)
         if model.gradient_checkpointing:
             module.enable_gradient_checkpointing()
+        if model.compile and use == "train":
+            compile_blocks(module)
         return use_plain_attention(module) if device.type == "cpu" else module
 
     configs = {name: _config(base.source, name) for name in _with_config(base)}
