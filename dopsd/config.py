@@ -92,12 +92,17 @@ class ModelSettings(_Settings):
     offload: Offload = "none"
     """``model``: of the large components one at a time is on the device, the others wait in host memory. ``group``: of
     the transformer a block at a time, the next on its way; it needs every block checkpointed."""
+    compile: bool = False
+    """Compile the transformer's blocks for training: minutes at the first steps, then fewer passes through memory. The
+    same values but for rounding; needs a C compiler."""
 
     @model_validator(mode="after")
     def _blocks_are_let_go(self) -> ModelSettings:
         if self.offload == "group" and self.gradient_checkpointing not in ("every", "auto"):
             raise ValueError("offload: group needs gradient_checkpointing: every (or auto); without it a backward pass "
                              "holds every block on the device")  # fmt: skip
+        if self.offload == "group" and self.compile:
+            raise ValueError("offload: group changes a block's weights at every call; leave compile false")
         return self
 
     @property

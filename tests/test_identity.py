@@ -59,6 +59,7 @@ def changed(*overrides: str) -> set[str]:
     [
         ("model.device=cpu", set()),
         ("model.gradient_checkpointing=true", set()),
+        ("model.compile=true", set()),
         ("train.preview_steps=7", set()),
         ("train.checkpoint_steps=7", set()),
         ("train.teacher.on_no_gain=refuse", set()),

@@ -20,7 +20,7 @@ from dopsd.versions import ENCODING_VERSION
 from .base import Family, Parts, Teaching
 from .checkpointing import checkpoint_blocks
 from .folder import CONFIG, read_json
-from .loading import Where, use_plain_attention
+from .loading import Where, compile_blocks, use_plain_attention
 from .quantized import check_installed
 from .sources import ModelError, Source, check_pipeline, check_vlm, identity, licence_of, locate
 
@@ -256,6 +256,8 @@ def load_family(model: ModelSettings, root: Path = Path(), use: Use = "teach", s
     def transformer(parts: Parts) -> Any:
         module = load_transformer(parts)
         checkpoint_blocks(module, checkpointing_of(model, device))
+        if model.compile and use == "train":
+            compile_blocks(module)
         return use_plain_attention(module) if device.type == "cpu" else module
 
     configs = {name: _config(base.source, name) for name in _with_config(base)}

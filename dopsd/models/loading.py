@@ -140,3 +140,15 @@ def use_plain_attention(transformer: Any) -> Any:
         if hasattr(processor, "_attention_backend"):
             processor._attention_backend = "_native_math"
     return transformer
+
+
+def compile_blocks(transformer: Any) -> None:
+    """Compile each kind of block when it first runs (diffusers' regional compilation); equal blocks share their graphs.
+
+    There is a graph for each adapter that is selected, with and without gradient, and for each place in the model whose
+    inputs differ in kind. torch's default of 8 would leave the later ones uncompiled; nothing else is compiled here.
+    """
+    import torch._dynamo.config as dynamo
+
+    dynamo.recompile_limit = max(64, dynamo.recompile_limit)
+    transformer.compile_repeated_blocks()
