@@ -151,6 +151,7 @@ class TrainSettings(_Settings):
     """K, the number of Euler steps of a roll-out."""
     max_steps: Positive
     max_minutes: Rate | None = None
+    """Of steps: neither the teacher gain beforehand nor previews nor checkpoints count."""
     batch_size: Positive
     accumulation: Positive = 1
     learning_rate: Rate

@@ -179,6 +179,37 @@ def test_max_minutes_stops_between_steps_and_a_longer_limit_goes_on(tmp_path):
     assert seen.steps == [0, 1, 2, 3, 4]
 
 
+class _SlowPreviews(tiny.Recorder):
+    """A clock that ticks at every look, and a minute that passes with every preview."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 1
+        return self.now
+
+    def wrote(self, path, line=None):
+        super().wrote(path, line)
+        self.now += 60 * (path.parent.name == "previews")
+
+
+def test_the_clock_of_training_counts_its_steps_and_not_its_previews(tmp_path, monkeypatch):
+    """Here a preview takes a minute, and half a minute is the limit. Ended after a step, the run goes on from there."""
+    times = {}
+    for name, preview_steps in (("often", 1), ("never", 100)):
+        clock = _SlowPreviews()
+        monkeypatch.setattr("dopsd.train.trainer.time", clock)
+        settings = tiny.tiny_settings(max_steps=4, max_minutes=1e-9, preview_steps=preview_steps, checkpoint_steps=1)
+        assert tiny.run_tiny("d-opsd", tmp_path / name, settings, clock).stopped == "max_minutes"
+        longer = settings.model_copy(update={"max_minutes": 0.5})
+        assert tiny.run_tiny("d-opsd", tmp_path / name, longer, clock).stopped == "max_steps"
+        times[name] = [row["train/seconds"] for row in _steps(tmp_path / name)]
+    # looks at the clock: at a step's start, in it, at its end, and when what follows it is done
+    assert times == {"often": [2, 4, 7, 10], "never": [2, 4, 7, 10]}
+
+
 def test_observer_and_log_get_every_step_and_the_previews_their_pictures(tmp_path):
     seen = tiny.Recorder()
     tiny.run_tiny("d-opsd", tmp_path, tiny.tiny_settings(max_steps=5, preview_steps=2, replay=REPLAY), seen)

@@ -55,6 +55,7 @@ class TrainResult:
     images: int
     """Examples drawn, with repetitions."""
     seconds: float
+    """Of the steps alone: neither teacher gain nor previews nor checkpoints."""
     teacher_gain: dict[str, float] | None
     stopped: str
     """``max_steps`` or ``max_minutes``."""
@@ -321,15 +322,16 @@ class _Run:
     def until_stopped(self, previews: Previews, on_saved: Callable[[], None]) -> _Done:
         """Step until the run is over and its last checkpoint is written."""
         bar = Progress(self.method, max(self.labels), self.step)
-        started = time.monotonic() - self.seconds
         if self.step == 0:
             self._show(previews)
+        started = time.monotonic() - self.seconds  # as if all steps so far had run without a pause
         try:
             while True:
                 before = time.monotonic()
                 values = self._train_step(started)
+                after = time.monotonic()
                 self.step += 1
-                rate = self.settings.batch_size * self.settings.accumulation / (time.monotonic() - before)
+                rate = self.settings.batch_size * self.settings.accumulation / (after - before)
                 values |= {"train/images_per_second": rate, "train/seconds": self.seconds}
                 self.log.append(self.step, values)
                 bar.update(values["train/loss"], rate)
@@ -343,6 +345,7 @@ class _Run:
                     on_saved()
                 if stopped:
                     return _Done(self.step, self.seconds, self.gain)
+                started += time.monotonic() - after  # pictures and files are no training
         finally:
             bar.close()
 
