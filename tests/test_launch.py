@@ -224,8 +224,8 @@ def test_a_run_of_other_settings_is_set_aside_on_this_side_too(project: Path, tm
     _train(job, tmp_path, cpus_per_worker=1)
     assert [row["step"] for row in _rows(tmp_path)] == [0, 1]
     assert (tmp_path / "train/d-opsd.previous/log.jsonl").read_text() == old
-    names = {path.name for path in (tmp_path / "train/d-opsd/previews").glob("student-*.png")}
-    assert names == {"student-000000.png", "student-000001.png"}
+    names = {path.name for path in (tmp_path / "train/d-opsd/previews").glob("student-*")}
+    assert names == {"student-000000.webp", "student-000001.webp"}
 
 
 def test_jobs_that_do_not_fit_side_by_side_queue(

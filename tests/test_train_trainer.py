@@ -4,13 +4,16 @@ import dataclasses
 import json
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from dopsd.config import METHODS, TrainSettings
 from dopsd.distill.adapters import adapter_applied, add_adapters
 from dopsd.train.objective import Objective
+from dopsd.train.observer import save_strip
 from dopsd.train.trainer import Place, TrainError, Training, learning_rate, milestones, train
 from tests import tiny
 
@@ -223,12 +226,36 @@ def test_observer_and_log_get_every_step_and_the_previews_their_pictures(tmp_pat
     times = [row.pop("time") for row in rows]
     assert times == sorted(times)
     assert rows == [{"step": s, **v} for s, v in zip(seen.steps, seen.values, strict=True)]
-    pictures = [f"{who}-{s:06d}.png" for s in (0, 2, 4, 5) for who in ("student", "teacher")]
+    pictures = [f"{who}-{s:06d}.webp" for s in (0, 2, 4, 5) for who in ("student", "teacher")]
     captions = {f"{who}.captions.txt" for who in ("student", "teacher")}
     assert [name for name in seen.shown if name not in captions] == pictures
     assert {path.name for path in (tmp_path / "train" / "previews").iterdir()} == {*pictures, *captions}
     assert (tmp_path / "train" / "previews" / "student.captions.txt").read_text() == "a fox\n"
     assert any("attention\\.to_q x 4" in text for text in seen.messages)
+
+
+def _noise(width, height, seed=0):
+    values = np.random.default_rng(seed).integers(0, 256, (height // 32, width // 32, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def test_a_strip_of_small_pictures_is_kept_to_the_bit_and_large_ones_are_reduced(tmp_path):
+    small, large = [_noise(64, 64), _noise(48, 80, 1)], [_noise(1024, 768, seed) for seed in range(2)]
+    save_strip(small, tmp_path / "small.webp")
+    save_strip(large, tmp_path / "large.webp")
+    save_strip([small[0]] * 300, tmp_path / "many.webp")
+    with Image.open(tmp_path / "small.webp") as strip:
+        assert np.array_equal(strip.crop((0, 0, 64, 64)), small[0])
+        assert np.array_equal(strip.crop((64, 0, 112, 80)), small[1])
+    with Image.open(tmp_path / "large.webp") as strip:
+        assert strip.size == (2 * 512, 384)
+        wanted = large[1].resize((512, 384), Image.Resampling.LANCZOS)
+        difference = np.asarray(strip.crop((512, 0, 1024, 384)), float) - np.asarray(wanted, float)
+        assert np.abs(difference).mean() < 10, "its own picture, to what a JPEG-like file keeps of noise"
+    with Image.open(tmp_path / "many.webp") as strip:
+        assert strip.width <= 16383, "what a WebP can be"
+    assert large[0].size == (1024, 768), "what was given is as it was"
+    assert (tmp_path / "large.webp").stat().st_size < 200_000
 
 
 def test_previews_draw_nothing_from_the_run(tmp_path):

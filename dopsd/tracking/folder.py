@@ -19,7 +19,7 @@ from dopsd.files import PARTIAL, GrowingFile, read_json
 
 LONGEST_PARAM = 6000  # characters that MLflow takes as a parameter's value
 CLOCK_TICK = 0.02  # seconds that a file's time may lag behind the clock
-_PREVIEW = re.compile(r"(\w+)-(\d+)\.png")
+_PREVIEW = re.compile(r"(\w+)-(\d+)\.(?:webp|png)")  # png: of runs before 30 November 2026
 Warn = Callable[[str], None]
 
 
