@@ -168,6 +168,8 @@ def report(concept: str, settings: Settings, root: Path) -> None:
 
 def register(concept: str, settings: Settings, root: Path) -> None:
     """The first method's adapter -> ``export/``: files for diffusers and ComfyUI, model card; loaded and compared."""
+    import torch
+
     from dopsd.card import card_of
     from dopsd.champions import register_version
     from dopsd.export import check_export, draw_student, export_adapter
@@ -181,7 +183,8 @@ def register(concept: str, settings: Settings, root: Path) -> None:
     _check_trained(run, method, settings, root)
     base, family = open_base(settings.model, root, use="draw"), family_class(settings.model)
     requests = first_requests(table, settings, 2)
-    export = export_adapter(adapter, run / "export", card_of(concept, settings, table, run, base, requests[0]), family)
+    card = card_of(concept, settings, table, run, base, requests[0])
+    export = export_adapter(adapter, run / "export", card, family, getattr(torch, settings.export.dtype))
     loaded = load_base(settings, root, use="draw")
     dtype, device = loaded.dtype, loaded.device
     drawn = draw_student(loaded, adapter, requests, settings.evaluation.few, settings.evaluation.seed)

@@ -163,6 +163,7 @@ def test_all_of_a_folder_is_shown_and_a_second_send_sends_nothing(proxy: Proxy, 
     folder.write("evaluation/grids/few_step.png", "grid")
     folder.write("report.html", "report")
     folder.write("export/README.md", "card")
+    folder.write("export/comfyui_lora.safetensors", "the registered version has it")
     folder.write("exported.json", json.dumps({"difference": 0.25}))
     folder.write("train/sft/log.jsonl", "left by another training\n")
     folder.status("FINISHED", 9000)
@@ -192,6 +193,7 @@ def test_all_of_a_folder_is_shown_and_a_second_send_sends_nothing(proxy: Proxy, 
         "evaluation", "export", "report.html", "sent.json", "settings.json"
     }  # fmt: skip
     assert _read(folder, "evaluation/grids/few_step.png", tmp_path, method=False) == b"grid"
+    assert _artifacts(folder, "export", method=False) == ["export/README.md"]
     assert run_id(folder.root, folder.run, TRAINING, SETTINGS) == training.info.run_id
 
     proxy.writes.clear()
@@ -237,6 +239,7 @@ def test_a_deleted_artifact_is_sent_again_and_a_broken_note_does_no_harm(
 ) -> None:
     folder.write("report.html", "one")
     folder.write("export/README.md", "card")
+    folder.write("export/comfyui_lora.safetensors", "the registered version has it")
     assert folder.send()
     (kept,) = server.folder.glob(f"a/*/{_run(folder, method=False).info.run_id}/artifacts")
     (kept / "report.html").unlink()
@@ -432,6 +435,7 @@ def test_what_is_refused_is_named_once_and_the_rest_goes_through(proxy: Proxy, f
         folder.step(step)
     folder.write("report.html", "large")
     folder.write("export/README.md", "card")
+    folder.write("export/comfyui_lora.safetensors", "the registered version has it")
     with folder.sender(log) as sender:
         log.wait("report.html")
         folder.step(10)

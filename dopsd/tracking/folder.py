@@ -75,6 +75,8 @@ def _training(
         return files if newest >= status.get("started", float("inf")) / 1000 else []
 
     results = [path for name in ("evaluation", "report.html", "export") for path in current(name)]
+    # the exported weights are the registered version's: hundreds of megabytes need be there but once
+    results = [path for path in results if path.suffix != ".safetensors"]
     measured = {
         name: read_json(run / path, warn)
         for name, path in (("evaluation", "evaluation/metrics.json"), ("export", "exported.json"))
