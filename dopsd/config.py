@@ -22,6 +22,8 @@ Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+CHECKPOINT_SECONDS = 600
+"""Between two checkpoints where ``train.checkpoint_steps`` does not say: at true size each is 2.5 GB."""
 CONCEPTS = Path("data") / "concepts"
 OWN_SETTINGS = "train.yaml"
 """In a concept's folder: what differs from ``train`` there."""
@@ -164,7 +166,8 @@ class TrainSettings(_Settings):
     lora: LoraSettings = LoraSettings()
     teacher: TeacherSettings = TeacherSettings()
     replay: ReplaySettings = ReplaySettings()
-    checkpoint_steps: Positive = 50
+    checkpoint_steps: Positive | None = None
+    """How many steps a kill may cost; ``None``: ten minutes of steps (:data:`CHECKPOINT_SECONDS`)."""
     preview_steps: Positive = 50
     preview_prompts: tuple[str, ...] = ()
     preview_count: Positive = 6

@@ -91,7 +91,7 @@ class Drawn:
 def export_adapter(
     adapter: Path, out: Path, card: Card, family: type[Family], dtype: torch.dtype = torch.bfloat16
 ) -> Path:
-    """Write the files for ``adapter`` as ``dtype`` into the folder ``out``, replacing it as a whole; returns ``out``."""
+    """Write the files for ``adapter``, as ``dtype``, to be the whole folder ``out``; returns ``out``."""
     tensors, rank, scale = _scaled(adapter, dtype)
     with whole_folder(out) as partial:
         _write_diffusers(partial, tensors, rank)

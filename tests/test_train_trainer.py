@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from dopsd.config import METHODS, TrainSettings
 from dopsd.distill.adapters import adapter_applied, add_adapters
+from dopsd.train import checkpoint as ckpt
 from dopsd.train.objective import Objective
 from dopsd.train.observer import save_strip
 from dopsd.train.trainer import Place, TrainError, Training, learning_rate, milestones, train
@@ -180,6 +182,43 @@ def test_max_minutes_stops_between_steps_and_a_longer_limit_goes_on(tmp_path):
     longer = tiny.run_tiny("d-opsd", tmp_path, settings.model_copy(update={"max_minutes": None}), seen)
     assert (longer.stopped, longer.steps) == ("max_steps", 4)
     assert seen.steps == [0, 1, 2, 3, 4]
+
+
+def test_by_itself_a_checkpoint_is_written_every_ten_minutes_of_steps_and_goes_on_from_there(tmp_path, monkeypatch):
+    """A look at the clock takes 125 s, and a step has three of them: 250 s at its first one, 625, 1000, 1375, ..."""
+    saved = []
+
+    class Clock(tiny.Recorder):
+        now = 0.0
+
+        def monotonic(self):
+            Clock.now += 125
+            return Clock.now
+
+    def save(folder, checkpoint):
+        saved.append(checkpoint.step)
+        return ckpt.save_checkpoint(folder, checkpoint)
+
+    def kill(step, values):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("dopsd.train.trainer.time", Clock())
+    monkeypatch.setattr("dopsd.train.trainer.ckpt", SimpleNamespace(**{**vars(ckpt), "save_checkpoint": save}))
+    settings = tiny.tiny_settings(max_steps=9, checkpoint_steps=None)
+    killed = tiny.Recorder()
+    killed.metrics = kill
+    with pytest.raises(KeyboardInterrupt):
+        tiny.run_tiny("d-opsd", tmp_path / "killed", settings, killed)
+    before = list(saved)
+    tiny.run_tiny("d-opsd", tmp_path / "killed", settings)
+    after = saved[len(before) :]
+    saved.clear()
+    tiny.run_tiny("d-opsd", tmp_path / "whole", settings)
+    assert (before, after) == ([2, 4], [6, 8, 9]), "ten minutes after one another, and at the end"
+    assert saved == before + after
+    whole, again = (_adapter(tmp_path / name, "d-opsd") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
 class _SlowPreviews(tiny.Recorder):

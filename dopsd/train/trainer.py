@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from dopsd.config import Method, TrainSettings
+from dopsd.config import CHECKPOINT_SECONDS, Method, TrainSettings
 from dopsd.data.dataset import BucketSampler, Example, Preview
 from dopsd.distill.adapters import STUDENT, add_adapters, save_adapter
 from dopsd.files import whole_file, write_json
@@ -223,6 +223,7 @@ class _Run:
         self.folder, self.observer, self.identity = place.folder, place.observer, training.identity
         self.step = saved.step if saved else 0
         self.seconds: float = saved.state["seconds"] if saved else 0.0
+        self.saved_at = self.seconds
         self.labels = milestones(settings, method)
         self.log = RunLog(self.folder / "log.jsonl", self.step if saved else -1, self.observer)
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -340,7 +341,7 @@ class _Run:
                     self._show(previews)
                 if stopped or self.step in self.labels:
                     self._write_adapter(stopped)
-                if stopped or self.step in self.labels or self.step % self.settings.checkpoint_steps == 0:
+                if stopped or self.step in self.labels or self._save_is_due():
                     self._save()
                     on_saved()
                 if stopped:
@@ -394,8 +395,14 @@ class _Run:
         }  # fmt: skip
         write_json(path.with_suffix(".json"), metadata)
 
+    def _save_is_due(self) -> bool:
+        """By steps, or by the clock that all processes share."""
+        every = self.settings.checkpoint_steps
+        return self.step % every == 0 if every else self.seconds - self.saved_at >= CHECKPOINT_SECONDS
+
     def _save(self) -> None:
         """Write a checkpoint. Its tensors are copied to the CPU one by one, and let go once they are written."""
+        self.saved_at = self.seconds
         self.log.sync()
         if not self.main:
             return
