@@ -342,7 +342,7 @@ class _Run:
                 if stopped or self.step in self.labels:
                     self._write_adapter(stopped)
                 if stopped or self.step in self.labels or self._save_is_due():
-                    self._save()
+                    self._save(stopped)
                     on_saved()
                 if stopped:
                     return _Done(self.step, self.seconds, self.gain)
@@ -400,7 +400,7 @@ class _Run:
         every = self.settings.checkpoint_steps
         return self.step % every == 0 if every else self.seconds - self.saved_at >= CHECKPOINT_SECONDS
 
-    def _save(self) -> None:
+    def _save(self, stopped: str) -> None:
         """Write a checkpoint. Its tensors are copied to the CPU one by one, and let go once they are written."""
         self.saved_at = self.seconds
         self.log.sync()
@@ -410,6 +410,6 @@ class _Run:
         tensors["random/generator"] = self.generator.get_state()
         state = {
             "fingerprint": self.identity, "seconds": self.seconds, "teacher_gain": self.gain,
-            "sampler": self.sampler.state_dict(),
+            "sampler": self.sampler.state_dict(), "stopped": stopped,
         }  # fmt: skip
         ckpt.save_checkpoint(self.folder / "checkpoints", ckpt.Checkpoint(self.step, tensors, state))
