@@ -213,7 +213,10 @@ def test_what_an_earlier_run_left_here_is_gone_on_with_and_no_checkpoint_is_in_t
 
     again = _Watcher()
     _train(_job(project, "earlier"), tmp_path, again, cpus_per_worker=1)
-    assert (again.steps, again.messages) == ([], []), "what is finished is not done again"
+    assert again.steps == [], "what is finished is not done again"
+    handed, began = again.messages
+    assert "handed to Ray; a worker asks for 1 CPU" in handed
+    assert "loading the base" in began
     _assert_equal(tmp_path, local)
 
 

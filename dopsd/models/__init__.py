@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from tqdm import tqdm
 
 from dopsd.config import ModelSettings, Settings
 from dopsd.data.images import MULTIPLE
 from dopsd.versions import ENCODING_VERSION
 
-from .base import Family, Parts, Teaching
+from .base import Family, Loader, Part, Parts, Teaching
 from .folder import CONFIG, read_json
 from .loading import use_plain_attention
 from .sources import ModelError, Source, check_pipeline, check_vlm, identity, licence_of, locate
@@ -242,10 +243,21 @@ def load_family(model: ModelSettings, root: Path = Path(), use: Use = "teach") -
         return use_plain_attention(module) if device.type == "cpu" else module
 
     configs = {name: _config(base.source, name) for name in _with_config(base)}
-    parts = Parts(loaders | {"transformer": transformer}, configs | {"index": base.index})
+    shown = {name: _shown(name, load) for name, load in (loaders | {"transformer": transformer}).items()}
+    parts = Parts(shown, configs | {"index": base.index})
     # what only trains encodes nothing, and need not have the encoders' files to say which they are
     fingerprint = "" if use == "train" else _hash([ENCODING_VERSION, str(dtype), base.encoders, family.pipeline])
     return family(parts, teaching, device, dtype, fingerprint)
+
+
+def _shown(name: Part, load: Loader) -> Loader:
+    """``load``, and what is loaded stands on the terminal meanwhile: the transformer takes a minute at true size."""
+
+    def loaded(parts: Parts) -> Any:
+        with tqdm(desc=f"loading {name}", bar_format="{desc} ...", leave=False, disable=None):
+            return load(parts)
+
+    return loaded
 
 
 def _with_config(base: Base) -> Iterable[str]:
