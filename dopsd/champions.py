@@ -82,15 +82,15 @@ def register_version(concept: str, settings: Settings, root: Path) -> None:
 
 
 def _files(run: Path, settings: Settings, base: Path) -> dict[str, Path]:
-    """What is stored with a version; the base where it is small enough."""
-    from dopsd.export import CARD_FILE, DIFFUSERS_FILE
+    """What is stored with a version, and nowhere else in the tracker; the base where it is small enough."""
+    from dopsd.export import CARD_FILE, COMFYUI_FILE, DIFFUSERS_FILE
 
     method = settings.train.methods[0]
     stored = sum(f.stat().st_size for f in base.rglob("*") if f.is_file()) <= settings.registry.max_base_gib * 2**30
     return {
         "adapter": run / "export" / DIFFUSERS_FILE,
+        "comfyui": run / "export" / COMFYUI_FILE,
         "card": run / "export" / CARD_FILE,
-        "student": run / "adapters" / f"{method}.safetensors",
         "about": run / "adapters" / f"{method}.json",
     } | ({"base": base} if stored else {})
 
@@ -112,7 +112,10 @@ def _champion_scores(
 ) -> tuple[Mapping[str, Any] | None, str]:
     """The champion's answers to what is asked today (none where there is no champion), and why they cannot be had.
 
-    One that was asked other things is evaluated again, on the base that it was made for."""
+    One that was asked other things is evaluated again, on the base that it was made for, and as it is served: with the
+    weights that were exported, rounded to bfloat16 where those are."""
+    from dopsd.export import read_export
+
     champion = registry.champion(concept)
     if champion is None:
         return None, ""
@@ -125,7 +128,8 @@ def _champion_scores(
         if its_base is None and before.base != identity.base:
             return scores, f"version {version.version}, the champion, was made for another base, which is gone"
         try:
-            again = _evaluate_again(concept, settings, root, registry.adapter(version, Path(place)), its_base)
+            adapter = read_export(registry.adapter(version, Path(place)), Path(place) / "again" / "student.safetensors")
+            again = _evaluate_again(concept, settings, root, adapter, its_base)
         except ModelError as error:  # of another family, say: it cannot be asked what today's models are asked
             return scores, f"version {version.version}, the champion, cannot be drawn with these settings ({error})"
     return scores_of(again, CHAMPION, questions), ""

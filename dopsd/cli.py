@@ -233,6 +233,37 @@ def doctor(params: Params = PARAMS) -> None:
         raise typer.Exit(1)
 
 
+@app.command()
+def clean(
+    concept: Annotated[
+        str | None, typer.Option("--concept", "-c", help="Of this one alone; by itself of all.", metavar="NAME")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed.")] = False,
+) -> None:
+    """List what nobody needs any more, with its size; with `--yes`, delete it.
+
+    - trainings that were set aside because settings or data changed (`*.previous`)
+    - checkpoints of finished trainings: they are known as finished without them. Of one that the clock ended
+      (`max_minutes`) the newest stays, and with more minutes it goes on from there
+    - what a killed process left half-written (`*.partial`)
+    - what Ray's jobs kept in `.cache/ray`, where they are over or their settings are no longer the concept's
+    - cached encodings that the last `encode` and `evaluate` of no concept used
+
+    Adapters, results, logs, previews and exports stay. A concept that somebody works on is named and skipped. DVC's
+    cache is DVC's: `dvc gc --workspace` empties it of what no file here refers to.
+    """
+    from rich.console import Console
+
+    from dopsd.clean import leftovers_table, tidy
+
+    found, skipped = tidy(Path(), concept, delete=yes)
+    Console().print(leftovers_table(found, Path(), deleted=yes))
+    for line in skipped:
+        print(f"skipped: {line}")
+    if found and not yes:
+        print("nothing was deleted; `dopsd clean --yes` deletes what is listed")
+
+
 @concept_app.command("add")
 def concept_add(
     folder: Annotated[

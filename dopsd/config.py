@@ -26,6 +26,8 @@ Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+CHECKPOINT_SECONDS = 600
+"""Between two checkpoints where ``train.checkpoint_steps`` does not say: at true size each is 2.5 GB."""
 CONCEPTS = Path("data") / "concepts"
 OWN_SETTINGS = "train.yaml"
 """In a concept's folder: what differs from ``train`` there."""
@@ -187,6 +189,7 @@ class TrainSettings(_Settings):
     """K, the number of Euler steps of a roll-out."""
     max_steps: Positive
     max_minutes: Rate | None = None
+    """Of steps: neither the teacher gain beforehand nor previews nor checkpoints count."""
     batch_size: Positive
     accumulation: Positive = 1
     learning_rate: Rate
@@ -201,7 +204,8 @@ class TrainSettings(_Settings):
     lora: LoraSettings = LoraSettings()
     teacher: TeacherSettings = TeacherSettings()
     replay: ReplaySettings = ReplaySettings()
-    checkpoint_steps: Positive = 50
+    checkpoint_steps: Positive | None = None
+    """How many steps a kill may cost; ``None``: ten minutes of steps (:data:`CHECKPOINT_SECONDS`)."""
     preview_steps: Positive = 50
     preview_prompts: tuple[str, ...] = ()
     preview_count: Positive = 6
@@ -301,6 +305,13 @@ class ComputeSettings(_Settings):
         return self
 
 
+class ExportSettings(_Settings):
+    """The files that are given away. The adapter they are made from, in ``runs/NAME/adapters``, is float32."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """A bfloat16 pipeline draws the same pictures from either; float32 files are twice as large."""
+
+
 class RegistrySettings(_Settings):
     """When an adapter becomes the champion of its concept."""
 
@@ -327,6 +338,7 @@ class Settings(_Settings):
     train: TrainSettings
     evaluation: EvaluationSettings = EvaluationSettings()
     compute: ComputeSettings = ComputeSettings()
+    export: ExportSettings = ExportSettings()
     registry: RegistrySettings = RegistrySettings()
     tracking: TrackingSettings = TrackingSettings()
     overrides: Annotated[dict[str, Any], Field(exclude=True)] = {}

@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,18 @@ def whole_folder(path: Path) -> Iterator[Path]:
     yield partial
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """``source`` under the name ``target`` too. Tensor files are replaced and never written into, so that on one disk a
+    second name does, at no cost; all else is copied."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)  # it may be a name of something that is still in use
+    if source.suffix == ".safetensors":
+        with suppress(OSError):  # another disk, or one without links
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target)
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int, int]]:

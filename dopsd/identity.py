@@ -65,6 +65,7 @@ def plan_of(settings: Settings, base: Base) -> Plan:
             "licence": model.licence or licence_of(base.source),
             "method": train.methods[0], "placeholder": data.placeholder, "resolution": data.resolution,
             "few_steps": evaluation.few_steps, "seed": evaluation.seed,
+            "export": settings.export.model_dump(mode="json"),
             "registry": settings.registry.model_dump(mode="json"), "tracked": settings.tracking.enabled,
         },
     })  # fmt: skip

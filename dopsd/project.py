@@ -20,6 +20,9 @@ BASE = Path("runs/base.json")
 PLAN = "plan.json"
 """In a run folder: what each stage's result is made of (:mod:`dopsd.identity`)."""
 
+ENCODINGS = "encodings.json"
+"""In a run folder: stage to the keys of the cached encodings that it used; others' may be deleted."""
+
 
 class StageError(ValueError):
     """A stage that lacks what an earlier one makes; one line saying which to run."""

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dopsd.config import Method, Settings
-from dopsd.files import stamps, write_json
+from dopsd.files import read_json, stamps, write_json
 from dopsd.lock import concept_lock
 from dopsd.project import (
     BASE,
+    ENCODINGS,
     PLAN,
     StageError,
     cache_of,
@@ -28,6 +29,7 @@ from dopsd.project import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
+    from dopsd.data.cache import EncodingCache
     from dopsd.data.manifest import ConceptTable
     from dopsd.models.base import Family
 
@@ -102,6 +104,7 @@ def encode(concept: str, settings: Settings, root: Path) -> None:
             content_hash=table.content_hash,
         )
     write_encoded(run / "encoded", encoded)
+    _remember_encodings(run, "encode", cache)
     prompts = len(encoded.previews) + len(replay)
     print(f"encode: {len(encoded.examples)} examples and {prompts} prompts -> {run / 'encoded'}")
 
@@ -148,12 +151,13 @@ def evaluate(concept: str, settings: Settings, root: Path) -> None:
 
     run = run_folder(concept, root)
     table, holdout = _read_validated(concept, settings, root)
-    subjects = subjects_in(run / "adapters")
+    subjects, cache = subjects_in(run / "adapters"), cache_of(root)
     with workers(settings.model, settings.compute, root, "train") as helpers:
         evaluate_subjects(
-            load_base(settings, root), table, holdout, world_of(settings, root), subjects, settings, cache_of(root),
+            load_base(settings, root), table, holdout, world_of(settings, root), subjects, settings, cache,
             run / "evaluation", workers=helpers,
         )  # fmt: skip
+    _remember_encodings(run, "evaluate", cache)
     send(root, run, settings.tracking)
     print(f"evaluate: {', '.join(s.name for s in subjects)} -> {run / 'evaluation'}")
 
@@ -172,6 +176,8 @@ def report(concept: str, settings: Settings, root: Path) -> None:
 
 def register(concept: str, settings: Settings, root: Path) -> None:
     """The first method's adapter -> ``export/``: files for diffusers and ComfyUI, model card; loaded and compared."""
+    import torch
+
     from dopsd.card import card_of
     from dopsd.champions import register_version
     from dopsd.export import check_export, draw_student, export_adapter
@@ -185,7 +191,8 @@ def register(concept: str, settings: Settings, root: Path) -> None:
     _check_trained(run, method, settings, root)
     base, family = open_base(settings.model, root, use="draw"), family_class(settings.model)
     requests = first_requests(table, settings, 2)
-    export = export_adapter(adapter, run / "export", card_of(concept, settings, table, run, base, requests[0]), family)
+    card = card_of(concept, settings, table, run, base, requests[0])
+    export = export_adapter(adapter, run / "export", card, family, getattr(torch, settings.export.dtype))
     loaded = load_base(settings, root, use="draw")
     dtype, device = loaded.dtype, loaded.device
     drawn = draw_student(loaded, adapter, requests, settings.evaluation.few, settings.evaluation.seed)
@@ -270,6 +277,11 @@ def _check_trained(run: Path, method: Method, settings: Settings, root: Path) ->
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------
+
+
+def _remember_encodings(run: Path, stage: str, cache: EncodingCache) -> None:
+    """Which cached encodings a stage used, so that `dopsd clean` leaves them."""
+    write_json(run / ENCODINGS, {**read_json(run / ENCODINGS), stage: sorted(cache.used)})
 
 
 def _remove_others(adapters: Path, wanted: set[str]) -> None:

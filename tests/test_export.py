@@ -75,19 +75,22 @@ INK = load_settings(ROOT / "params.yaml").of("style-ink", ROOT).train.lora.targe
     [(None, None, DIFFUSERS_FILE), (3.0, None, DIFFUSERS_FILE), (8.0, None, COMFYUI_FILE), (None, INK, DIFFUSERS_FILE),
      (None, INK, COMFYUI_FILE)],
 )  # fmt: skip
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 0.001), (torch.bfloat16, 0.25)])
 def test_plain_diffusers_draws_the_students_pictures(
-    base: Path, family: Family, tmp_path: Path, alpha: float | None, targets: tuple[str, ...] | None, file: str
-) -> None:
+    base: Path, family: Family, tmp_path: Path, alpha: float | None, targets: tuple[str, ...] | None, file: str,
+    dtype: torch.dtype, most: float,
+) -> None:  # fmt: skip
     adapter = _adapter(tmp_path / "a.safetensors", family, LoraSettings(rank=4, alpha=alpha, targets=targets))
-    out = export_adapter(adapter, tmp_path / "export", CARD, ZImage)
+    out = export_adapter(adapter, tmp_path / "export", CARD, ZImage, dtype)
+    assert {value.dtype for key, value in load_file(out / file).items() if not key.endswith(".alpha")} == {dtype}
     compared = check_export(base, out, draw_student(family, adapter, ASKED, 4, seed=3), ZImage, file=file)
     assert compared["change"] > 2, "the adapter is to be seen"
-    assert compared["difference"] < 0.25
+    assert compared["difference"] < most
 
 
 def test_files_name_their_scale(family: Family, tmp_path: Path) -> None:
     adapter = _adapter(tmp_path / "a.safetensors", family, LoraSettings(rank=4, alpha=8.0))
-    out = export_adapter(adapter, tmp_path / "export", CARD, ZImage)
+    out = export_adapter(adapter, tmp_path / "export", CARD, ZImage, torch.float32)
     assert {path.name for path in out.iterdir()} == {DIFFUSERS_FILE, COMFYUI_FILE, CARD_FILE}
     trained, diffusers, comfyui = (load_file(p) for p in (adapter, out / DIFFUSERS_FILE, out / COMFYUI_FILE))
     assert set(diffusers) == {f"transformer.{key}" for key in trained}
@@ -104,6 +107,23 @@ def test_files_name_their_scale(family: Family, tmp_path: Path) -> None:
     for tensors, prefix in ((diffusers, "transformer"), (comfyui, "diffusion_model")):
         b, a = (tensors[f"{prefix}.{module}.lora_{part}.weight"] for part in "BA")
         torch.testing.assert_close(b @ a, product)
+
+
+@pytest.mark.parametrize("file", [DIFFUSERS_FILE, COMFYUI_FILE])
+def test_bfloat16_rounds_once_after_the_scale_is_folded_in(family: Family, tmp_path: Path, file: str) -> None:
+    """The adapter is as it was, the files are half as large, and every value is the nearest that bfloat16 has."""
+    adapter = _adapter(tmp_path / "a.safetensors", family, LoraSettings(rank=4, alpha=3.0))
+    before = adapter.read_bytes()
+    whole, rounded = (
+        load_file(export_adapter(adapter, tmp_path / name, CARD, ZImage, dtype) / file)
+        for name, dtype in (("whole", torch.float32), ("rounded", torch.bfloat16))
+    )
+    assert whole.keys() == rounded.keys()
+    for key, value in whole.items():
+        exact = key.endswith(".alpha")
+        assert torch.equal(rounded[key], value if exact else value.to(torch.bfloat16)), key
+    assert adapter.read_bytes() == before
+    assert "in bfloat16" in (tmp_path / "rounded" / CARD_FILE).read_text()
 
 
 def test_an_export_that_does_nothing_is_an_error(base: Path, family: Family, tmp_path: Path) -> None:
@@ -132,7 +152,7 @@ def test_an_export_with_another_scale_is_an_error(base: Path, family: Family, tm
 
 
 def test_the_card_is_markdown_with_valid_front_matter() -> None:
-    text = render_card(CARD, rank=4, scale=2.0, comfyui=True)
+    text = render_card(CARD, rank=4, scale=2.0, dtype=torch.float32)
     _, front, body = text.split("---\n", 2)
     about = yaml.safe_load(front)
     assert about["base_model"] == "maker/emoji-turbo"
@@ -144,4 +164,6 @@ def test_the_card_is_markdown_with_valid_front_matter() -> None:
     code = body.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
     assert "num_inference_steps=4" in code
-    assert "Before and after" not in render_card(Card(**{**vars(CARD), "rows": ()}), rank=4, scale=1.0, comfyui=True)
+    bare = Card(**{**vars(CARD), "rows": ()})
+    assert "Before and after" not in render_card(bare, rank=4, scale=1.0, dtype=torch.float32)
+    assert "the same adapter in float32" in text

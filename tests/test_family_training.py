@@ -194,7 +194,7 @@ def test_the_exported_file_in_a_fresh_plain_pipeline_draws_the_students_pictures
     asked = [(Request("a fox in [V] style"), 64, 96), (Request("an owl"), 64, 64)]
     if family.edits:
         asked.append((Request("make it [V]", (picture(80, 64, 3), picture(64, 64, 4))), 64, 64))
-    out = export_adapter(adapter, tmp_path / "export", CARD, type(family))
+    out = export_adapter(adapter, tmp_path / "export", CARD, type(family), torch.float32)
     drawn = draw_student(family, adapter, asked, 4, seed=3)
     compared = check_export(folders[name], out, drawn, type(family), file=file)
     assert compared["change"] > 1, "the adapter is to be seen"

@@ -34,6 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "lock": {"config", "files"},
     "memory": {"config"},
     "project": {"config", "data", "models", "evaluation"},
+    "clean": {"config", "files", "train", "lock", "project"},
 }
 """Arrows of house.md. The edges (stages, cli, doctor) may import from every room, and no room from them."""
 

@@ -84,6 +84,7 @@ def changed(*overrides: str) -> set[str]:
         ("evaluation.max_prompts=7", {"evaluate"}),
         ("evaluation.seed=7", {"evaluate", "register"}),
         ("registry.tolerance=0.1", {"register"}),
+        ("export.dtype=float32", {"register"}),
     ],
 )
 def test_a_setting_changes_the_stages_that_it_decides_and_no_other(override: str, stages: set[str]) -> None:

@@ -213,7 +213,10 @@ def test_what_an_earlier_run_left_here_is_gone_on_with_and_no_checkpoint_is_in_t
 
     again = _Watcher()
     _train(_job(project, "earlier"), tmp_path, again, cpus_per_worker=1)
-    assert (again.steps, again.messages) == ([], []), "what is finished is not done again"
+    assert again.steps == [], "what is finished is not done again"
+    handed, began = again.messages
+    assert "handed to Ray; a worker asks for 1 CPU" in handed
+    assert "loading the base" in began
     _assert_equal(tmp_path, local)
 
 
@@ -224,8 +227,8 @@ def test_a_run_of_other_settings_is_set_aside_on_this_side_too(project: Path, tm
     _train(job, tmp_path, cpus_per_worker=1)
     assert [row["step"] for row in _rows(tmp_path)] == [0, 1]
     assert (tmp_path / "train/d-opsd.previous/log.jsonl").read_text() == old
-    names = {path.name for path in (tmp_path / "train/d-opsd/previews").glob("student-*.png")}
-    assert names == {"student-000000.png", "student-000001.png"}
+    names = {path.name for path in (tmp_path / "train/d-opsd/previews").glob("student-*")}
+    assert names == {"student-000000.webp", "student-000001.webp"}
 
 
 def test_jobs_that_do_not_fit_side_by_side_queue(

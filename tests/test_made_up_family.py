@@ -62,7 +62,7 @@ def test_a_family_of_one_file_goes_the_whole_way(project):
     assert metrics["models"] == ["base", "teacher", "d-opsd"], "the held-out rows have the teacher's caption too"
     index = json.loads((run / "encoded" / "index.json").read_text())
     assert {example["caption"] for example in index["examples"]} == {f"blot {n} in [V] style" for n in range(4)}
-    with Image.open(run / "train" / "d-opsd" / "previews" / "student-000002.png") as strip:
+    with Image.open(run / "train" / "d-opsd" / "previews" / "student-000002.webp") as strip:
         assert strip.size[0] == 80 + 64, "each at its own size: 96 x 64 is trained at 80 x 48"
 
 

@@ -14,8 +14,8 @@ import torch
 from mlflow import MlflowClient
 
 from dopsd.config import LoraSettings, ModelSettings, RegistrySettings
-from dopsd.distill.adapters import adapter_parameters, add_adapters, save_adapter
-from dopsd.export import CARD_FILE, DIFFUSERS_FILE, Card, draw_student, export_adapter
+from dopsd.distill.adapters import adapter_parameters, add_adapters, read_adapter, save_adapter
+from dopsd.export import CARD_FILE, COMFYUI_FILE, DIFFUSERS_FILE, Card, draw_student, export_adapter, read_export
 from dopsd.identity import VersionIdentity
 from dopsd.models import load_family
 from dopsd.models.base import Request
@@ -111,10 +111,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     asked = [(Request("a fox in [V] style"), 64, 64)]
     drawn = draw_student(family, folder / "d-opsd.safetensors", asked, 2, seed=0)
     files = {
-        "adapter": export / DIFFUSERS_FILE, "card": export / CARD_FILE, "student": folder / "d-opsd.safetensors",
+        "adapter": export / DIFFUSERS_FILE, "comfyui": export / COMFYUI_FILE, "card": export / CARD_FILE,
         "about": folder / "d-opsd.json", "base": folder / "base",
     }  # fmt: skip
-    return {"files": files, "drawn": drawn}
+    return {"files": files, "drawn": drawn, "student": folder / "d-opsd.safetensors"}
 
 
 @pytest.fixture
@@ -200,6 +200,22 @@ def test_a_version_brings_the_base_that_it_was_made_for(
     _register(registry, tmp_path, without, scores(style=0.6), data="d2")
     version, *_ = registry.champion("style-ink") or pytest.fail("no champion")
     assert registry.base(version, tmp_path / "other") is None
+
+
+def test_a_version_holds_its_adapter_once_and_it_can_be_evaluated_again(
+    registry: Registry, tmp_path: Path, trained: dict[str, Any]
+) -> None:
+    """What comes back is the trained adapter to bfloat16's rounding, in the form that the evaluation reads."""
+    _register(registry, tmp_path, trained, scores())
+    version, *_ = registry.champion("style-ink") or pytest.fail("no champion")
+    stored = [path.name for path in (tmp_path / "artifacts").rglob("*.safetensors") if "base" not in path.parts]
+    assert sorted(stored) == ["adapter.safetensors", "comfyui.safetensors"]
+    again = read_export(registry.adapter(version, tmp_path / "place"), tmp_path / "again" / "a.safetensors")
+    (mine, rank, alpha), (theirs, *scale) = read_adapter(again), read_adapter(trained["student"])
+    assert [rank, alpha] == scale
+    assert mine.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert torch.equal(mine[key], value.to(torch.bfloat16).float()), key
 
 
 def test_registering_the_same_run_again_makes_no_second_version(

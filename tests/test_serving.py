@@ -262,7 +262,7 @@ def klein(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 data_hash="d", training={})  # fmt: skip
     export = export_adapter(student, folder / "export", card, Flux2Klein)
     return {
-        "adapter": export / DIFFUSERS_FILE, "card": export / CARD_FILE, "student": student,
+        "adapter": export / DIFFUSERS_FILE, "card": export / CARD_FILE,
         "about": folder / "d-opsd.json", "base": base,
     }  # fmt: skip
 

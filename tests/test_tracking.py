@@ -91,11 +91,11 @@ class Folder:
         values = values or {"train/loss": 1 / (step + 1)}
         append_line(self.method / "log.jsonl", json.dumps({"step": step, "time": 1000 + step, **values}))
 
-    def preview(self, step: int, seed: int = 0, side: int = 64) -> Path:
-        path = self.method / "previews" / f"student-{step:06d}.png"
+    def preview(self, step: int, seed: int = 0, side: int = 64, suffix: str = ".webp") -> Path:
+        path = self.method / "previews" / f"student-{step:06d}{suffix}"
         path.parent.mkdir(exist_ok=True)
         pixels = np.random.default_rng(seed).integers(0, 256, (side, side * 3, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(path)
+        Image.fromarray(pixels).save(path, lossless=True)
         path.with_name("student.captions.txt").write_text("a\nb\nc\n")
         return path
 
@@ -156,13 +156,14 @@ def test_all_of_a_folder_is_shown_and_a_second_send_sends_nothing(proxy: Proxy, 
         folder.step(step)
     append_line(folder.method / "system.jsonl", json.dumps({"time": 5, "system/cpu": 1.0}))
     append_line(folder.method / "system.jsonl", json.dumps({"time": 6, "system/cpu": 2.0}))
-    folder.preview(0), folder.preview(4)
+    folder.preview(0, suffix=".png"), folder.preview(4)  # as they once were, and as they are
     folder.write("train/d-opsd/adapters/d-opsd.safetensors", "adapter")
     folder.write("train/d-opsd/adapters/d-opsd.json", "{}")
     folder.write("evaluation/metrics.json", json.dumps({"scores": {"d-opsd": {"style": 0.5, "none": float("nan")}}}))
     folder.write("evaluation/grids/few_step.png", "grid")
     folder.write("report.html", "report")
     folder.write("export/README.md", "card")
+    folder.write("export/comfyui_lora.safetensors", "the registered version has it")
     folder.write("exported.json", json.dumps({"difference": 0.25}))
     folder.write("train/sft/log.jsonl", "left by another training\n")
     folder.status("FINISHED", 9000)
@@ -192,6 +193,7 @@ def test_all_of_a_folder_is_shown_and_a_second_send_sends_nothing(proxy: Proxy, 
         "evaluation", "export", "report.html", "sent.json", "settings.json"
     }  # fmt: skip
     assert _read(folder, "evaluation/grids/few_step.png", tmp_path, method=False) == b"grid"
+    assert _artifacts(folder, "export", method=False) == ["export/README.md"]
     assert run_id(folder.root, folder.run, TRAINING, SETTINGS) == training.info.run_id
 
     proxy.writes.clear()
@@ -205,22 +207,24 @@ def test_all_of_a_folder_is_shown_and_a_second_send_sends_nothing(proxy: Proxy, 
     assert [step for step, _ in _history(folder)] == list(range(6))
 
 
-def test_what_changed_is_sent_again_and_nothing_else(proxy: Proxy, folder: Folder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".webp", ".png"])
+def test_what_changed_is_sent_again_and_nothing_else(proxy: Proxy, folder: Folder, tmp_path: Path, suffix: str) -> None:
     report = folder.write("report.html", "one")
-    picture = folder.preview(3)
+    picture = folder.preview(3, suffix=suffix)
     folder.write("evaluation/metrics.json", '{"style": 0.5, "same": 1}')
     assert folder.send()
     before = report.stat()
     report.write_text("two")
     os.utime(report, ns=(before.st_atime_ns, before.st_mtime_ns))
-    folder.preview(3, seed=1)
+    folder.preview(3, seed=1, suffix=suffix)
     folder.write("evaluation/metrics.json", '{"style": 0.75, "same": 1}')
     proxy.writes.clear()
     assert folder.send()
     assert _read(folder, "report.html", tmp_path, method=False) == b"two", "the same size, the same time, other bytes"
     (shown, _) = sorted(_artifacts(folder, "images"), key=lambda name: "compressed" in name)
-    (tmp_path / "shown.png").write_bytes(_read(folder, shown, tmp_path))
-    with Image.open(tmp_path / "shown.png") as image, Image.open(picture) as drawn:
+    assert shown.endswith(suffix), "MLflow's page asks for the type by the name"
+    (tmp_path / "shown").write_bytes(_read(folder, shown, tmp_path))
+    with Image.open(tmp_path / "shown") as image, Image.open(picture) as drawn:
         small = image.resize(drawn.size, Image.Resampling.NEAREST)
         assert image.width == 2 * drawn.width, "small ones are enlarged"
         assert np.array_equal(np.asarray(small), np.asarray(drawn)), "in the place of the first"
@@ -235,6 +239,7 @@ def test_a_deleted_artifact_is_sent_again_and_a_broken_note_does_no_harm(
 ) -> None:
     folder.write("report.html", "one")
     folder.write("export/README.md", "card")
+    folder.write("export/comfyui_lora.safetensors", "the registered version has it")
     assert folder.send()
     (kept,) = server.folder.glob(f"a/*/{_run(folder, method=False).info.run_id}/artifacts")
     (kept / "report.html").unlink()
@@ -403,8 +408,8 @@ def test_a_full_artifact_store_loses_nothing(small_disk: Path, proxy: Proxy, fol
     subprocess.run(["mount", "-o", "remount,size=16m", small_disk], check=True)
     assert folder.send(log)
     full, small = sorted(_artifacts(folder, "images"), key=lambda name: "compressed" in name)
-    (tmp_path / "full.png").write_bytes(_read(folder, full, tmp_path))
-    with Image.open(tmp_path / "full.png") as image, Image.open(path) as drawn:
+    (tmp_path / "full").write_bytes(_read(folder, full, tmp_path))
+    with Image.open(tmp_path / "full") as image, Image.open(path) as drawn:
         assert np.array_equal(np.asarray(image), np.asarray(drawn)), "whole, not what had room"
     assert "compressed" in small
 
@@ -430,6 +435,7 @@ def test_what_is_refused_is_named_once_and_the_rest_goes_through(proxy: Proxy, f
         folder.step(step)
     folder.write("report.html", "large")
     folder.write("export/README.md", "card")
+    folder.write("export/comfyui_lora.safetensors", "the registered version has it")
     with folder.sender(log) as sender:
         log.wait("report.html")
         folder.step(10)
@@ -516,7 +522,7 @@ def test_broken_files_are_named_and_the_rest_is_sent(proxy: Proxy, folder: Folde
     assert _history(folder) == [(1, 0.5), (3, 0.25)]
     assert len(_artifacts(folder, "images")) == 2
     assert all(len(line.splitlines()) == 1 for line in log)
-    for path in [*empty[:3], "log.jsonl: line 2", "log.jsonl: line 4", "student-000001.png"]:
+    for path in [*empty[:3], "log.jsonl: line 2", "log.jsonl: line 4", "student-000001.webp"]:
         assert sum(str(path) in line for line in log) == 1, (path, log)
     (folder.train / "training.json").write_text("[]")
     assert folder.send(log)

@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dopsd.train import checkpoint as ckpt
 from tests import tiny
@@ -75,6 +76,38 @@ def test_an_optimizer_goes_on_exactly_from_its_tensors(fused):
         step(parameters, optimizer, seed)
         step(resumed, other, seed)
     assert all(torch.equal(a, b) for a, b in zip(parameters, resumed, strict=True))
+
+
+@pytest.mark.parametrize(("method", "kind", "times"), [
+    ("d-opsd", "ema", 4), ("d-opsd", "frozen", 3), ("d-opsd", "copy", 3), ("sft", "ema", 3),
+])  # fmt: skip
+def test_a_checkpoint_holds_each_thing_once_and_in_float32(tmp_path, method, kind, times):
+    """The student and AdamW's two moments, and a teacher where it has weights of its own; steps and generator aside."""
+    settings = tiny.tiny_settings(max_steps=1, teacher={"kind": kind}, sft_compute_factor=1)
+    result = tiny.run_tiny(method, tmp_path, settings)
+    adapter = load_file(next(iter(result.adapters.values())))
+    tensors = load_file(sorted((tmp_path / "train/checkpoints").iterdir())[-1] / "tensors.safetensors")
+    large = {key: value for key, value in tensors.items() if value.ndim == 2}
+    assert sum(value.nbytes for value in large.values()) == times * sum(value.nbytes for value in adapter.values())
+    assert {value.dtype for value in large.values()} == {torch.float32}
+    assert {key.partition("/")[0] for key in tensors} == {
+        "student", "optimizer", "random", *(["teacher"] if times == 4 else [])
+    }  # fmt: skip
+
+
+def test_a_run_that_did_all_its_steps_is_known_by_its_state_alone(tmp_path):
+    """Its tensors, gigabytes at true size, are neither read nor needed; one that the clock ended goes on from them."""
+    settings = tiny.tiny_settings(max_steps=3, max_minutes=1e-9)
+    assert tiny.run_tiny("d-opsd", tmp_path, settings).stopped == "max_minutes"
+    longer = settings.model_copy(update={"max_minutes": None})
+    seen = tiny.Recorder()
+    first = tiny.run_tiny("d-opsd", tmp_path, longer, seen)
+    assert seen.steps == [2, 3]
+    for path in (tmp_path / "train/checkpoints").glob("*/tensors.safetensors"):
+        path.unlink()
+    again = tiny.Recorder()
+    assert tiny.run_tiny("d-opsd", tmp_path, longer, again) == first
+    assert (again.steps, again.messages) == ([], [])
 
 
 def test_setting_aside_replaces_what_was_set_aside_before(tmp_path):

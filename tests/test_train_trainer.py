@@ -3,14 +3,19 @@
 import dataclasses
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from dopsd.config import METHODS, TrainSettings
 from dopsd.distill.adapters import adapter_applied, add_adapters
+from dopsd.train import checkpoint as ckpt
 from dopsd.train.objective import Objective
+from dopsd.train.observer import save_strip
 from dopsd.train.trainer import Place, TrainError, Training, learning_rate, milestones, train
 from tests import tiny
 
@@ -179,6 +184,74 @@ def test_max_minutes_stops_between_steps_and_a_longer_limit_goes_on(tmp_path):
     assert seen.steps == [0, 1, 2, 3, 4]
 
 
+def test_by_itself_a_checkpoint_is_written_every_ten_minutes_of_steps_and_goes_on_from_there(tmp_path, monkeypatch):
+    """A look at the clock takes 125 s, and a step has three of them: 250 s at its first one, 625, 1000, 1375, ..."""
+    saved = []
+
+    class Clock(tiny.Recorder):
+        now = 0.0
+
+        def monotonic(self):
+            Clock.now += 125
+            return Clock.now
+
+    def save(folder, checkpoint):
+        saved.append(checkpoint.step)
+        return ckpt.save_checkpoint(folder, checkpoint)
+
+    def kill(step, values):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("dopsd.train.trainer.time", Clock())
+    monkeypatch.setattr("dopsd.train.trainer.ckpt", SimpleNamespace(**{**vars(ckpt), "save_checkpoint": save}))
+    settings = tiny.tiny_settings(max_steps=9, checkpoint_steps=None)
+    killed = tiny.Recorder()
+    killed.metrics = kill
+    with pytest.raises(KeyboardInterrupt):
+        tiny.run_tiny("d-opsd", tmp_path / "killed", settings, killed)
+    before = list(saved)
+    tiny.run_tiny("d-opsd", tmp_path / "killed", settings)
+    after = saved[len(before) :]
+    saved.clear()
+    tiny.run_tiny("d-opsd", tmp_path / "whole", settings)
+    assert (before, after) == ([2, 4], [6, 8, 9]), "ten minutes after one another, and at the end"
+    assert saved == before + after
+    whole, again = (_adapter(tmp_path / name, "d-opsd") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+class _SlowPreviews(tiny.Recorder):
+    """A clock that ticks at every look, and a minute that passes with every preview."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 1
+        return self.now
+
+    def wrote(self, path, line=None):
+        super().wrote(path, line)
+        self.now += 60 * (path.parent.name == "previews")
+
+
+def test_the_clock_of_training_counts_its_steps_and_not_its_previews(tmp_path, monkeypatch):
+    """Here a preview takes a minute, and half a minute is the limit. Ended after a step, the run goes on from there."""
+    times = {}
+    for name, preview_steps in (("often", 1), ("never", 100)):
+        clock = _SlowPreviews()
+        monkeypatch.setattr("dopsd.train.trainer.time", clock)
+        settings = tiny.tiny_settings(max_steps=4, max_minutes=1e-9, preview_steps=preview_steps, checkpoint_steps=1)
+        assert tiny.run_tiny("d-opsd", tmp_path / name, settings, clock).stopped == "max_minutes"
+        longer = settings.model_copy(update={"max_minutes": 0.5})
+        assert tiny.run_tiny("d-opsd", tmp_path / name, longer, clock).stopped == "max_steps"
+        times[name] = [row["train/seconds"] for row in _steps(tmp_path / name)]
+    # looks at the clock: at a step's start, in it, at its end, and when what follows it is done
+    assert times == {"often": [2, 4, 7, 10], "never": [2, 4, 7, 10]}
+
+
 def test_observer_and_log_get_every_step_and_the_previews_their_pictures(tmp_path):
     seen = tiny.Recorder()
     tiny.run_tiny("d-opsd", tmp_path, tiny.tiny_settings(max_steps=5, preview_steps=2, replay=REPLAY), seen)
@@ -192,12 +265,36 @@ def test_observer_and_log_get_every_step_and_the_previews_their_pictures(tmp_pat
     times = [row.pop("time") for row in rows]
     assert times == sorted(times)
     assert rows == [{"step": s, **v} for s, v in zip(seen.steps, seen.values, strict=True)]
-    pictures = [f"{who}-{s:06d}.png" for s in (0, 2, 4, 5) for who in ("student", "teacher")]
+    pictures = [f"{who}-{s:06d}.webp" for s in (0, 2, 4, 5) for who in ("student", "teacher")]
     captions = {f"{who}.captions.txt" for who in ("student", "teacher")}
     assert [name for name in seen.shown if name not in captions] == pictures
     assert {path.name for path in (tmp_path / "train" / "previews").iterdir()} == {*pictures, *captions}
     assert (tmp_path / "train" / "previews" / "student.captions.txt").read_text() == "a fox\n"
     assert any("attention\\.to_q x 4" in text for text in seen.messages)
+
+
+def _noise(width, height, seed=0):
+    values = np.random.default_rng(seed).integers(0, 256, (height // 32, width // 32, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def test_a_strip_of_small_pictures_is_kept_to_the_bit_and_large_ones_are_reduced(tmp_path):
+    small, large = [_noise(64, 64), _noise(48, 80, 1)], [_noise(1024, 768, seed) for seed in range(2)]
+    save_strip(small, tmp_path / "small.webp")
+    save_strip(large, tmp_path / "large.webp")
+    save_strip([small[0]] * 300, tmp_path / "many.webp")
+    with Image.open(tmp_path / "small.webp") as strip:
+        assert np.array_equal(strip.crop((0, 0, 64, 64)), small[0])
+        assert np.array_equal(strip.crop((64, 0, 112, 80)), small[1])
+    with Image.open(tmp_path / "large.webp") as strip:
+        assert strip.size == (2 * 512, 384)
+        wanted = large[1].resize((512, 384), Image.Resampling.LANCZOS)
+        difference = np.asarray(strip.crop((512, 0, 1024, 384)), float) - np.asarray(wanted, float)
+        assert np.abs(difference).mean() < 10, "its own picture, to what a JPEG-like file keeps of noise"
+    with Image.open(tmp_path / "many.webp") as strip:
+        assert strip.width <= 16383, "what a WebP can be"
+    assert large[0].size == (1024, 768), "what was given is as it was"
+    assert (tmp_path / "large.webp").stat().st_size < 200_000
 
 
 def test_previews_draw_nothing_from_the_run(tmp_path):

@@ -31,6 +31,8 @@ class EncodingCache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.used: set[str] = set()
+        """Keys that :meth:`get_or_encode` was asked for."""
 
     def key(self, kind: str, fingerprint: str, *parts: bytes | str) -> str:
         """The name of an encoding: 64 hex digits. ``parts``: everything else that determines it, in order."""
@@ -93,6 +95,7 @@ class EncodingCache:
         """
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
+        self.used.update(keys)
         known: dict[str, Conditioning] = {}
         missing: dict[str, int] = {}
         for index, key in enumerate(keys):

@@ -31,7 +31,7 @@ __all__ = ["ReportError", "headline_table", "write_report"]
 
 _TEMPLATE = "report.html.j2"
 _CURVES = ("style", "train_similarity", "cosine", "concept_top1", "sharpness")
-_PREVIEW = re.compile(r"(student|teacher)-(\d+)\.png")
+_PREVIEW = re.compile(r"(student|teacher)-(\d+)\.(?:webp|png)")  # png: of runs before 30 November 2026
 _PREVIEWS_SHOWN = 6
 _PAIRS_SHOWN = 8
 
@@ -203,14 +203,14 @@ def _losses(path: Path, points: int = 200) -> list[Point]:
 
 def _previews(folder: Path) -> list[tuple[str, list[tuple[int, Markup]]]]:
     """(student or teacher, [(step, strip)]), evenly spread over the run, first and last among them."""
-    found: dict[str, list[tuple[int, Path]]] = defaultdict(list)
-    for path in sorted(folder.glob("*.png")):
+    found: dict[str, dict[int, Path]] = defaultdict(dict)
+    for path in sorted(folder.glob("*")):
         match = _PREVIEW.fullmatch(path.name)
         if match:
-            found[match[1]].append((int(match[2]), path))
+            found[match[1]][int(match[2])] = path
     out = []
-    for who, strips in sorted(found.items()):
-        strips.sort()
+    for who, by_step in sorted(found.items()):
+        strips = sorted(by_step.items())
         last = len(strips) - 1
         chosen = sorted({round(i * last / max(1, _PREVIEWS_SHOWN - 1)) for i in range(_PREVIEWS_SHOWN)})
         out.append((who, [(strips[i][0], _strip(strips[i][1])) for i in chosen]))

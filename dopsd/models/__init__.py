@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from tqdm import tqdm
 
 from dopsd.config import ModelSettings, Settings
 from dopsd.data.images import MULTIPLE
 from dopsd.versions import ENCODING_VERSION
 
-from .base import Family, Parts, Teaching
+from .base import Family, Loader, Part, Parts, Teaching
 from .checkpointing import checkpoint_blocks
 from .folder import CONFIG, read_json
 from .loading import Where, compile_blocks, use_plain_attention
@@ -261,13 +262,23 @@ def load_family(model: ModelSettings, root: Path = Path(), use: Use = "teach", s
         return use_plain_attention(module) if device.type == "cpu" else module
 
     configs = {name: _config(base.source, name) for name in _with_config(base)}
-    waiting = device if model.offload == "model" else None
-    parts = Parts(loaders | {"transformer": transformer}, configs | {"index": base.index}, waiting)
+    shown = {name: _shown(name, load) for name, load in (loaders | {"transformer": transformer}).items()}
+    parts = Parts(shown, configs | {"index": base.index}, device if model.offload == "model" else None)
     # what only trains encodes nothing, and need not have the encoders' files to say which they are
     rounded = [] if model.quantization == "none" else [model.quantization]
     made_of = [ENCODING_VERSION, str(dtype), base.encoders, family.pipeline, *rounded]
     fingerprint = "" if use == "train" else _hash(made_of)
     return family(parts, teaching, device, dtype, fingerprint)
+
+
+def _shown(name: Part, load: Loader) -> Loader:
+    """``load``, and what is loaded stands on the terminal meanwhile: the transformer takes a minute at true size."""
+
+    def loaded(parts: Parts) -> Any:
+        with tqdm(desc=f"loading {name}", bar_format="{desc} ...", leave=False, disable=None):
+            return load(parts)
+
+    return loaded
 
 
 def _with_config(base: Base) -> Iterable[str]:

@@ -83,11 +83,11 @@ class Registry:
         return any(_identity_of(version) == identity and _GATE in version.tags for version in versions)
 
     def adapter(self, version: ModelVersion, folder: Path) -> Path:
-        """Fetch a version's adapter in the project's own form, to evaluate it again. Returns its file."""
+        """Fetch a version's adapter, as diffusers reads it: the one that is served. Returns its file."""
         from mlflow.artifacts import download_artifacts
 
         with self._answers():
-            source = f"{version.source}/artifacts/student.safetensors"
+            source = f"{version.source}/artifacts/adapter.safetensors"
             return Path(download_artifacts(source, dst_path=str(folder), tracking_uri=self.uri))
 
     def base(self, version: ModelVersion, folder: Path) -> Path | None:
@@ -107,7 +107,8 @@ class Registry:
         champion_scores: Mapping[str, Any] | None, files: Mapping[str, Path], serving: Mapping[str, Any],
         settings: RegistrySettings, obstacle: str = "",
     ) -> Outcome:  # fmt: skip
-        """Make a version of ``files`` (``adapter``, ``student``, ``about``, and ``base`` where it is stored); judge it.
+        """Make a version of ``files`` (``adapter``, ``comfyui``, ``card``, ``about``, and ``base`` where it is stored);
+        judge it.
 
         ``scores`` are this version's, ``champion_scores`` the champion's on the same prompts and seeds; ``obstacle``:
         why it could not be asked them, so that it stays. Registering the same run with the same scores again makes no

@@ -19,7 +19,7 @@ from dopsd.files import PARTIAL, GrowingFile, read_json
 
 LONGEST_PARAM = 6000  # characters that MLflow takes as a parameter's value
 CLOCK_TICK = 0.02  # seconds that a file's time may lag behind the clock
-_PREVIEW = re.compile(r"(\w+)-(\d+)\.png")
+_PREVIEW = re.compile(r"(\w+)-(\d+)\.(?:webp|png)")  # png: of runs before 30 November 2026
 Warn = Callable[[str], None]
 
 
@@ -75,6 +75,8 @@ def _training(
         return files if newest >= status.get("started", float("inf")) / 1000 else []
 
     results = [path for name in ("evaluation", "report.html", "export") for path in current(name)]
+    # the exported weights are the registered version's: hundreds of megabytes need be there but once
+    results = [path for path in results if path.suffix != ".safetensors"]
     measured = {
         name: read_json(run / path, warn)
         for name, path in (("evaluation", "evaluation/metrics.json"), ("export", "exported.json"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import tempfile
 import uuid
 from collections import Counter
@@ -211,7 +212,7 @@ class Comparison:
             return False
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        name = target if isinstance(target, str) else _picture_name(*target, known.started)
+        name = target if isinstance(target, str) else _picture_name(*target, known.started, path.suffix)
         folder, what, sent = name.rpartition("/")[0] or None, f"file {name}", False
         if known.sent.get(name) == digest and self._is_listed(content, known, name):
             pass
@@ -275,10 +276,10 @@ class Comparison:
         self._reasons.clear()
 
 
-def _picture_name(key: str, step: int, started: int) -> str:
+def _picture_name(key: str, step: int, started: int, suffix: str) -> str:
     """As ``MlflowClient.log_image`` has it, but always the same: one that is drawn again replaces the first."""
     unique = uuid.uuid5(uuid.NAMESPACE_OID, f"{key}/{step}")
-    return f"images/{key.replace('/', '~')}+step+{step}+timestamp+{started + step}+{unique}.png"
+    return f"images/{key.replace('/', '~')}+step+{step}+timestamp+{started + step}+{unique}{suffix}"
 
 
 def _write_picture(source: Path, target: Path) -> None:
@@ -289,5 +290,8 @@ def _write_picture(source: Path, target: Path) -> None:
     with Image.open(source) as picture:
         factor = max(1, PREVIEW_SIDE // picture.height)
         image = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    image.save(target)
+    if factor > 1:
+        image.save(target, lossless=True)  # which is WebP's word; a PNG always is
+    else:
+        shutil.copyfile(source, target)
     compress_image_size(image).save(target.with_name(f"{target.stem}+compressed.webp"))

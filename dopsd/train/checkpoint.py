@@ -1,8 +1,9 @@
 """Everything a training run is, in safetensors and JSON, so that a killed run ends where the unbroken one ends.
 
-A checkpoint is a folder ``step-00000050/`` with ``tensors.safetensors`` (student, float32 teacher, optimizer, the state
-of the run's random generator) and ``state.json`` (step, sampler position, seconds, fingerprint). It is written beside
-its place, synced to disk and renamed, so a kill at any moment leaves the previous one; the last two are kept.
+A checkpoint is a folder ``step-00000050/`` with ``tensors.safetensors`` (student, optimizer, the state of the run's
+random generator, and where the teacher is an EMA its float32 weights: four times the adapter, 2.5 GB at true size) and
+``state.json`` (step, sampler position, seconds, fingerprint, why the run is over if it is). It is written beside its
+place, synced to disk and renamed, so a kill at any moment leaves the previous one; the last two are kept.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 KEEP = 2
-_TENSORS, _STATE = "tensors.safetensors", "state.json"
+TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ class Checkpoint:
     step: int
     """Optimizer steps done."""
     tensors: dict[str, Tensor]
+    """Empty where the run did all its steps: nothing goes on from there."""
     state: dict[str, Any]
-    """JSON values: fingerprint, sampler position, seconds so far, teacher gain."""
+    """JSON values: fingerprint, sampler position, seconds so far, teacher gain, ``stopped`` (why it is over, or "")."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -46,9 +48,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     partial.mkdir()
     try:
         tensors = {key: value.detach().cpu().contiguous() for key, value in checkpoint.tensors.items()}
-        save_file(tensors, partial / _TENSORS)
-        (partial / _STATE).write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1) + "\n")
-        for path in (partial / _TENSORS, partial / _STATE, partial):
+        save_file(tensors, partial / TENSORS)
+        (partial / STATE).write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1) + "\n")
+        for path in (partial / TENSORS, partial / STATE, partial):
             _sync(path)
     except BaseException:  # on a full disk half of it would take the room that the next try needs
         shutil.rmtree(partial, ignore_errors=True)
@@ -64,11 +66,16 @@ def load_checkpoint(folder: Path, log: Callable[[str], object] = print) -> Check
     """The newest readable checkpoint below ``folder``, or ``None``; one that cannot be read is a line to ``log``."""
     for path in reversed(complete(folder)):
         try:
-            state = json.loads((path / _STATE).read_text())
-            return Checkpoint(state.pop("step"), load_file(path / _TENSORS), state)
+            state = json.loads((path / STATE).read_text())
+            return Checkpoint(state.pop("step"), {} if is_over(state) else load_file(path / TENSORS), state)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             log(f"{path}: unreadable checkpoint ({error}); going back to the one before it, or to the start")
     return None
+
+
+def is_over(state: Mapping[str, Any]) -> bool:
+    """Whether a run did all its steps, by its newest checkpoint's ``state``. One that ended by the clock may go on."""
+    return state.get("stopped") == "max_steps"
 
 
 def remove_unfinished(folder: Path) -> None:

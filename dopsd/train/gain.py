@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from dopsd.data.dataset import Example
 from dopsd.distill.rollout import sample
@@ -101,10 +102,11 @@ def teacher_gain(
     known = [example for example in examples if example.latents is not None]
     if not known:
         return None
-    student, teacher = (
-        distances(family, known, shown, num_steps, batch_size, seed)
-        for shown in ([e.prompt for e in known], [e.context for e in known])
-    )
+    with tqdm(total=2 * len(known), desc="teacher gain", unit="sample", disable=None) as bar:
+        student, teacher = (
+            distances(family, known, shown, num_steps, batch_size, seed, bar.update)
+            for shown in ([e.prompt for e in known], [e.context for e in known])
+        )
     return compare(student, teacher)
 
 
@@ -118,7 +120,7 @@ def teacher_samples(
     if not path.exists() or _header(path) != identity:
         generator = torch.Generator().manual_seed(seed)
         drawn = {}
-        for number, example in enumerate(examples):
+        for number, example in enumerate(tqdm(examples, desc="teacher samples", unit="sample", disable=None)):
             noise = family.initial_latents(1, example.height, example.width, generator)
             latents = sample(family, [example.context], num_steps, example.height, example.width, noise)
             drawn[str(number)] = latents[0].cpu().contiguous()

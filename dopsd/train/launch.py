@@ -216,6 +216,8 @@ def _run_on_ray(
             failure_config=FailureConfig(max_failures=compute.max_failures),
         ),
     )
+    asked = ", ".join(f"{amount:g} {what}" for what, amount in requested.items() if what != "memory")
+    observer.message(f"{job.name}: handed to Ray; a worker asks for {asked}, and begins where they are free")
     with _Reader(queue, folder, observer, job):
         try:
             result = trainer.fit()

@@ -1,7 +1,7 @@
 """What a run leaves to look at while it runs: a row of numbers per step, pictures by step, a bar on the terminal.
 
 All of it goes into the run's folder first: ``log.jsonl`` (a row per step, cut back to the checkpoint on resume, so
-complete and not doubled), ``previews/<who>-<step>.png`` and the prompts they were drawn from. An :class:`Observer` is
+complete and not doubled), ``previews/<who>-<step>.webp`` and the prompts they were drawn from. An :class:`Observer` is
 told of every file that was written, and may copy it elsewhere.
 """
 
@@ -120,14 +120,14 @@ class Previews:
             except torch.OutOfMemoryError:
                 observer.message(f"step {step}: no memory to preview a picture of the {name}; skipped")
                 return
-            captions, strip = folder / f"{name}.captions.txt", folder / f"{name}-{step:06d}.png"
+            captions, strip = folder / f"{name}.captions.txt", folder / f"{name}-{step:06d}.webp"
             text = "".join(f"{prompt.caption}\n" for prompt in prompts)
             if not captions.exists() or captions.read_text() != text:
                 with whole_file(captions) as partial:
                     partial.write_text(text)
                 observer.wrote(captions)
             with whole_file(strip) as partial:
-                picture_row(images).save(partial, format="PNG")
+                save_strip(images, partial)
             observer.wrote(strip)
 
     def _draw(self, prompts: Sequence[Preview]) -> list[Image.Image]:
@@ -143,6 +143,22 @@ class Previews:
             )  # fmt: skip
             images |= dict(zip(rows, drawn, strict=True))
         return [images[number] for number in range(len(prompts))]
+
+
+STRIP_SIDE = 512
+"""Longest side in pixels of a picture in a strip; larger ones are reduced to it."""
+_LOSSLESS = 256  # smaller pictures are kept to the last bit: the report and the tracker enlarge them
+_WIDEST = 16383  # pixels of a WebP
+
+
+def save_strip(images: Sequence[Image.Image], path: Path) -> None:
+    """The pictures side by side as WebP: six of 1024 px are 16 MB as PNG, 0.9 MB so."""
+    side = min(STRIP_SIDE, _WIDEST // len(images))
+    reduced = [image.copy() for image in images]
+    for image in reduced:
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    small = max(max(image.size) for image in images) < _LOSSLESS
+    picture_row(reduced).save(path, format="WEBP", lossless=small, quality=90)
 
 
 def picture_row(images: Sequence[Image.Image], at_least: int = 1) -> Image.Image:

@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dopsd.files import link_or_copy
+
 _STEP = re.compile(r"checkpoints/step-(\d+)/state\.json$")
 
 
@@ -43,7 +45,10 @@ class JobStorage:
 
         system, path = self._opened
         names = self._files()
-        if names:
+        if system.type_name == "local":
+            for name in names:
+                link_or_copy(Path(path, name), folder / name)
+        elif names:
             folder.mkdir(parents=True, exist_ok=True)
             copy_files(path, str(folder), source_filesystem=system)
         self._known |= {name: _stamp(folder / name) for name in names}
@@ -93,9 +98,9 @@ class JobStorage:
         if system.type_name != "local":  # an object is there whole or not at all
             copy_files(str(file), target, destination_filesystem=system)
             return
-        system.create_dir(str(Path(target).parent), recursive=True)
-        copy_files(str(file), f"{target}.partial", destination_filesystem=system)
-        system.move(f"{target}.partial", target)
+        partial = Path(f"{target}.partial")
+        link_or_copy(file, partial)
+        partial.replace(target)
 
 
 def _stamp(file: Path) -> tuple[int, int]:

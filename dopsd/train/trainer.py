@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from dopsd.config import Method, TrainSettings
+from dopsd.config import CHECKPOINT_SECONDS, Method, TrainSettings
 from dopsd.data.dataset import BucketSampler, Example, Preview
 from dopsd.distill.adapters import STUDENT, add_adapters, save_adapter
 from dopsd.files import whole_file, write_json
@@ -56,6 +56,7 @@ class TrainResult:
     images: int
     """Examples drawn, with repetitions."""
     seconds: float
+    """Of the steps alone: neither teacher gain nor previews nor checkpoints."""
     teacher_gain: dict[str, float] | None
     stopped: str
     """``max_steps`` or ``max_minutes``."""
@@ -223,6 +224,7 @@ class _Run:
         self.folder, self.observer, self.identity = place.folder, place.observer, training.identity
         self.step = saved.step if saved else 0
         self.seconds: float = saved.state["seconds"] if saved else 0.0
+        self.saved_at = self.seconds
         self.labels = milestones(settings, method)
         self.log = RunLog(self.folder / "log.jsonl", self.step if saved else -1, self.observer)
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -319,15 +321,16 @@ class _Run:
     def until_stopped(self, previews: Previews, on_saved: Callable[[], None]) -> _Done:
         """Step until the run is over and its last checkpoint is written."""
         bar = Progress(self.method, max(self.labels), self.step)
-        started = time.monotonic() - self.seconds
         if self.step == 0:
             self._show(previews)
+        started = time.monotonic() - self.seconds  # as if all steps so far had run without a pause
         try:
             while True:
                 before = time.monotonic()
                 values = self._train_step(started)
+                after = time.monotonic()
                 self.step += 1
-                rate = self.settings.batch_size * self.settings.accumulation / (time.monotonic() - before)
+                rate = self.settings.batch_size * self.settings.accumulation / (after - before)
                 values |= {"train/images_per_second": rate, "train/seconds": self.seconds}
                 self.log.append(self.step, values)
                 bar.update(values["train/loss"], rate)
@@ -336,11 +339,12 @@ class _Run:
                     self._show(previews)
                 if stopped or self.step in self.labels:
                     self._write_adapter(stopped)
-                if stopped or self.step in self.labels or self.step % self.settings.checkpoint_steps == 0:
-                    self._save()
+                if stopped or self.step in self.labels or self._save_is_due():
+                    self._save(stopped)
                     on_saved()
                 if stopped:
                     return _Done(self.step, self.seconds, self.gain)
+                started += time.monotonic() - after  # pictures and files are no training
         finally:
             bar.close()
 
@@ -389,8 +393,14 @@ class _Run:
         }  # fmt: skip
         write_json(path.with_suffix(".json"), metadata)
 
-    def _save(self) -> None:
+    def _save_is_due(self) -> bool:
+        """By steps, or by the clock that all processes share."""
+        every = self.settings.checkpoint_steps
+        return self.step % every == 0 if every else self.seconds - self.saved_at >= CHECKPOINT_SECONDS
+
+    def _save(self, stopped: str) -> None:
         """Write a checkpoint. Its tensors are copied to the CPU one by one, and let go once they are written."""
+        self.saved_at = self.seconds
         self.log.sync()
         if not self.main:
             return
@@ -398,6 +408,6 @@ class _Run:
         tensors["random/generator"] = self.generator.get_state()
         state = {
             "fingerprint": self.identity, "seconds": self.seconds, "teacher_gain": self.gain,
-            "sampler": self.sampler.state_dict(),
+            "sampler": self.sampler.state_dict(), "stopped": stopped,
         }  # fmt: skip
         ckpt.save_checkpoint(self.folder / "checkpoints", ckpt.Checkpoint(self.step, tensors, state))

@@ -5,6 +5,7 @@ Ray's controller and helper processes import this module too, so it imports noth
 
 from __future__ import annotations
 
+import socket
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ def run(config: dict[str, Any]) -> dict[str, Any]:
 
         try:
             observer = _Relay(config["queue"], train) if first else _Silent()
+            observer.message(f"{job.name}: began on {socket.gethostname()}, loading the base")
             results = run_job(job, train, home / "adapters", observer, on_saved)
         except (TrainError, ValueError) as error:
             if type(error).__module__.partition(".")[0] != "dopsd":
