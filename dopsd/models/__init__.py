@@ -219,6 +219,12 @@ def device_of(model: ModelSettings) -> torch.device:
     return torch.device(name)
 
 
+def dtype_of(model: ModelSettings, device: torch.device) -> torch.dtype:
+    """The type that the settings want a model in on ``device``."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    return dtypes.get(model.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
 def load_family(model: ModelSettings, root: Path = Path(), use: Use = "teach") -> Family:
     """The base that the settings name. Nothing of it is in memory yet: each part is loaded when it is first used.
 
@@ -228,8 +234,7 @@ def load_family(model: ModelSettings, root: Path = Path(), use: Use = "teach") -
 
     logging.disable_progress_bar()
     base, device = open_base(model, root, use), device_of(model)
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    dtype = dtypes.get(model.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = dtype_of(model, device)
     family = family_class(model)
     teaching = replace(teaching_of(model), vlm=base.vlm_identity)
     loaders = dict(family.loaders(base.source, base.vlm, teaching, device, dtype))
