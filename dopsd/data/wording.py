@@ -42,12 +42,15 @@ PROMPTS: dict[Kind, dict[Variant, str]] = {
         "sentence of at most twenty words. It begins with the word Draw.",
     },
 }
+INTRODUCTION: dict[Kind, str] = {"style": "", "subject": "The {noun} in this picture is called {name}. "}
+"""Before each question."""
 RULES: dict[Kind, str] = {
     "style": " Speak only of the content. Do not say how the picture is made or looks: no style, medium, technique, "
     "artist, or colours. Answer with the text alone.",
-    "subject": ' The {noun} in this picture is called {name}: write "{name}" exactly once, letter by letter. Do not '
-    "say what it looks like: no colours, shape, material, or markings of it. Answer with the text alone.",
+    "subject": ' Write "{name}" exactly once, letter by letter. Do not say what {name} looks like: no colours, shape, '
+    "material, or markings of it. Answer with the text alone.",
 }
+"""After each question."""
 AGAIN = "An earlier answer could not be used: {why}. "
 """Before the same question, asked once more: by greedy decoding the same question has the same answer."""
 
@@ -73,7 +76,7 @@ class Naming:
 
     def question(self, variant: Variant) -> str:
         """What the VLM is asked for a caption of that length."""
-        text = PROMPTS[self.kind][variant] + RULES[self.kind]
+        text = INTRODUCTION[self.kind] + PROMPTS[self.kind][variant] + RULES[self.kind]
         return text.replace("{name}", self.name).replace("{noun}", self.noun)
 
 
@@ -91,14 +94,17 @@ def naming_of(kind: Kind, subject: str | None, placeholder: str) -> Naming:
         raise ValueError('a subject needs its class word: --subject "a wolf", for what all the pictures show')
     if len(noun) > 60 or not is_text(noun) or not re.fullmatch(r"[\w' -]+", noun) or not re.search(r"[^\W\d_]", noun):
         raise ValueError("--subject: give a word or two for what it is, such as wolf, coffee mug, or toy robot")
+    if placeholder.lower() in noun.lower():
+        raise ValueError(f"--subject: leave {placeholder} out; it is put before the class word")
     return Naming(kind, placeholder, noun)
 
 
 # --- what it answers --------------------------------------------------------------------------------------------------
 
 _SPEECH = re.compile(
-    r"^(?:(?:sure|certainly|of course|okay|ok|absolutely|great|yes)\b[^.:!,\n]{0,60}[.:!,]\s*)?"
-    r"(?:(?:here(?:'s|’s| is| are)|this is|below is)\b[^.:!\n]{0,80}:\s*)?",
+    r"^(?:(?:sure|certainly|of course|okay|ok|absolutely|great|yes)(?: thing)?(?:[.:!,]|(?= here))\s*)?"
+    r"(?:(?:here(?:'s|’s| is| are)|this is|below is)\b[^.:!\n]{0,60}\b(?:caption|description|phrase|sentence|prompt|"
+    r"request|answer)[^.:!\n]{0,40}:\s*)?",
     re.IGNORECASE,
 )
 _LABEL = re.compile(
@@ -107,8 +113,9 @@ _LABEL = re.compile(
 )
 _OPENING = re.compile(
     r"^(?:in (?:this|the) (?:image|picture|photo(?:graph)?|scene), +|"
+    r"(?:this|the) (?:image|picture|photo(?:graph)?) is (?:of )?|"
     r"(?:this|the|an?) (?:[\w-]+ ){0,4}?(?:image|picture|photo(?:graph)?|illustration|drawing|painting|sketch|artwork|"
-    r"cartoon|rendering|scene) (?:of|shows|depicts|features|portrays|captures|presents|displays) +)",
+    r"cartoon|rendering) (?:of|shows|depicts|features|portrays|captures|presents|displays) +)",
     re.IGNORECASE,
 )
 _AFTERTHOUGHT = re.compile(r"^\W*(?:note\b|let me know|feel free|i hope|if you\b|would you|this (?:caption|sentence|"
@@ -139,8 +146,8 @@ def clean(answer: str, variant: Variant) -> str:
     text = _one_line([_printable(re.sub(r"\*\*|__|(?<!\w)[*_](?=\w)|(?<=[\w.,])[*_](?!\w)", "", s)) for s in lines])
     for pattern in (_SPEECH, _LABEL):
         text = _unquoted(pattern.sub("", text, count=1))
-    text = _opened(text)
-    return _bounded(_without_loop(text), variant)
+    text = _bounded(_without_loop(_opened(text)), variant)
+    return _sentences(text)[0] if variant in ("short", "request") else text
 
 
 def _printable(line: str) -> str:
@@ -194,9 +201,15 @@ def _bounded(text: str, variant: Variant) -> str:
     return whole or cut.rsplit(" ", 1)[0].rstrip(" ,;:-–—(")
 
 
+def _sentences(text: str) -> tuple[str, str]:
+    """The first sentence, its full stop included, and what follows it."""
+    end = _SENTENCE_END.search(text + " ")
+    return (text[: end.end()], text[end.end() :]) if end else (text, "")
+
+
 def unusable(text: str, variant: Variant) -> str:
     """Why a cleaned answer is no caption; empty where it is one."""
-    words = re.findall(r"[^\W\d_]{2,}|[\u3040-\u9fff]", text)
+    words = re.findall(r"[\u3040-\u9fff]|[^\W\d_]{2,}", text)
     if not words:
         return "it has no words"
     if _REFUSAL.search(text):
@@ -209,7 +222,7 @@ def doubtful(text: str, naming: Naming) -> str:
     if naming.kind == "style":
         found = _LOOK.search(text)
         return f'it says "{found[0]}", which {naming.placeholder} is to mean' if found else ""
-    if naming.placeholder.lower() in text.lower() or _noun_in(text, naming.noun):
+    if _mark(naming).search(text) or _noun_in(text, naming.noun):
         return ""
     return f"it does not mention the {naming.noun}"
 
@@ -227,7 +240,7 @@ _ASKING = re.compile(
 
 def with_placeholder(text: str, variant: Variant, naming: Naming) -> str:
     """A cleaned answer as a caption with the placeholder in it exactly once, whether the answer had it or not."""
-    text = re.sub(re.escape(naming.placeholder), lambda _: naming.placeholder, text, flags=re.IGNORECASE)
+    text = _mark(naming).sub(lambda _: naming.placeholder, text)
     if variant == "short":
         text = text.rstrip(" .")
     if variant == "request" and not _ASKING.match(text):
@@ -242,35 +255,39 @@ def _begun(text: str) -> str:
     return first.lower() + text[len(first) :] if common else text
 
 
+def _mark(naming: Naming) -> re.Pattern[str]:
+    """The placeholder in a text: whole, where it is a word ("sks" is not in "asks")."""
+    before, after = (r"\b" if re.match(r"\w", edge) else "" for edge in (naming.placeholder[0], naming.placeholder[-1]))
+    return re.compile(before + re.escape(naming.placeholder) + after, re.IGNORECASE)
+
+
 def _with_style(text: str, variant: Variant, naming: Naming) -> str:
     """Said of the first sentence; an answer that said it elsewhere, or several times, says it there alone."""
-    mark = re.escape(naming.placeholder)
-    text = re.sub(rf"[\s,]*(?:\bin\s+(?:the\s+)?)?{mark}(?:[ -]styles?\b)?", "", text).strip()
-    end = _SENTENCE_END.search(text + " ")
-    first, rest = (text[: end.start()], text[end.start() :]) if end else (text, "")
-    first = first.rstrip(" ,;:-")
+    text = re.sub(
+        rf"[\s,]*(?:\bin\s+(?:the\s+)?)?{_mark(naming).pattern}(?:[ -]styles?\b)?", "", text, flags=re.I
+    ).strip()
+    first, rest = _sentences(text)
+    bare = first.rstrip(" .!?。！？,;:-")
     comma = "" if variant in ("short", "request") else ","
-    return f"{first}{comma} {naming.name}{rest}" if first else naming.name + rest
+    return f"{bare}{comma} {naming.name}{first[len(bare) :].strip(' ,;:-')}{rest}" if bare else naming.name + rest
 
 
 def _with_subject(text: str, variant: Variant, naming: Naming) -> str:
     """Before the class word where it comes first, else before everything; later ones become "the wolf"."""
-    mark, noun = naming.placeholder, naming.noun
-    place = text.find(mark)
-    if place < 0:
+    noun, first = naming.noun, _mark(naming).search(text)
+    if first is None:
         found = _noun_in(text, noun)
         if found:
-            return f"{text[: found.start()]}{mark} {text[found.start() :]}"
+            return f"{text[: found.start()]}{naming.placeholder} {text[found.start() :]}"
         if variant == "request":
             return f"{text.rstrip(' .!?')}: {naming.name}"
         return f"{naming.name}{',' if text[:1].islower() else ':'} {text}"
-    end = place + len(mark)
 
     def again(found: re.Match[str]) -> str:
-        return f"{found[1]}{noun}" if found[1] else f"the {noun}"
+        return f"{found[1] or 'the '}{noun}"
 
-    later = rf"(\b(?:an?|the|this|that|its|his|her|their|one)\s+)?{re.escape(mark)}(?:\s+{re.escape(noun)}\b)?"
-    return text[:end] + re.sub(later, again, text[end:], flags=re.IGNORECASE)
+    later = rf"(\b(?:an?|the|this|that|its|his|her|their|one)\s+)?{_mark(naming).pattern}(?:\s+{re.escape(noun)}\b)?"
+    return text[: first.end()] + re.sub(later, again, text[first.end() :], flags=re.IGNORECASE)
 
 
 def _noun_in(text: str, noun: str) -> re.Match[str] | None:
