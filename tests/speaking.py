@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ def write_speaking_vlm(folder: Path, sentence: str = "an owl sits on a forest pa
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
         head = torch.zeros_like(model.lm_head.weight)
-        for last, following in zip(chain, chain[1:], strict=False):
+        for last, following in pairwise(chain):
             head[following] = language.norm(language.embed_tokens.weight[last])
     model.lm_head.weight = torch.nn.Parameter(head)
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,10 @@ def _of_part(
     found = list(
         _by_texts(part, images, beside, redo, faults) if beside else _by_rows(part, names, images, redo, faults)
     )
+    twins = Counter(one.source for one in found if one.single)
+    for source in (source for source, pictures in twins.items() if pictures > 1):
+        problem = "two pictures share this one caption file; give each a name of its own"
+        faults.append(Fault(str(part / source), None, None, problem))
     for one in found:
         # what is there and not among the files is no file, or a link that leaves the folder
         if one.source not in names and os.path.lexists(one.target):

@@ -89,7 +89,7 @@ def naming_of(kind: Kind, subject: str | None, placeholder: str) -> Naming:
         if subject is not None:
             raise ValueError("a style has no subject; leave --subject out, or say --kind subject")
         return Naming(kind, placeholder)
-    noun = re.sub(r"^(an?|the|my|our)\s+", "", " ".join((subject or "").split()), flags=re.IGNORECASE)
+    noun = re.sub(r"^(an?|the|my|our)(\s+|$)", "", " ".join((subject or "").split()), flags=re.IGNORECASE)
     if not noun:
         raise ValueError('a subject needs its class word: --subject "a wolf", for what all the pictures show')
     if len(noun) > 60 or not is_text(noun) or not re.fullmatch(r"[\w' -]+", noun) or not re.search(r"[^\W\d_]", noun):
@@ -264,7 +264,7 @@ def _mark(naming: Naming) -> re.Pattern[str]:
 def _with_style(text: str, variant: Variant, naming: Naming) -> str:
     """Said of the first sentence; an answer that said it elsewhere, or several times, says it there alone."""
     text = re.sub(
-        rf"[\s,]*(?:\bin\s+(?:the\s+)?)?{_mark(naming).pattern}(?:[ -]styles?\b)?", "", text, flags=re.I
+        rf"[\s,]*(?:\bin\s+(?:the\s+)?)?{_mark(naming).pattern}(?:[ -]styles?\b)?,?", "", text, flags=re.I
     ).strip()
     first, rest = _sentences(text)
     bare = first.rstrip(" .!?。！？,;:-")

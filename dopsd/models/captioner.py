@@ -104,6 +104,7 @@ def load_captioner(found: Captioner, model: ModelSettings) -> Ask:
 
     device = device_of(model)
     try:
+        _check_size(found)
         vlm, info = AutoModelForImageTextToText.from_pretrained(
             found.folder, dtype=dtype_of(model, device), use_safetensors=True, trust_remote_code=False,
             local_files_only=True, output_loading_info=True,
@@ -133,6 +134,20 @@ def load_captioner(found: Captioner, model: ModelSettings) -> Ask:
         return _answer(vlm, processor, image, question)
 
     return ask
+
+
+def _check_size(found: Captioner) -> None:
+    """A configuration that describes a far larger model than the weights are would fill the memory with random ones."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(found.folder, trust_remote_code=False, local_files_only=True)
+    with torch.device("meta"):
+        wanted = sum(p.numel() for p in AutoModelForImageTextToText.from_config(config).parameters())
+    there = sum(file.stat().st_size for file in found.folder.glob("*.safetensors"))
+    # the narrowest types have a byte a parameter; quantised weights are packed, and say so
+    if wanted > 1.2 * there and not hasattr(config, "quantization_config"):
+        raise ModelError(f"{found.shown}: its {CONFIG} describes {wanted:,} parameters, its weights are {there:,} "
+                         "bytes; copy or fetch it again")  # fmt: skip
 
 
 def _answer(vlm: Any, processor: Any, image: Image, question: str) -> str:
