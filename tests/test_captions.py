@@ -60,6 +60,9 @@ WOLF = Naming("subject", "[V]", "wolf")
         ("a\u2028fox\tsits \x00here\ufffd", "a fox sits here"),
         ("<|vision_start|><|image_pad|>a fox<|endoftext|> </tool_call>", "a fox"),
         ("a fox on a hill a fox on a hill a fox on a hill", "a fox on a hill"),
+        ("a fox in front of a tree in front of a house in front of a hill",
+         "a fox in front of a tree in front of a house in front of a hill"),
+        ("[V](the fox) sits", "[V](the fox) sits"),
         ("a fox lolololololololololol and more", "a fox"),
         ("雪の上の狐。", "雪の上の狐。"),
     ],
@@ -322,6 +325,9 @@ def test_redo_takes_all_and_keeps_what_was_there(folder: Path) -> None:
         assert save(one, {"short": "x [V]"}, redo=True)
     assert [row["captions"] for row in _rows(folder)] == [{"short": "x [V]"}] * 3
     assert (folder / ".metadata.jsonl.before").read_text() == '{"image": "a.png", "caption": "mine [V]"}\n'
+    keep_as_before(found)
+    assert "mine" in (folder / ".metadata.jsonl.before").read_text(), "what a person wrote is not lost by a second time"
+    assert "x [V]" in (folder / ".metadata.jsonl.before2").read_text()
 
 
 def _write(name: str, content: str | bytes) -> Callable[[Path], None]:

@@ -13,6 +13,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,6 @@ from .images import EXTENSIONS, ImageError, load_image
 from .manifest import HOLDOUT, METADATA, DataError, Fault, concept_files
 from .records import is_text, read_jsonl, read_texts, shown, stem_of
 
-MAX_ASPECT = 4.0
-"""As ``concept add`` has it: a longer picture would be captioned for nothing."""
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -70,20 +69,20 @@ def uncaptioned(folder: Path, redo: bool = False) -> tuple[list[Uncaptioned], in
     }
     found: list[Uncaptioned] = []
     faults: list[Fault] = []
-    count = 0
+    total = 0
     for part, names in parts.items():
         images = [name for name in names if _suffix(name) in EXTENSIONS]
-        count += len(images)
+        total += len(images)
         if images:
             found += _of_part(part, names, images, redo, faults)
-    if not count:
+    if not total:
         faults.append(Fault(str(folder), None, None, f"no pictures there ({', '.join(EXTENSIONS)}); check the path"))
     for part in {one.target.parent for one in found}:
         if not os.access(part, os.W_OK):
             faults.append(Fault(str(part), None, None, "this folder may not be written to; give yourself the right to"))
     if faults:
         raise DataError(faults)
-    return found, count
+    return found, total
 
 
 def _of_part(
@@ -169,6 +168,8 @@ def _faults(part: Path, source: str, row: int, problems: Sequence[tuple[str | No
 
 def check_pictures(pictures: Sequence[Uncaptioned], max_pixels: int) -> None:
     """Decode each once. Raises :class:`DataError` with everything that is wrong with them."""
+    from .schema import MAX_ASPECT  # a longer picture would be captioned for nothing
+
     faults = []
     for one in pictures:
         try:
@@ -187,10 +188,11 @@ def check_pictures(pictures: Sequence[Uncaptioned], max_pixels: int) -> None:
 
 
 def keep_as_before(pictures: Sequence[Uncaptioned]) -> None:
-    """Copy each file of captions that is going to be written over to ``.NAME.before``, which is no part of the data."""
-    for target in {one.target for one in pictures}:
-        if target.is_file():
-            shutil.copyfile(target, target.with_name(f".{target.name}.before"))
+    """Copy each file of captions that is going to be written over to ``.NAME.before`` (``.before2`` ... where there is
+    one already); being hidden it is no part of the data."""
+    for target in {one.target for one in pictures if one.target.is_file()}:
+        names = (f".{target.name}.before{number if number > 1 else ''}" for number in count(1))
+        shutil.copyfile(target, next(free for name in names if not os.path.lexists(free := target.with_name(name))))
 
 
 def save(picture: Uncaptioned, captions: Mapping[str, str], redo: bool = False) -> bool:

@@ -141,7 +141,7 @@ def clean(answer: str, variant: Variant) -> str:
     text = unicodedata.normalize("NFC", answer).rpartition("</think>")[2]
     text = text.partition("<think>")[0]  # one that never ended is no answer
     text = re.sub(r"<\|?[/\w][^<>\n]{0,40}>", " ", text).replace("\ufffd", "")
-    text = re.sub(r"!?\[([^\]\n]+)\]\([^)\s]*\)", r"\1", text)  # a link
+    text = re.sub(r"!?\[([^\]\n]+)\]\([^)\s]*[./][^)\s]*\)", r"\1", text)  # a link
     lines = [re.sub(r"^(?:#{1,6}|>)\s+", "", line.strip()) for line in re.sub(r"```\w*", "\n", text).splitlines()]
     text = _one_line([_printable(re.sub(r"\*\*|__|(?<!\w)[*_](?=\w)|(?<=[\w.,])[*_](?!\w)", "", s)) for s in lines])
     for pattern in (_SPEECH, _LABEL):
@@ -177,17 +177,15 @@ def _opened(text: str) -> str:
 
 
 def _without_loop(text: str) -> str:
-    """Cut where a model goes round: at the same few letters again and again, and before three words that come a second
-    time and then a third."""
+    """Cut where a model goes round: at the same few letters again and again, and before five words that come a second
+    time and then a third ("in front of the" may)."""
     text = re.split(r"(\S{1,12}?)\1{4,}", text, maxsplit=1)[0].rstrip()
     words = text.split(" ")
-    counted = Counter(zip(words, words[1:], words[2:], strict=False))
-    seen: set[tuple[str, ...]] = set()
-    for place in range(len(words) - 2):
-        three = (words[place], words[place + 1], words[place + 2])
-        if counted[three] > 2 and three in seen:
+    runs = [tuple(words[place : place + 5]) for place in range(len(words) - 4)]
+    counted = Counter(runs)
+    for place, run in enumerate(runs):
+        if counted[run] > 2 and run in runs[:place]:
             return " ".join(words[:place])
-        seen.add(three)
     return text
 
 
