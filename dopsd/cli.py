@@ -9,8 +9,9 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -287,6 +288,54 @@ def concept_add(
         print(f"{params}: {name} is listed in `concepts` now")
     print(f"what it needs otherwise than others: {table.root / OWN_SETTINGS}")
     print(f"next: `dvc repro report@{name} register@{name}`")
+
+
+@concept_app.command("caption")
+def concept_caption(
+    place: Annotated[str, typer.Argument(help="A folder of pictures, or a concept.", metavar="NAME_OR_FOLDER")],
+    kind: Annotated[
+        Literal["subject", "style"] | None,
+        typer.Option("--kind", help="What [V] is to mean; by itself a style, or a subject where --subject says which."),
+    ] = None,
+    subject: Annotated[
+        str | None, typer.Option("--subject", help='What all pictures show, such as "a wolf".', metavar="WORDS")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="The VLM that looks; by itself that of the settings.", metavar="NAME_OR_FOLDER"
+        ),
+    ] = None,
+    redo: Annotated[
+        bool, typer.Option("--redo", help="Make all captions anew, yours too; they stay in a hidden .NAME.before.")
+    ] = False,
+    params: Params = PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Write captions for the pictures that have none, by a VLM; review them, then `dopsd concept add`.
+
+    Each picture gets a short, a medium and a detailed caption, and a request, with `[V]` in each. For example:
+    `dopsd concept caption ~/my-pictures` for a style, `dopsd concept caption ~/mug --subject "a mug"` for a subject.
+    """
+    from dopsd.captioning import caption_folder, folder_of, naming_for, next_command
+
+    settings = _settings(params, overrides)
+    folder, concept = folder_of(place, Path())
+    naming = naming_for(folder, kind, subject, settings.data.placeholder)
+    with concept_lock(concept, Path(), "dopsd concept caption") if concept else nullcontext():
+        report = caption_folder(folder, naming, settings, Path(), model, redo)
+    print(f"{report.made} of {report.total} pictures captioned{report.untouched}")
+    for line in report.examples:
+        print(f"  {line}")
+    for line in report.look:
+        print(f"look at {line}")
+    for line in report.failed:
+        typer.secho(f"no caption for {line}", fg="red", err=True)
+    if report.files:
+        print(f"review and edit: {', '.join(map(str, sorted(report.files)[:3]))}{', ...' * (len(report.files) > 3)}")
+    print(f"next: `{next_command(folder, concept)}`")
+    if report.failed:
+        raise typer.Exit(1)
 
 
 @track_app.command("sync")

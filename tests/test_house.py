@@ -31,6 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "export": {"config", "files", "data", "models", "distill"},
     "tracking": {"config", "files"},
     "registry": {"config", "files", "identity", "tracking"},
+    "captioning": {"config", "files", "data", "models"},
     "lock": {"config", "files"},
     "memory": {"config"},
     "project": {"config", "data", "models", "evaluation"},

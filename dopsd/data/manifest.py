@@ -198,4 +198,9 @@ def _describe_kinds(kinds: Sequence[str], any_images: bool) -> str:
     expected = f"{METADATA}, or a .txt beside each picture, or one .parquet file"
     if kinds:
         return f"captions are given in more than one way ({', '.join(map(shown, kinds))}); keep only one: {expected}"
-    return f"no captions found; write {expected}" if any_images else f"no pictures and no captions; expected {expected}"
+    made = " (`dopsd concept caption FOLDER` makes some to start from)"
+    return (
+        f"no captions found; write {expected}{made}"
+        if any_images
+        else f"no pictures and no captions; expected {expected}"
+    )

@@ -1,0 +1,260 @@
+"""The pictures of a folder that have no captions yet, and where captions for them are written.
+
+They are written the way the folder has its others: into ``metadata.jsonl``, or as a ``.txt`` beside each picture, which
+holds one caption only. A folder with no captions at all gets a ``metadata.jsonl``. What a person wrote stays, to the
+byte: a row is looked at again at the moment it is written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from ..files import whole_file
+from .images import EXTENSIONS, ImageError, load_image
+from .manifest import HOLDOUT, METADATA, DataError, Fault, concept_files
+from .records import is_text, read_jsonl, read_texts, shown, stem_of
+
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Uncaptioned:
+    """A picture that gets captions. ``part``: the concept folder or its held-out part; ``image``: relative to it.
+
+    ``source``: the file that its captions are written to, relative to ``part``.
+    """
+
+    part: Path
+    image: str
+    source: str
+
+    @property
+    def path(self) -> Path:
+        """The picture. Not as it is written: after a link to a folder, ``..`` is not where it seems to be."""
+        return self.part / os.path.normpath(self.image)
+
+    @property
+    def target(self) -> Path:
+        return self.part / self.source
+
+    @property
+    def single(self) -> bool:
+        """Whether there is room for one caption only."""
+        return self.source != METADATA
+
+
+def uncaptioned(folder: Path, redo: bool = False) -> tuple[list[Uncaptioned], int]:
+    """The pictures without captions (all of them with ``redo``), held-out ones too, and how many pictures there are.
+
+    Raises :class:`DataError` with every reason why captions cannot be written there; no picture is opened.
+    """
+    if not folder.is_dir():
+        problem = (
+            "no such folder; check the path" if not folder.exists() else "not a folder; give the one with pictures"
+        )
+        raise DataError([Fault(str(folder), None, None, problem)])
+    files = concept_files(folder)
+    inner = f"{HOLDOUT}/"
+    parts = {
+        folder: [file for file in files if not file.startswith(inner)],
+        folder / HOLDOUT: [file.removeprefix(inner) for file in files if file.startswith(inner)],
+    }
+    found: list[Uncaptioned] = []
+    faults: list[Fault] = []
+    total = 0
+    for part, names in parts.items():
+        images = [name for name in names if _suffix(name) in EXTENSIONS]
+        total += len(images)
+        if images:
+            found += _of_part(part, names, images, redo, faults)
+    if not total:
+        faults.append(Fault(str(folder), None, None, f"no pictures there ({', '.join(EXTENSIONS)}); check the path"))
+    for part in {one.target.parent for one in found}:
+        if not os.access(part, os.W_OK):
+            faults.append(Fault(str(part), None, None, "this folder may not be written to; give yourself the right to"))
+    if faults:
+        raise DataError(faults)
+    return found, total
+
+
+def _of_part(
+    part: Path, names: Sequence[str], images: Sequence[str], redo: bool, faults: list[Fault]
+) -> list[Uncaptioned]:
+    stems = {stem_of(image) for image in images}
+    beside = [name for name in names if _suffix(name) == ".txt" and stem_of(name) in stems]
+    tables = [name for name in names if _suffix(name) == ".parquet"]
+    kinds = [*([METADATA] if METADATA in names else []), *tables, *beside[:1]]
+    if len(kinds) > 1:
+        problem = f"captions are given in more than one way ({', '.join(map(shown, kinds))}); keep only one"
+        faults.append(Fault(str(part), None, None, problem))
+        return []
+    if tables:
+        problem = f"captions are not written into parquet; write them there yourself, or give {METADATA} instead"
+        faults.append(Fault(str(part / tables[0]), None, None, problem))
+        return []
+    found = list(
+        _by_texts(part, images, beside, redo, faults) if beside else _by_rows(part, names, images, redo, faults)
+    )
+    twins = Counter(one.source for one in found if one.single)
+    for source in (source for source, pictures in twins.items() if pictures > 1):
+        problem = "two pictures share this one caption file; give each a name of its own"
+        faults.append(Fault(str(part / source), None, None, problem))
+    for one in found:
+        # what is there and not among the files is no file, or a link that leaves the folder
+        if one.source not in names and os.path.lexists(one.target):
+            problem = "is a link that leaves the folder, or no file; take it out of the folder"
+            fault = Fault(str(one.target), None, None, problem)
+            faults += [fault] if fault not in faults else []
+    return found
+
+
+def _by_texts(
+    part: Path, images: Sequence[str], texts: Sequence[str], redo: bool, faults: list[Fault]
+) -> Iterator[Uncaptioned]:
+    for record in read_texts(part, images, texts):
+        blank = record.captions is not None and not _any_text(record.captions)
+        if record.row == 0 and record.image is not None:
+            yield Uncaptioned(part, record.image, f"{stem_of(record.image)}.txt")
+        elif record.image is not None and record.captions is not None and (blank or redo):
+            yield Uncaptioned(part, record.image, record.source)
+        else:
+            faults += _faults(part, record.source, record.row, record.problems)
+
+
+def _by_rows(
+    part: Path, names: Sequence[str], images: Sequence[str], redo: bool, faults: list[Fault]
+) -> Iterator[Uncaptioned]:
+    listed: set[str] = set()
+    known = set(names)
+    for record in read_jsonl(part, METADATA) if METADATA in known else ():
+        value = _value(_lines(part / METADATA)[record.row - 1]) if record.row else None
+        lacks = value is not None and _lacks(value)
+        unread = [pair for pair in record.problems if not (lacks and pair[0] in ("caption", "captions"))]
+        faults += _faults(part, METADATA, record.row, unread)
+        if record.image is None:
+            continue
+        listed |= {os.path.normpath(name) for name in (record.image, *record.references)}
+        if unread or not (lacks or redo):
+            continue
+        problem = ""
+        if os.path.normpath(record.image) not in known:
+            problem = f"{record.image}: no picture of this folder; give a path inside it, or remove the row"
+        elif record.references:
+            problem = "this row is an edit (it has references), and its caption says what to change: write it yourself"
+        if problem:
+            faults += _faults(part, METADATA, record.row, [("image", problem)])
+        else:
+            yield Uncaptioned(part, record.image, METADATA)
+    for image in images:
+        if image not in listed:
+            if not is_text(image):
+                problem = "the file's name holds control characters or is not valid UTF-8; rename it"
+                faults += _faults(part, image, 0, [("image", problem)])
+            else:
+                yield Uncaptioned(part, image, METADATA)
+
+
+def _faults(part: Path, source: str, row: int, problems: Sequence[tuple[str | None, str]]) -> list[Fault]:
+    return [Fault(shown(str(part / source)), row or None, column, shown(problem)) for column, problem in problems]
+
+
+def check_pictures(pictures: Sequence[Uncaptioned], max_pixels: int) -> None:
+    """Decode each once. Raises :class:`DataError` with everything that is wrong with them."""
+    from .schema import MAX_ASPECT  # a longer picture would be captioned for nothing
+
+    faults = []
+    for one in pictures:
+        try:
+            width, height = load_image(one.path, max_pixels).size
+        except ImageError as error:
+            faults.append(Fault(str(one.path), None, None, error.problem))
+            continue
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            problem = f"is {width} x {height} pixels, longer than {MAX_ASPECT:g} : 1; crop it"
+            faults.append(Fault(str(one.path), None, None, problem))
+    if faults:
+        raise DataError(faults)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def keep_as_before(pictures: Sequence[Uncaptioned]) -> None:
+    """Copy each file of captions that is going to be written over to ``.NAME.before`` (``.before2`` ... where there is
+    one already); being hidden it is no part of the data."""
+    for target in {one.target for one in pictures if one.target.is_file()}:
+        names = (f".{target.name}.before{number if number > 1 else ''}" for number in count(1))
+        shutil.copyfile(target, next(free for name in names if not os.path.lexists(free := target.with_name(name))))
+
+
+def save(picture: Uncaptioned, captions: Mapping[str, str], redo: bool = False) -> bool:
+    """Write a picture's captions (variant to text), all of the file or nothing. Returns whether they were written.
+
+    They are not where somebody has captioned the picture meanwhile, unless ``redo``.
+    """
+    content = _texts_of(picture, captions, redo) if picture.single else _rows_of(picture, captions, redo)
+    if content is None:
+        return False
+    with whole_file(picture.target) as partial:
+        partial.write_bytes(content)
+    return True
+
+
+def _texts_of(picture: Uncaptioned, captions: Mapping[str, str], redo: bool) -> bytes | None:
+    if not redo and picture.target.is_file() and picture.target.read_bytes().removeprefix(_BOM).strip():
+        return None
+    (text,) = captions.values()
+    return f"{text}\n".encode()
+
+
+def _rows_of(picture: Uncaptioned, captions: Mapping[str, str], redo: bool) -> bytes | None:
+    lines = _lines(picture.target)
+    rows = [(place, value) for place, line in enumerate(lines) if (value := _value(line)) is not None]
+    own = [(place, value) for place, value in rows if value.get("image") == picture.image]
+    if not own:
+        if lines and not lines[-1].strip():
+            lines.pop()
+        own = [(len(lines), {"image": picture.image})]
+        lines.append(b"")
+    wanted = [(place, value) for place, value in own if redo or _lacks(value)]
+    for place, value in wanted:
+        row = {key: content for key, content in value.items() if key not in ("caption", "captions")}
+        lines[place] = json.dumps(row | {"captions": dict(captions)}, ensure_ascii=False).encode()
+    if lines[-1].strip():
+        lines.append(b"")
+    return b"\n".join(lines) if wanted else None
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().removeprefix(_BOM).split(b"\n") if path.is_file() else []
+
+
+def _value(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _lacks(value: Mapping[str, Any]) -> bool:
+    """Whether a row has no caption: neither key, or null, or only blanks. A number, say, is a fault."""
+    given = [value[key] for key in ("caption", "captions") if value.get(key) is not None]
+    return all(isinstance(one, str | dict) and not _any_text(one) for one in given)
+
+
+def _any_text(given: str | Mapping[str, Any]) -> bool:
+    texts = [given] if isinstance(given, str) else list(given.values())
+    return any(not isinstance(text, str) or text.strip() for text in texts)
+
+
+def _suffix(name: str) -> str:
+    return Path(name).suffix.lower()
