@@ -225,7 +225,6 @@ def device_of(model: ModelSettings) -> torch.device:
     return torch.device(name)
 
 
-<<<<<<< HEAD
 def checkpointing_of(model: ModelSettings, device: torch.device) -> Literal["none", "every", "every-second"]:
     """Which blocks are checkpointed on that device."""
     if model.gradient_checkpointing != "auto":
@@ -233,16 +232,13 @@ def checkpointing_of(model: ModelSettings, device: torch.device) -> Literal["non
     return "none" if device.type == "cpu" and model.offload != "group" else "every"
 
 
-def load_family(model: ModelSettings, root: Path = Path(), use: Use = "teach", sharded: bool = False) -> Family:
-=======
 def dtype_of(model: ModelSettings, device: torch.device) -> torch.dtype:
     """The type that the settings want a model in on ``device``."""
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     return dtypes.get(model.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
-def load_family(model: ModelSettings, root: Path = Path(), use: Use = "teach") -> Family:
->>>>>>> captions
+def load_family(model: ModelSettings, root: Path = Path(), use: Use = "teach", sharded: bool = False) -> Family:
     """The base that the settings name. Nothing of it is in memory yet: each part is loaded when it is first used.
 
     ``root`` is what a relative path is relative to. ``sharded``: the processes of this training divide the transformer
@@ -256,11 +252,8 @@ def load_family(model: ModelSettings, root: Path = Path(), use: Use = "teach") -
     dtype = dtype_of(model, device)
     family = family_class(model)
     teaching = replace(teaching_of(model), vlm=base.vlm_identity)
-    loaders = dict(
-        family.loaders(
-            base.source, base.vlm, teaching, Where(device, dtype, model.quantization, model.offload, sharded)
-        )
-    )
+    where = Where(device, dtype, model.quantization, model.offload, sharded)
+    loaders = dict(family.loaders(base.source, base.vlm, teaching, where))
     load_transformer = loaders["transformer"]
 
     def transformer(parts: Parts) -> Any:
