@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +46,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 def stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
     """Size, time of change and inode of every file below ``folder``: two equal ones, and nobody wrote meanwhile."""
-    found = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
-    return {str(path): (stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in found.items()}
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with suppress(FileNotFoundError):  # gone since it was looked at
+                stat = path.stat()
+                found[str(path)] = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    return found
 
 
 def write_json(path: Path, value: Any) -> None:
