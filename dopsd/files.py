@@ -58,8 +58,13 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
     """Size, time of change and inode of every file below ``folder``: two equal ones, and nobody wrote meanwhile."""
-    found = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
-    return {str(path): (stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in found.items()}
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with suppress(FileNotFoundError):  # gone since it was looked at
+                stat = path.stat()
+                found[str(path)] = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    return found
 
 
 def write_json(path: Path, value: Any) -> None:

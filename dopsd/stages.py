@@ -30,6 +30,7 @@ from dopsd.project import (
 
 if TYPE_CHECKING:
     from dopsd.data.cache import EncodingCache
+    from dopsd.data.encoded import Encoded
     from dopsd.data.manifest import ConceptTable
     from dopsd.models.base import Family
 
@@ -111,9 +112,7 @@ def encode(concept: str, settings: Settings, root: Path) -> None:
 
 def train(concept: str, settings: Settings, root: Path) -> None:
     """``encoded/`` and the base's transformer -> ``train/<method>/`` and ``adapters/``, for each method."""
-    from dopsd.data.encoded import read_encoded
-    from dopsd.identity import common_identity, plan_of, training_name
-    from dopsd.models import open_base
+    from dopsd.identity import training_name
     from dopsd.tracking import Sender
     from dopsd.train.job import Job
     from dopsd.train.launch import run_training
@@ -122,9 +121,7 @@ def train(concept: str, settings: Settings, root: Path) -> None:
 
     check_optimizer(settings.train)
     run = run_folder(concept, root)
-    encoded = read_encoded(run / "encoded")
-    plan = plan_of(settings, open_base(settings.model, root))
-    common = common_identity(plan, encoded, settings.train.replay.weight > 0)
+    encoded, common = _learnt_from(run, settings, root)
     name = training_name(settings.train, common)
     _describe(run, name, settings, root, encoded.content_hash, images=encoded.images)
     print(f"train: {settings.train.work()}")
@@ -259,16 +256,24 @@ def _read_validated(concept: str, settings: Settings, root: Path) -> tuple[Conce
     return table, holdout
 
 
+def _learnt_from(run: Path, settings: Settings, root: Path) -> tuple[Encoded, str]:
+    """What stage encode left, and the identity that all methods trained on it have in common."""
+    from dopsd.data.encoded import read_encoded
+    from dopsd.identity import common_identity, plan_of
+    from dopsd.models import open_base
+
+    encoded = read_encoded(run / "encoded")
+    plan = plan_of(settings, open_base(settings.model, root))
+    return encoded, common_identity(plan, encoded, settings.train.replay.weight > 0)
+
+
 def _check_trained(run: Path, method: Method, settings: Settings, root: Path) -> None:
     """Raise :class:`StageError` where the adapter was trained from other settings, data or base than today's: a version
     of it would be said to be made from those."""
-    from dopsd.data.encoded import read_encoded
-    from dopsd.identity import common_identity, plan_of, training_identity
-    from dopsd.models import open_base
+    from dopsd.identity import training_identity
 
     trained = read_result(run / "adapters" / f"{method}.json", "train")
-    plan = plan_of(settings, open_base(settings.model, root))
-    common = common_identity(plan, read_encoded(run / "encoded"), settings.train.replay.weight > 0)
+    _, common = _learnt_from(run, settings, root)
     if trained.get("fingerprint") != training_identity(settings.train, method, common):
         raise StageError(
             f"{run / 'adapters' / method}.safetensors was trained from other settings, data or base than today's; "

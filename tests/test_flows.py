@@ -117,10 +117,12 @@ def test_data_that_change_while_they_are_validated_are_not_said_to_be_valid(
         return found
 
     monkeypatch.setattr("dopsd.stages.read_concept", meanwhile)
-    with pytest.raises(StageError, match="data/concepts/blots changed while it was validated; run it again"):
-        STAGES["validate"]("blots", load_settings(Path("params.yaml")), project)
+    try:
+        with pytest.raises(StageError, match="data/concepts/blots changed while it was validated; run it again"):
+            STAGES["validate"]("blots", load_settings(Path("params.yaml")), project)
+    finally:
+        file.write_text(text)
     assert validated.read_text() == before
-    file.write_text(text)
 
 
 def test_an_evaluation_setting_does_not_retrain(project: Path, ran: list[str]) -> None:
