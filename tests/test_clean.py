@@ -101,8 +101,11 @@ def test_one_that_the_clock_ended_goes_on_after_it(tmp_path: Path) -> None:
 
 
 def test_a_killed_training_keeps_all_that_it_goes_on_from(tmp_path: Path) -> None:
+    """Both of its checkpoints, too: the newest may be damaged."""
+    settings = SETTINGS.model_copy(update={"checkpoint_steps": 1})
     with pytest.raises(KeyboardInterrupt):
-        _train(tmp_path, observer=Kills())
+        _train(tmp_path, observer=Kills(), settings=settings)
+    assert len(list((tmp_path / "runs/blots/train/d-opsd/checkpoints").iterdir())) == 2
     storage = JobStorage(str(tmp_path / ".cache/ray"), f"blots-{'0' * 12}")
     storage.save(tmp_path / "runs/blots/train", ["d-opsd"])
     assert _names(tmp_path, delete=True) == set()
