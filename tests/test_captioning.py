@@ -344,8 +344,9 @@ def test_a_folder_and_a_concept_of_one_name_are_told_apart(
     (project / "blots").rmdir()
 
 
-def _narrower(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())["text_config"] | {"intermediate_size": 96}
+def _text_config(folder: Path, **changes: object) -> None:
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    edit(folder / "config.json", text_config=text | changes)
 
 
 @pytest.mark.parametrize(
@@ -354,12 +355,12 @@ def _narrower(folder: Path) -> dict:
         (lambda f: truncate(f / "model.safetensors"), "damaged or cut short"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickled weights are never read"),
         (lambda f: (f / "preprocessor_config.json").unlink(), ""),
-        (lambda f: (f / "generation_config.json").unlink(), ""),
+        (lambda f: (f / "generation_config.json").unlink() or _text_config(f, eos_token_id=None), ""),
         (lambda f: (f / "tokenizer.json").unlink() or (f / "vocab.json").unlink(), "tokenizer.json or vocab.json"),
         (lambda f: edit(f / "config.json", model_type="my_own", auto_map={"AutoModel": "own.Model"}), "a my_own, "),
         (lambda f: (f / "chat_template.json").unlink(), "no chat template, so it is no instruct model"),
         (lambda f: edit(f / "config.json", text_config={}), "parameters, its weights are"),
-        (lambda f: edit(f / "config.json", text_config=_narrower(f)), "cannot be loaded"),
+        (lambda f: _text_config(f, intermediate_size=96), "cannot be loaded"),
     ],
 )  # fmt: skip
 def test_a_model_folder_that_is_not_whole_is_one_line(models: Path, tmp_path: Path, spoil: object, said: str) -> None:

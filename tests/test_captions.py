@@ -62,6 +62,8 @@ WOLF = Naming("subject", "[V]", "wolf")
         ("a fox on a hill a fox on a hill a fox on a hill", "a fox on a hill"),
         ("a fox in front of a tree in front of a house in front of a hill",
          "a fox in front of a tree in front of a house in front of a hill"),
+        ("far away from the old house and far away from the old mill", "far away from the old house and far away from "
+         "the old mill"),
         ("[V](the fox) sits", "[V](the fox) sits"),
         ("a fox lolololololololololol and more", "a fox"),
         ("雪の上の狐。", "雪の上の狐。"),
@@ -305,6 +307,12 @@ def test_texts_beside_pictures_are_completed_with_texts(folder: Path) -> None:
     assert (folder / "far/c.txt").read_text() == "far/c.png [V]\n"
 
 
+def test_a_reference_of_an_edit_is_no_picture_to_caption(folder: Path) -> None:
+    row = {"image": "a.png", "caption": "[V] of this", "references": ["far/../b.jpg"]}
+    (folder / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    assert [one.image for one in uncaptioned(folder)[0]] == ["far/c.png", "d.png"]
+
+
 def test_what_a_person_wrote_meanwhile_stays(folder: Path) -> None:
     first, *_ = uncaptioned(folder)[0]
     (folder / "metadata.jsonl").write_text('{"image": "a.png", "caption": "mine [V]"}\n')
@@ -328,6 +336,16 @@ def test_redo_takes_all_and_keeps_what_was_there(folder: Path) -> None:
     keep_as_before(found)
     assert "mine" in (folder / ".metadata.jsonl.before").read_text(), "what a person wrote is not lost by a second time"
     assert "x [V]" in (folder / ".metadata.jsonl.before2").read_text()
+
+
+def test_redo_takes_texts_too(folder: Path) -> None:
+    (folder / "a.txt").write_text("mine [V]")
+    found, _ = uncaptioned(folder, redo=True)
+    assert [one.source for one in found] == ["a.txt", "b.txt", "far/c.txt", "metadata.jsonl"]
+    keep_as_before(found)
+    assert save(found[0], {"medium": "x [V]"}, redo=True)
+    assert (folder / "a.txt").read_text() == "x [V]\n"
+    assert (folder / ".a.txt.before").read_text() == "mine [V]"
 
 
 def _write(name: str, content: str | bytes) -> Callable[[Path], None]:
