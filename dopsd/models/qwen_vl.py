@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,6 +97,11 @@ def pixels_of(processor: Any, images: Sequence[Image], limits: tuple[int, int]) 
     """``pixel_values`` and ``image_grid_thw`` of pictures, each brought between the least and most pixels."""
     low, high = limits
     return processor(images=list(images), return_tensors="pt", size={"shortest_edge": low, "longest_edge": high})
+
+
+def picture_tokens(vision: Mapping[str, Any], limits: tuple[int, int]) -> int:
+    """Most tokens that a picture takes in a turn, by the vision half's configuration."""
+    return limits[1] // (vision["patch_size"] * vision["spatial_merge_size"]) ** 2 + 2
 
 
 def image_blocks(grid: Tensor, merge: int) -> Iterator[str]:
