@@ -119,17 +119,20 @@ def _published(name: str) -> dict[str, Any] | None:
 # --- modules without values -------------------------------------------------------------------------------------------
 
 
-def skeleton(part: str, configs: Configs, family: type[Family], dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """A component on the meta device, frozen, as the family loads it. ``vision`` is a VLM's vision half alone;
-    ``vae_encoder`` and ``vae_decoder`` are halves."""
-    with torch.device("meta"), _default_dtype(dtype):
+def skeleton(part: str, configs: Configs, family: type[Family] | None) -> nn.Module:
+    """A component in bfloat16 on the meta device, frozen, as the family loads it (``None``: as it is published).
+
+    ``vision`` is a VLM's vision half alone; ``vae_encoder`` and ``vae_decoder`` are halves.
+    """
+    with torch.device("meta"), _default_dtype(torch.bfloat16):
         if part in ("vae_encoder", "vae_decoder"):
             module = _diffusers(configs["vae"])
             setattr(module, {"vae_encoder": "decoder", "vae_decoder": "encoder"}[part], nn.Identity())
         elif part == "vision":
             module = _transformers(configs["vlm"]).visual
         elif part == "text_encoder":
-            module = _transformers(family.encoder_config(configs["text_encoder"]))
+            config = configs["text_encoder"]
+            module = _transformers(family.encoder_config(config) if family else config)
         else:
             module = _diffusers(configs[part])
     return module.eval().requires_grad_(False)

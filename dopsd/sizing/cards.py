@@ -48,7 +48,7 @@ def card_of(text: str) -> Card:
         size = float(match[1])
         typical = [card for card in CARDS if card.name in _TYPICAL]
         like = next((card for card in typical if card.gib >= size), typical[-1])
-        return Card(f"{size:g} GB card (speed of an {like.name})", size, like.teraflops, like.terabytes)
+        return Card(f"{size:g} GB card, as fast as an {like.name}", size, like.teraflops, like.terabytes)
     words = re.sub(r"nvidia|geforce|\s+", " ", text, flags=re.IGNORECASE).lower().split()
     found = [card for card in CARDS if set(card.name.lower().split()) <= set(words)]
     if not found:

@@ -26,6 +26,7 @@ RESERVE = 1.5e9
 """Bytes for CUDA's context, cuDNN's workspaces and what the allocator cannot use."""
 SMALL = 200_000_000
 """A transformer of fewer parameters fits anywhere: nothing is planned for it."""
+_ENCODERS = ("text_encoder", "vision", "vae_encoder")
 _BITS: Mapping[str, float] = {"none": 16, "int8": 8.02, "fp8": 8.02, "nf4": 4.127}
 """Of a quantised weight, scales included."""
 _MOMENTS: Mapping[str, float] = {"adamw": 8, "adamw-8bit": 2 * (1 + 4 / 256)}
@@ -128,6 +129,7 @@ class Plan:
         parts = ["text_encoder", "vae_encoder", "vae_decoder", *(["vision"] if self._sees else [])]
         self.sizes = {part: PartSize.of(skeleton(part, work.configs, work.family)) for part in parts}
         self.sizes["transformer"] = PartSize.of(work.transformer)
+        self._pipelines_encoder = 2.0 * PartSize.of(skeleton("text_encoder", work.configs, None)).parameters
 
     @property
     def _sees(self) -> bool:
@@ -175,8 +177,7 @@ class Plan:
         return [self._encode(choice), self.train(choice), self._draw(choice), self._register(choice)]
 
     def _encode(self, choice: Choice) -> Stage:
-        encoders = [part for part in ("text_encoder", "vision", "vae_encoder") if part in self.sizes]
-        rows = {part.replace("_", " "): self.weights(part, choice) for part in encoders}
+        rows = {part.replace("_", " "): self.weights(part, choice) for part in _ENCODERS if part in self.sizes}
         rows |= self._unpacked(choice, "text_encoder")
         return Stage("encode", rows | {"a batch of captions, or a picture": self.runs(choice).encode})
 
@@ -208,8 +209,9 @@ class Plan:
 
     def _register(self, choice: Choice) -> Stage:
         plain = replace(choice, quantization="none", offload="none")
-        parts = "text_encoder", "transformer", "vae_encoder", "vae_decoder"
-        rows = {part.replace("_", " "): self.weights(part, plain) for part in parts}
+        rows = {"text encoder, all of it": self._pipelines_encoder}
+        parts = "transformer", "vae_encoder", "vae_decoder"
+        rows |= {part.replace("_", " "): self.weights(part, plain) for part in parts}
         rows |= {"adapter": 4.0 * self.work.adapter, "one picture": self.runs(choice).draw}
         return Stage("register", rows, "a whole diffusers pipeline, in bfloat16")
 
@@ -249,6 +251,10 @@ class Plan:
 
     def fits(self, choice: Choice, card_bytes: float) -> bool:
         """All stages but ``register``, whose pipeline is compared in bfloat16 and whole."""
+        encoders = sum(self.weights(part, choice) for part in self.sizes if part in _ENCODERS)
+        least = max(encoders, self.weights("transformer", choice) + 4.0 * self.work.adapter)
+        if least + RESERVE > card_bytes:  # nothing need be run to see it
+            return False
         return all(stage.fits(card_bytes) for stage in self.stages(choice) if stage.name != "register")
 
     def ladder(self, choice: Choice) -> Iterator[Choice]:
@@ -298,6 +304,16 @@ def plan_for(settings: Settings, root: Path, tokens: int = 96) -> Plan | None:
     return Plan(work, rollout_steps=train.rollout_steps, replay=train.replay.weight > 0)
 
 
+def checkpointing_that_fits(settings: Settings, free_bytes: float, root: Path = Path()) -> Checkpointing:
+    """What ``model.gradient_checkpointing: auto`` means where so many bytes are free before anything is loaded.
+
+    Seconds, for the run on fakes; nothing is loaded, no random number is drawn. ``none`` for a base that is small or
+    not known.
+    """
+    plan = plan_for(settings, root)
+    return "none" if plan is None else plan.checkpointing(Choice.of(settings), free_bytes)
+
+
 def advice(settings: Settings, card_bytes: float, root: Path = Path()) -> str:
     """One line for a person whose card is out of memory: which settings to change."""
     plan, before = plan_for(settings, root), Choice.of(settings)
@@ -306,8 +322,9 @@ def advice(settings: Settings, card_bytes: float, root: Path = Path()) -> str:
     if plan.fits(before, card_bytes):
         return (f"out of memory, though {plan.train(before).peak / 1e9:.1f} GB should do: is something else on the "
                 "card? (nvidia-smi)")  # fmt: skip
-    smaller = [one for one in plan.ladder(before) if plan.train(one).peak < plan.train(before).peak]
-    found = next((one for one in smaller if plan.fits(one, card_bytes)), None)
+    now = plan.train(before).peak
+    fitting = (one for one in plan.ladder(before) if plan.fits(one, card_bytes) and plan.train(one).peak < now)
+    found = next(fitting, None)
     if found is None:
         return "out of memory: no settings known here fit this card; `dopsd doctor` says what each stage needs"
     changes = ", ".join(

@@ -75,13 +75,22 @@ class Work:
 
     def train(self, checkpointing: Checkpointing) -> Cost:
         """One state of a roll-out: the teacher's answer, the student's, its gradients. The gradients' own memory is
-        there before: from the second state on it is."""
+        there before: from the second state on it is.
+
+        ``every-second`` is half of both, to half a block: which of two neighbours is kept decides the rest.
+        """
         if checkpointing == "every-second":
             return (self.train("none") + self.train("every")) * 0.5
-        return self._extended(lambda lengths: self.train_shortened(checkpointing, lengths), self.transformer)
+        teacher, student = self._extended(lambda few: self.train_shortened(checkpointing, few), self.transformer)
+        return Cost(max(teacher.peak, student.peak), student.operations, student.moved)
 
-    def train_shortened(self, checkpointing: Checkpointing, lengths: Mapping[str, int], states: int = 1) -> Cost:
-        """The same with fewer blocks; ``states`` of the roll-out."""
+    def train_shortened(
+        self, checkpointing: Checkpointing, lengths: Mapping[str, int], states: int = 1
+    ) -> tuple[Cost, Cost]:
+        """The same with fewer blocks, over ``states`` of the roll-out: up to the last answer of the teacher, and all.
+
+        The two peaks are apart because they grow at other rates: a teacher that is shown a picture reads more tokens.
+        """
         transformer: Any = shortened(self.transformer, lengths)
         matched = self._adapted(transformer, self.teacher)
         if checkpointing != "none":
@@ -94,20 +103,30 @@ class Work:
                 parameter.grad = torch.empty_like(parameter)
             prompts, contexts = self._conditionings()
             noise, sigmas = torch.empty(self.batch, *self.shapes.latents), torch.ones(states + 1)
-            before = counter.reset()
-            rollout(
-                _predictor(family), adapters, noise, sigmas, prompts, contexts, teacher=adapters.teacher,
-                guidance=self.guidance,
-            )  # fmt: skip
-            return _cost(counter, before)
+            before, taught = counter.reset(), Cost()
 
-    def _extended(self, run: Callable[[Mapping[str, int]], Cost], module: nn.Module) -> Cost:
-        """The cost of all blocks from runs with one block, and with one more, of each list."""
+            def predict(latents: Tensor, sigma: Tensor, conditioning: Any) -> Tensor:  # as the training loop makes it
+                nonlocal taught
+                if torch.is_grad_enabled():
+                    taught = _cost(counter, before)
+                    counter.peak = counter.live
+                with torch.autocast("cpu", torch.bfloat16):
+                    return family.predict_velocity(latents, sigma, conditioning)
+
+            rollout(
+                predict, adapters, noise, sigmas, prompts, contexts, teacher=adapters.teacher, guidance=self.guidance
+            )
+            return taught, _cost(counter, before)
+
+    def _extended(self, run: Callable[[Mapping[str, int]], tuple[Cost, ...]], module: nn.Module) -> tuple[Cost, ...]:
+        """Costs of all blocks, from runs with one block, and with one more, of each list."""
         lists = block_lists(module)
         few = dict.fromkeys(lists, 1)
-        total = first = run(few)
+        first = run(few)
+        total = first
         for name, length in lists.items():
-            total = total + (run(few | {name: 2}) - first) * (length - 1)
+            more = run(few | {name: 2})
+            total = tuple(t + (m - f) * (length - 1) for t, m, f in zip(total, more, first, strict=True))
         return total
 
     def _adapted(self, transformer: nn.Module, teacher: TeacherKind) -> Mapping[str, tuple[str, ...]]:
@@ -132,7 +151,7 @@ class Work:
     def sample(self) -> Cost:
         """One step towards one picture, with an adapter in float32."""
 
-        def run(lengths: Mapping[str, int]) -> Cost:
+        def run(lengths: Mapping[str, int]) -> tuple[Cost]:
             transformer = shortened(self.transformer, lengths)
             matched = self._adapted(transformer, "frozen")
             with counting() as counter:
@@ -143,9 +162,9 @@ class Work:
                 noise = torch.empty(1, *self.shapes.latents)
                 before = counter.reset()
                 sample(family, prompts[:1], 1, self.height, self.width, noise)
-                return _cost(counter, before)
+                return (_cost(counter, before),)
 
-        return self._extended(run, self.transformer)
+        return self._extended(run, self.transformer)[0]
 
     def decode(self) -> Cost:
         """One picture from its latents."""
@@ -172,16 +191,16 @@ class Work:
         turns = (BATCH, shapes.read), (shapes.shown_together, shapes.shown)
         rows, tokens = max(turns, key=lambda turn: turn[0] * turn[1])
 
-        def run(lengths: Mapping[str, int]) -> Cost:
+        def run(lengths: Mapping[str, int]) -> tuple[Cost]:
             short = shortened(encoder, lengths)
             with counting() as counter, torch.no_grad():
                 materialise(short)
                 ids = torch.ones(rows, tokens, dtype=torch.long)
                 before = counter.reset()
                 short(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True, use_cache=False)
-                return _cost(counter, before)
+                return (_cost(counter, before),)
 
-        return self._extended(run, encoder)
+        return self._extended(run, encoder)[0]
 
     # --- on fakes -------------------------------------------------------------------------------------------------
 
@@ -209,13 +228,3 @@ class Work:
 
 def _cost(counter: Counter, before: int) -> Cost:
     return Cost(counter.peak - before, counter.operations, counter.moved)
-
-
-def _predictor(family: Family) -> Callable[..., Tensor]:
-    """A forward as the training loop makes it."""
-
-    def predict(latents: Tensor, sigma: Tensor, conditioning: Any) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return family.predict_velocity(latents, sigma, conditioning)
-
-    return predict

@@ -49,7 +49,7 @@ def needs(plan: Plan, choice: Choice, card: Card | None) -> Iterator[str]:
     yield from (f"  {name:<44}{_gb(size)}" for name, size in plan.disk().items())
     if card is not None:
         hours = plan.hours(choice, card)
-        yield f"{'a thousand steps (within a half)':<46}{hours:6.1f} h on {card.name}"
+        yield f"{'a thousand steps (within a half)':<46}{hours:6.1f} h on this card"
 
 
 def proposals(plan: Plan, choice: Choice, card: Card) -> Iterator[str]:
@@ -67,12 +67,13 @@ def proposals(plan: Plan, choice: Choice, card: Card) -> Iterator[str]:
     if fits and hours >= plan.hours(choice, card):
         yield f"They fit {card.name}."
         return
-    yield (f"They fit {card.name}; faster:" if fits else f"They do not fit {card.name}. These do "
-           f"({RESERVE / 1e9:g} GB kept free):")  # fmt: skip
+    yield f"They fit {card.name}. Faster:" if fits else f"They do not fit {card.name}. These do:"
     text = yaml.safe_dump(found.lines(choice), sort_keys=False)
     yield from (f"    {line}" for line in text.splitlines())
     peaks = ", ".join(f"{stage.name.partition(',')[0]} {stage.peak / 1e9:.1f}" for stage in plan.stages(found))
-    yield f"  GB: {peaks}; {hours:.1f} h a thousand steps"
+    yield f"  then in GB: {peaks}"
+    yield f"  and {hours:.1f} h a thousand steps"
+    yield f"  ({RESERVE / 1e9:g} GB of the card are kept free)"
 
 
 def _settings_line(choice: Choice) -> str:
