@@ -20,12 +20,12 @@ from dopsd.distill.loss import distillation_loss
 from dopsd.distill.rollout import sample
 from dopsd.models import family_class, load_family, resolved
 from dopsd.models.base import Parts, Request
-from dopsd.models.sizes import PartSize, configurations, shortened, skeleton
+from dopsd.models.sizes import PartSize, block_lists, configurations, shortened, skeleton
 from dopsd.sizing import runs
 from dopsd.sizing.cards import CARDS, CardError, card_of
 from dopsd.sizing.counter import counting, materialise
-from dopsd.sizing.plan import Choice, Plan, advice, checkpointing_that_fits, plan_for
-from dopsd.sizing.runs import Work
+from dopsd.sizing.plan import Choice, Plan, Stage, advice, checkpointing_that_fits, plan_for
+from dopsd.sizing.runs import Cost, Work
 from dopsd.sizing.show import needs, proposals
 from tests.family_folders import NAMES, picture, settings_of, write_families
 from tests.published_configs import PARAMETERS, PUBLISHED
@@ -85,6 +85,18 @@ def test_the_counter_by_hand() -> None:
     peak, _, operations = two_mlps(checkpointed=True)
     assert peak == pytest.approx(3 * ACTIVATION + 2 * BETWEEN + WEIGHT, abs=8192), "and the generator's state"
     assert operations > 11 * products
+
+
+def test_attention_by_hand() -> None:
+    """Fused: two products, and five on the way back; of the [8, 8] numbers of each head none is ever there."""
+    with counting() as counter:
+        query, key = (torch.empty(2, heads, 8, 4, requires_grad=True) for heads in (6, 3))
+        before = counter.reset()
+        out = nn.functional.scaled_dot_product_attention(query, key, key, enable_gqa=True)
+        assert counter.operations == 2 * (2 * 2 * 6 * 8 * 8 * 4)
+        assert counter.peak - before == 4 * (out.numel() + 2 * 6 * 8), "the answer, and a number a row"
+        out.sum().backward()
+        assert counter.operations == 7 * (2 * 2 * 6 * 8 * 8 * 4)
 
 
 def test_types_are_cudas_and_nothing_fake_is_left_behind() -> None:
@@ -185,7 +197,22 @@ def student_peak(kind: Any, single: int = 1, states: int = 1) -> float:
 @pytest.mark.parametrize("kind", ["none", "every"])
 def test_every_block_adds_the_same(kind: Any) -> None:
     peaks = [student_peak(kind, count) for count in (1, 2, 3)]
+    assert peaks[1] > peaks[0], "the teacher's peak, which may be higher, is not in it"
     assert peaks[2] - peaks[1] == pytest.approx(peaks[1] - peaks[0], rel=0.01)
+
+
+def test_few_runs_are_extended_to_all_blocks() -> None:
+    work, module = small(), small().transformer
+
+    def run(lengths: Any) -> tuple[Cost, ...]:
+        double, single = lengths["transformer_blocks"], lengths["single_transformer_blocks"]
+        return Cost(7 + 3 * double + 2 * single), Cost(operations=double * 10, moved=single)
+
+    assert block_lists(module) == {"transformer_blocks": 5, "single_transformer_blocks": 20}
+    assert work._extended(run, module) == (Cost(7 + 3 * 5 + 2 * 20), Cost(operations=50, moved=20))
+    short = shortened(module, {"transformer_blocks": 1, "single_transformer_blocks": 6})
+    assert block_lists(short) == {"single_transformer_blocks": 6}
+    assert block_lists(module) == {"transformer_blocks": 5, "single_transformer_blocks": 20}, "left as it was"
 
 
 def test_more_states_take_no_more_memory() -> None:
@@ -253,6 +280,13 @@ def test_the_ladder_goes_down_and_each_card_gets_what_fits_it() -> None:
         assert made.fits(found, gib * GIB)
         assert not any(made.fits(choice, gib * GIB) for choice in ladder[: ladder.index(found)])
     assert made.proposal(start, 1 * GIB) is None
+
+
+def test_some_of_the_card_is_kept_free() -> None:
+    stage = Stage("train", {"weights": 10e9, "activations": 2e9})
+    assert stage.peak == 12e9
+    assert stage.fits(13.5e9)
+    assert not stage.fits(13.4e9)
 
 
 def test_auto_is_the_least_checkpointing_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:

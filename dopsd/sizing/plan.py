@@ -322,9 +322,7 @@ def advice(settings: Settings, card_bytes: float, root: Path = Path()) -> str:
     if plan.fits(before, card_bytes):
         return (f"out of memory, though {plan.train(before).peak / 1e9:.1f} GB should do: is something else on the "
                 "card? (nvidia-smi)")  # fmt: skip
-    now = plan.train(before).peak
-    fitting = (one for one in plan.ladder(before) if plan.fits(one, card_bytes) and plan.train(one).peak < now)
-    found = next(fitting, None)
+    found = plan.proposal(before, card_bytes)
     if found is None:
         return "out of memory: no settings known here fit this card; `dopsd doctor` says what each stage needs"
     changes = ", ".join(
