@@ -51,7 +51,7 @@ class PartSize:
 def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
     """The repeated blocks, as the libraries name their classes."""
     root: Any = module
-    names = set(getattr(root, "_repeated_blocks", None) or getattr(root, "_no_split_modules", None) or ())
+    names = set(getattr(root, "_no_split_modules", None) or getattr(root, "_repeated_blocks", None) or ())
     yield from (part for part in module.modules() if type(part).__name__ in names)
 
 

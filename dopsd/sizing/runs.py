@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dopsd.config import LoraSettings
-from dopsd.distill.adapters import AdapterPair, TeacherKind, add_adapters, match_targets
+from dopsd.distill.adapters import STUDENT, AdapterPair, TeacherKind, adapter_parameters, add_adapters
 from dopsd.distill.rollout import rollout, sample
 from dopsd.models.base import Conditioning, Configs, Family, Parts, Shapes, Teaching
 from dopsd.models.sizes import block_lists, shortened, skeleton
@@ -77,7 +77,7 @@ class Work:
         """One state of a roll-out: the teacher's answer, the student's, its gradients. The gradients' own memory is
         there before: from the second state on it is.
 
-        ``every-second`` is half of both, to half a block: which of two neighbours is kept decides the rest.
+        ``every-second`` is half of both; where the last block is one that is kept, that is half a block too much.
         """
         if checkpointing == "every-second":
             return (self.train("none") + self.train("every")) * 0.5
@@ -141,10 +141,13 @@ class Work:
     @cached_property
     def adapter(self) -> int:
         """Parameters of one adapter."""
-        targets = self.lora.targets if self.lora.targets is not None else self.family.lora_targets
-        names = {name for found in match_targets(self.transformer, targets).values() for name in found}
-        layers: list[Any] = [self.transformer.get_submodule(name) for name in names]
-        return self.lora.rank * sum(layer.in_features + layer.out_features for layer in layers)
+
+        def run(lengths: Mapping[str, int]) -> tuple[Cost]:
+            transformer = shortened(self.transformer, lengths)
+            self._adapted(transformer, "frozen")
+            return (Cost(sum(value.numel() for value in adapter_parameters(transformer, STUDENT).values())),)
+
+        return round(self._extended(run, self.transformer)[0].peak)
 
     # --- pictures -------------------------------------------------------------------------------------------------
 
