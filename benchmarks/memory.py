@@ -17,7 +17,7 @@ import torch
 
 from dopsd.config import load_settings
 from dopsd.models import resolved
-from dopsd.sizing.cards import GIB, card_of
+from dopsd.sizing.cards import card_of
 from dopsd.sizing.plan import RESERVE, Choice, Plan, plan_for
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,9 +91,11 @@ def _page(numbers: Row) -> Iterator[str]:
             f"{part.replace('_', ' ')} {count / 1e9:.2f}" for part, count in base["parameters"].items()
         )
         yield from ("", f"## {base['path']}", "")
-        yield f"Recipe `{name}`: {base['resolution']} px, context `{base['context']}`, LoRA rank {base['rank']}"
-        yield f"({base['adapter_parameters'] / 1e6:.0f} M parameters); a step is {base['batch']} x "
-        yield f"{base['accumulation']} pictures over {base['rollout_steps']} states."
+        yield f"Recipe `{name}`: {base['resolution']} px, context `{base['context']}`, LoRA rank {base['rank']} with"
+        yield (
+            f"{base['adapter_parameters'] / 1e6:.0f} M parameters; in a step "
+            f"{base['batch'] * base['accumulation']} pictures, {base['rollout_steps']} states each."
+        )
         yield f"Parameters, 10^9: {parameters}."
         kinds = ", ".join(f"{kind} {size:.1f}" for kind, size in base["activations"].items())
         yield f"Activations of a training step by `gradient_checkpointing`, GB: {kinds}."
@@ -110,9 +112,7 @@ def _row(row: Row) -> str:
     words += [row["settings"][key] for key in ("quantization", "optimizer") if row["settings"][key] not in _PLAIN]
     words += ["group offload"] * (row["settings"]["offload"] == "group")
     words += [f"{row['settings']['resolution']} px"] * (row["settings"]["resolution"] < 1024)
-    cells = [
-        f"{size:.1f}" + ("!" if size + RESERVE / 1e9 > row["card"] * GIB / 1e9 else "") for size in row["gb"].values()
-    ]
+    cells = [f"{size:.1f}" for size in row["gb"].values()]
     values = [row["card"], ", ".join(words), *cells, f"{row['host_gb']:.1f}", row["hours_per_thousand_steps"]]
     return f"| {' | '.join(map(str, values))} |"
 
@@ -133,8 +133,8 @@ recipes' settings (torch {torch}). `dopsd doctor --card 24` says the same of you
   optimizer are counted from configurations. Kernels' own workspaces are not seen: {reserve_gb:g} GB of each card
   are kept free for them, for CUDA's context and for fragments.
 - **Settings.** For each card the first that fit, down a ladder: less checkpointing first, then int8, nf4, the 8-bit
-  optimizer, the blocks waiting on the host, and last fewer pixels. Stages `encode`, `train` and `evaluate` must fit;
-  `register` compares with a whole diffusers pipeline in bfloat16, and is marked `!` where it does not.
+  optimizer, the blocks waiting on the host, and last fewer pixels. Every stage must fit. `register`
+  draws with a diffusers pipeline: its components take turns on the device, or are all there where they are quantised.
 - **Time.** Matrix products at what such a card really reaches, plus all other traffic at its bandwidth, D-OPSD alone,
   without replay: within a half of the truth, one hopes. Speeds are those of an RTX 4060, 4070, 4080, 4090, an L40S,
   an H100 and an H200.

@@ -129,7 +129,7 @@ class Plan:
         parts = ["text_encoder", "vae_encoder", "vae_decoder", *(["vision"] if self._sees else [])]
         self.sizes = {part: PartSize.of(skeleton(part, work.configs, work.family)) for part in parts}
         self.sizes["transformer"] = PartSize.of(work.transformer)
-        self._pipelines_encoder = 2.0 * PartSize.of(skeleton("text_encoder", work.configs, None)).parameters
+        self._whole_encoder = PartSize.of(skeleton("text_encoder", work.configs, None))
 
     @property
     def _sees(self) -> bool:
@@ -173,7 +173,7 @@ class Plan:
         return {"one layer unpacked": 2.0 * max(self.sizes[part].largest for part in parts)}
 
     def stages(self, choice: Choice) -> list[Stage]:
-        """All of them; the first three are what a card must hold, ``register`` compares with a whole pipeline."""
+        """All that use the device."""
         return [self._encode(choice), self.train(choice), self._draw(choice), self._register(choice)]
 
     def _encode(self, choice: Choice) -> Stage:
@@ -208,17 +208,26 @@ class Plan:
         return drawing
 
     def _register(self, choice: Choice) -> Stage:
-        plain = replace(choice, quantization="none", offload="none")
-        rows = {"text encoder, all of it": self._pipelines_encoder}
-        parts = "transformer", "vae_encoder", "vae_decoder"
-        rows |= {part.replace("_", " "): self.weights(part, plain) for part in parts}
-        rows |= {"adapter": 4.0 * self.work.adapter, "one picture": self.runs(choice).draw}
-        return Stage("register", rows, "a whole diffusers pipeline, in bfloat16")
+        """The export is compared with plain diffusers: unrounded components take turns on the device, rounded ones are
+        all there."""
+        whole, bits = self._whole_encoder, _BITS[choice.quantization]
+        large = {
+            "text encoder, all of it": 2.0 * (whole.parameters - whole.linear) + whole.linear * bits / 8,
+            "transformer": self.weights("transformer", choice),
+        }
+        if choice.quantization == "none" and choice.offload != "group":
+            large = dict([max(large.items(), key=lambda part: part[1])])
+        rows = large | {part.replace("_", " "): self.weights(part, choice) for part in ("vae_encoder", "vae_decoder")}
+        rows |= self._unpacked(choice, "transformer", "text_encoder") | {"adapter": 4.0 * self.work.adapter}
+        return Stage("register", rows | {"one picture": self.runs(choice).draw})
 
     def host(self, choice: Choice) -> float:
-        """Bytes of host memory: a component passes through it when it is loaded, and offloaded blocks stay in it."""
+        """Bytes of host memory: a component passes through it when it is loaded, and what is offloaded waits in it."""
         size, bits = self.sizes["transformer"], _BITS[choice.quantization]
-        staying = sum(size.blocks) * bits / 8 if choice.offload == "group" else 0.0
+        staying = {
+            "none": 0.0, "group": sum(size.blocks) * bits / 8,
+            "model": sum(self.weights(part, choice) for part in ("transformer", "text_encoder")),
+        }[choice.offload]  # fmt: skip
         return 2e9 + max(staying, 2.0 * max(part.parameters for part in self.sizes.values()))
 
     def disk(self) -> dict[str, float]:
@@ -250,12 +259,11 @@ class Plan:
     # --- what fits ------------------------------------------------------------------------------------------------
 
     def fits(self, choice: Choice, card_bytes: float) -> bool:
-        """All stages but ``register``, whose pipeline is compared in bfloat16 and whole."""
+        """Every stage does."""
         encoders = sum(self.weights(part, choice) for part in self.sizes if part in _ENCODERS)
         least = max(encoders, self.weights("transformer", choice) + 4.0 * self.work.adapter)
-        if least + RESERVE > card_bytes:  # nothing need be run to see it
-            return False
-        return all(stage.fits(card_bytes) for stage in self.stages(choice) if stage.name != "register")
+        # nothing need be run to see that the weights alone are too much
+        return least + RESERVE <= card_bytes and all(stage.fits(card_bytes) for stage in self.stages(choice))
 
     def ladder(self, choice: Choice) -> Iterator[Choice]:
         """Ever smaller choices, the least loss of time and quality first, from ``choice``'s size down."""

@@ -152,7 +152,8 @@ class Work:
     # --- pictures -------------------------------------------------------------------------------------------------
 
     def sample(self) -> Cost:
-        """One step towards one picture, with an adapter in float32."""
+        """One step towards one picture, with an adapter in float32, from what the teacher is shown: pictures of its are
+        drawn too, and it reads the most."""
 
         def run(lengths: Mapping[str, int]) -> tuple[Cost]:
             transformer = shortened(self.transformer, lengths)
@@ -161,10 +162,10 @@ class Work:
                 materialise(transformer)
                 family = self._family({"transformer": transformer})
                 AdapterPair(transformer, "frozen", matched)
-                prompts, _ = self._conditionings()
+                _, contexts = self._conditionings()
                 noise = torch.empty(1, *self.shapes.latents)
                 before = counter.reset()
-                sample(family, prompts[:1], 1, self.height, self.width, noise)
+                sample(family, contexts[:1], 1, self.height, self.width, noise)
                 return (_cost(counter, before),)
 
         return self._extended(run, self.transformer)[0]
