@@ -169,7 +169,7 @@ def test_no_stage_takes_more_than_it_did(model: str) -> None:
     """At 1024 px, batch 1, with checkpointing. More is a change that holds on to something: find it."""
     found = {stage.name: stage.peak / 1e9 for stage in plan(model).stages(Choice("every"))}
     for stage, limit in LIMITS[model].items():
-        assert 0.96 * limit < found[stage] < limit, (stage, found[stage])
+        assert 0.9 * limit < found[stage] < limit, (stage, found[stage])
 
 
 def test_the_peaks_agree_with_those_of_another_simulation() -> None:
