@@ -131,7 +131,9 @@ class Work:
 
     def _adapted(self, transformer: nn.Module, teacher: TeacherKind) -> Mapping[str, tuple[str, ...]]:
         with torch.device("meta"):
-            return add_adapters(transformer, self.lora, self.family.lora_targets, 0, teacher).matched
+            matched = add_adapters(transformer, self.lora, self.family.lora_targets, 0, teacher).matched
+        transformer.eval()  # some kinds of adapters else ask a random number whether they drop out
+        return matched
 
     @cached_property
     def transformer(self) -> Any:
