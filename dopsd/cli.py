@@ -222,14 +222,22 @@ def _save(image: Image, path: Path) -> None:
 
 
 @app.command()
-def doctor(params: Params = PARAMS) -> None:
-    """Look at the machine and the project, and say what to do about what is missing."""
+def doctor(
+    params: Params = PARAMS,
+    card: Annotated[
+        str | None, typer.Option("--card", help="A card elsewhere: its memory in GB, or its name (RTX 4090).")
+    ] = None,
+) -> None:
+    """Look at the machine and the project, say what to do about what is missing, and what the settings need."""
     from rich.console import Console
 
-    from dopsd.doctor import examine, findings_table
+    from dopsd.doctor import card_meant, examine, findings_table, what_is_needed
 
+    meant = card_meant(card)
     findings = examine(params, Path())
     Console().print(findings_table(findings))
+    for line in what_is_needed(params, Path(), meant):
+        print(line, flush=True)
     if any(finding.state == "fault" for finding in findings):
         raise typer.Exit(1)
 

@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from rich.markup import escape
 from rich.table import Table
 
 from dopsd.config import Settings, SettingsError, load_settings
+
+if TYPE_CHECKING:
+    from dopsd.sizing.cards import Card
 
 State = Literal["fine", "note", "fault"]
 _COLOURS: dict[State, str] = {"fine": "green", "note": "yellow", "fault": "red"}
@@ -41,6 +44,27 @@ def examine(params: Path, root: Path) -> list[Finding]:
     findings.append(Finding("settings", f"{params}, {len(settings.concepts)} concepts"))
     checks: tuple[Callable[[Settings, Path], Iterator[Finding]], ...] = (_concepts, _base, _dvc, _tracker)
     return [*findings, *(finding for check in checks for finding in check(settings, root))]
+
+
+def card_meant(text: str | None) -> Card | None:
+    """The card to plan for: the named one, or this machine's. Raises :class:`dopsd.sizing.cards.CardError`."""
+    from dopsd.sizing.cards import card_here, card_of
+
+    return card_of(text) if text is not None else card_here()
+
+
+def what_is_needed(params: Path, root: Path, card: Card | None) -> Iterator[str]:
+    """Lines on memory, disk and time of a base of true size; nothing where the settings or the base are at fault,
+    which is a finding already."""
+    from dopsd.models import ModelError, resolved
+    from dopsd.sizing.show import report
+
+    try:
+        settings = resolved(load_settings(params))
+        yield ""
+        yield from report(settings, root, card)
+    except (SettingsError, ModelError):
+        return
 
 
 def findings_table(findings: list[Finding]) -> Table:

@@ -192,6 +192,9 @@ def test_doctor_tells_what_is_missing(inside: Path) -> None:
     assert result.exit_code == 1, "DVC is not initialised there"
     assert "dvc init" in result.output
     assert "data/base/tiny" in result.output
+    assert "What these settings need: little" in result.output
+    told = CliRunner().invoke(cli.app, ["doctor", "--card", "Voodoo"])
+    assert "--card Voodoo" in str(told.exception)
 
 
 def test_help_is_quick_and_shows_examples() -> None:

@@ -41,6 +41,27 @@ _LARGE: frozenset[Part] = frozenset({"text_encoder", "vision", "transformer"})
 """Of which a device may hold only one: gigabytes each. A VLM that looks through the text encoder shares its weights,
 and brings them along."""
 
+Configs = Mapping[str, Mapping[str, Any]]
+"""Part to its configuration; ``index`` is ``model_index.json``, ``vlm`` the VLM's."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What encoding and training handle for one example, by sizes alone (:meth:`Family.shapes`)."""
+
+    prompt: Mapping[str, tuple[int, ...]]
+    """The conditioning that the student sees: tensor to shape."""
+    context: Mapping[str, tuple[int, ...]]
+    """The one that the teacher sees."""
+    latents: tuple[int, ...]
+    """``[C, h, w]``."""
+    read: int
+    """Tokens of a caption's turn, as the text encoder reads it, padding included."""
+    shown: int = 0
+    """Tokens of a turn with the picture in it, where the text encoder sees it by a VLM."""
+    shown_together: int = 1
+    """How many of those turns are read at once."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -173,6 +194,19 @@ class Family(ABC):
     def needs_vlm(cls, teaching: Teaching) -> bool:
         """Whether the teacher sees by a VLM that is no component of the base."""
         return False
+
+    # --- from configurations alone -----------------------------------------------------------------------------------
+
+    @classmethod
+    def encoder_config(cls, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The text encoder's configuration, without what :meth:`loaders` does not load."""
+        return config
+
+    @classmethod
+    def shapes(cls, configs: Configs, teaching: Teaching, tokens: int, height: int, width: int) -> Shapes | None:
+        """What is handled for a caption of ``tokens`` tokens and a picture of ``height x width`` pixels; ``None`` where
+        the family does not say, and nothing is counted in advance."""
+        return None
 
     # --- what the pipeline does ---------------------------------------------------------------------------------------
 

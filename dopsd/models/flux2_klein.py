@@ -21,11 +21,13 @@ from torch import Tensor
 from . import lora_files
 from .base import (
     Conditioning,
+    Configs,
     ContextName,
     Family,
     Loader,
     Part,
     Request,
+    Shapes,
     Teaching,
     check_lengths,
     shift_levels,
@@ -103,6 +105,23 @@ class Flux2Klein(Family):
 
         loaders = standard_loaders(base.folder, "Flux2Transformer2DModel", "AutoencoderKLFlux2", where)
         return loaders | {"text_encoder": text_encoder}
+
+    @classmethod
+    def encoder_config(cls, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        needed = max(LAYERS) + 1
+        types = (config.get("layer_types") or [])[:needed] or None
+        return {**config, "num_hidden_layers": needed, "layer_types": types}
+
+    @classmethod
+    def shapes(cls, configs: Configs, teaching: Teaching, tokens: int, height: int, width: int) -> Shapes:
+        transformer, cell = configs["transformer"], _PATCH * 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+        latents = (transformer["in_channels"], height // cell, width // cell)
+        caption = {CAPTION: (MAX_PROMPT_TOKENS, transformer["joint_attention_dim"])}
+        references = {"edit": (0, 1), "edit-reference": (1, 2)}.get(teaching.context, (0, 0))
+        prompt, context = (
+            caption | {f"{REFERENCE}{number}": latents for number in range(count)} for count in references
+        )
+        return Shapes(prompt, context, latents, MAX_PROMPT_TOKENS)
 
     @staticmethod
     def call(request: Request, height: int, width: int, num_steps: int, noise: Tensor | None = None) -> dict[str, Any]:

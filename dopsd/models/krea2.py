@@ -18,11 +18,13 @@ from torch import Tensor
 from . import lora_files, qwen_vl
 from .base import (
     Conditioning,
+    Configs,
     ContextName,
     Family,
     Loader,
     Part,
     Request,
+    Shapes,
     Teaching,
     check_lengths,
     shift_levels,
@@ -86,6 +88,21 @@ class Krea2(Family):
             "text_encoder": text_encoder,
             "image_processor": lambda parts: qwen_vl.image_processor_of(parts["text_encoder"].config.vision_config),
         }
+
+    @classmethod
+    def shapes(cls, configs: Configs, teaching: Teaching, tokens: int, height: int, width: int) -> Shapes:
+        transformer, side = configs["transformer"], 2 ** len(configs["vae"]["temperal_downsample"])
+        states = transformer["num_text_layers"], transformer["text_hidden_dim"]
+        caption, shown = tokens + _SUFFIX_TOKENS, 0
+        if teaching.context == "vlm":
+            picture = qwen_vl.picture_tokens(configs["text_encoder"]["vision_config"], teaching.pixels)
+            shown = _PREFIX_TOKENS + picture + caption
+        context = (shown or MAX_PROMPT_TOKENS + _PREFIX_TOKENS) - _PREFIX_TOKENS
+        return Shapes(
+            {CAPTION: (caption, *states)}, {CAPTION: (context, *states)},
+            (transformer["in_channels"] // _PATCH**2, height // side, width // side),
+            MAX_PROMPT_TOKENS + _PREFIX_TOKENS, shown,
+        )  # fmt: skip
 
     @staticmethod
     def call(request: Request, height: int, width: int, num_steps: int, noise: Tensor | None = None) -> dict[str, Any]:

@@ -118,6 +118,11 @@ def pixels_of(processor: Any, images: Sequence[Image], limits: tuple[int, int]) 
     return processor(images=list(images), return_tensors="pt", size={"shortest_edge": low, "longest_edge": high})
 
 
+def picture_tokens(vision: Mapping[str, Any], limits: tuple[int, int]) -> int:
+    """Most tokens that a picture takes in a turn, by the vision half's configuration."""
+    return limits[1] // (vision["patch_size"] * vision["spatial_merge_size"]) ** 2 + 2
+
+
 def image_blocks(grid: Tensor, merge: int) -> Iterator[str]:
     """What stands in a turn for each picture of ``grid`` ``[images, 3]``: one placeholder per image token."""
     for length in (grid.prod(-1) // merge**2).tolist():

@@ -17,11 +17,13 @@ from torch import Tensor
 from . import lora_files, qwen_vl
 from .base import (
     Conditioning,
+    Configs,
     ContextName,
     Family,
     Loader,
     Part,
     Request,
+    Shapes,
     Teaching,
     check_lengths,
     shift_levels,
@@ -36,6 +38,8 @@ MAX_PROMPT_TOKENS = 512
 MAX_CONTEXT_TOKENS = 1024
 CAPTION = "caption"
 """The one tensor of a Z-Image conditioning: ``[tokens, dim]``, the encoder's last but one hidden states."""
+_TURN = 9
+"""Tokens of the chat template around a caption."""
 _GRANULE = 32
 """The transformer pads captions to multiples of this."""
 
@@ -86,6 +90,19 @@ class ZImage(Family):
                 "image_processor": lambda _: qwen_vl.load_image_processor(folder),
             }
         return loaders
+
+    @classmethod
+    def shapes(cls, configs: Configs, teaching: Teaching, tokens: int, height: int, width: int) -> Shapes:
+        transformer, side = configs["transformer"], 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+        turn, shown = tokens + _TURN, 0
+        if teaching.context == "vlm" and "vlm" in configs:
+            shown = turn + qwen_vl.picture_tokens(configs["vlm"]["vision_config"], teaching.pixels)
+        context = min(MAX_CONTEXT_TOKENS, shown or MAX_PROMPT_TOKENS)
+        width_of_states = transformer["cap_feat_dim"]
+        return Shapes(
+            {CAPTION: (turn, width_of_states)}, {CAPTION: (context, width_of_states)},
+            (transformer["in_channels"], height // side, width // side), turn, shown, 8,
+        )  # fmt: skip
 
     @staticmethod
     def call(request: Request, height: int, width: int, num_steps: int, noise: Tensor | None = None) -> dict[str, Any]:

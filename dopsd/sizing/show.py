@@ -1,0 +1,95 @@
+"""What the settings need, as text for the terminal: 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+from tqdm import tqdm
+
+from dopsd.config import Settings
+from dopsd.sizing.cards import Card
+from dopsd.sizing.plan import RESERVE, Choice, Plan, Stage, plan_for
+
+_SMALL_ROW = 5e7
+"""Rows of fewer bytes are left out."""
+
+
+def report(settings: Settings, root: Path, card: Card | None) -> Iterator[str]:
+    """Lines, of resolved settings; what takes seconds is counted between them."""
+    plan = plan_for(settings, root)
+    if plan is None:
+        yield "What these settings need: little, or this base's configuration is not here to count."
+        return
+    choice = Choice.of(settings)
+    with tqdm(total=4, desc="computing", leave=False, disable=None, bar_format="{desc} {bar} {postfix}") as bar:
+        for what in plan.count(choice):
+            bar.set_postfix_str(what)
+            bar.update()
+    if card is not None and str(settings.model.gradient_checkpointing) == "auto":
+        choice = replace(choice, checkpointing=plan.checkpointing(choice, card.bytes))
+    yield "What these settings need, computed and not measured"
+    yield _settings_line(choice)
+    yield from needs(plan, choice, card)
+    if card is not None:
+        yield from proposals(plan, choice, card)
+
+
+def needs(plan: Plan, choice: Choice, card: Card | None) -> Iterator[str]:
+    """Memory stage by stage, host, disk, time."""
+    for stage in plan.stages(choice):
+        yield ""
+        yield _headline(stage, card)
+        yield from (f"  {name:<44}{_gb(size)}" for name, size in stage.rows.items() if size >= _SMALL_ROW)
+    yield ""
+    yield f"{'host memory, at the most':<46}{_gb(plan.host(choice))}"
+    yield f"{'disk':<46}{_gb(sum(plan.disk().values()))}"
+    yield from (f"  {name:<44}{_gb(size)}" for name, size in plan.disk().items())
+    if card is not None:
+        hours = plan.hours(choice, card)
+        yield f"{'a thousand steps (within a half)':<46}{hours:6.1f} h on this card"
+
+
+def proposals(plan: Plan, choice: Choice, card: Card) -> Iterator[str]:
+    """Whether the settings fit, and what to write where they do not, or more than is needed is saved."""
+    found = plan.proposal(choice, card.bytes)
+    fits = plan.fits(choice, card.bytes)
+    yield ""
+    if found is None:
+        yield f"Nothing known here fits {card.name}, with {RESERVE / 1e9:g} GB kept free."
+        return
+    if fits and not found.lines(choice):
+        yield f"They fit {card.name}."
+        return
+    hours = plan.hours(found, card)
+    if fits and hours >= plan.hours(choice, card):
+        yield f"They fit {card.name}."
+        return
+    yield f"They fit {card.name}. Faster:" if fits else f"They do not fit {card.name}. These do:"
+    text = yaml.safe_dump(found.lines(choice), sort_keys=False)
+    yield from (f"    {line}" for line in text.splitlines())
+    peaks = ", ".join(f"{stage.name.partition(',')[0]} {stage.peak / 1e9:.1f}" for stage in plan.stages(found))
+    yield f"  then in GB: {peaks}"
+    yield f"  and {hours:.1f} h a thousand steps"
+    yield f"  ({RESERVE / 1e9:g} GB of the card are kept free)"
+
+
+def _settings_line(choice: Choice) -> str:
+    return (
+        f"({choice.resolution} px, batch {choice.batch}, checkpointing {choice.checkpointing}, "
+        f"quantization {choice.quantization},\n offload {choice.offload}, {choice.optimizer})"
+    )
+
+
+def _headline(stage: Stage, card: Card | None) -> str:
+    verdict = ""
+    if card is not None:
+        verdict = f"   of {card.bytes / 1e9:.1f}" + ("" if stage.fits(card.bytes) else ": too much")
+    note = f" ({stage.note})" if stage.note else ""
+    return f"{stage.name:<46}{_gb(stage.peak)}{verdict}" + (f"\n {note}" if note else "")
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:6.1f} GB"
