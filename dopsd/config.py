@@ -19,6 +19,7 @@ Quantization = Literal["none", "int8", "fp8", "nf4"]
 Offload = Literal["none", "model", "group"]
 Checkpointing = Literal["none", "every", "every-second", "auto"]
 AdapterKind = Literal["lora", "dora", "lokr"]
+Tune = Literal["adapter", "full"]
 ContextName = Literal["vlm", "edit", "edit-reference", "enhanced-prompt"]
 
 Positive = Annotated[int, Field(gt=0)]
@@ -161,6 +162,11 @@ class TeacherSettings(_Settings):
     kind: Literal["ema", "frozen", "copy"] | None = None
     """``None``: ema, and frozen where the context is ``enhanced-prompt`` (:func:`dopsd.models.resolved`)."""
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.9999
+    every: Positive = 1
+    """Of optimizer steps: the EMA moves that often, by ``decay ** every``."""
+    weights: Literal["device", "cpu"] = "device"
+    """With ``tune: full``: where the EMA's and the base's weights wait. On ``cpu`` they come to the device block by
+    block to answer, and the EMA is computed there; raise ``every`` with it."""
     guidance: Annotated[float, Field(ge=1)] = 1.0
     """1 is the paper. Above, the target is pushed further along what the context changes (docs/method.md)."""
     gain_images: Positive = 16
@@ -201,6 +207,9 @@ class TrainSettings(_Settings):
     betas: tuple[Share, Share] = (0.9, 0.999)
     clip_norm: Rate = 1.0
     loss: Literal["velocity", "x0"] = "velocity"
+    tune: Tune = "adapter"
+    """``full``: no adapter, but the transformer's own weights, in float32: all of them, or those of the linear layers
+    that ``lora.targets`` names (docs/method.md says what it takes). Nothing else of ``lora`` counts then."""
     lora: LoraSettings = LoraSettings()
     teacher: TeacherSettings = TeacherSettings()
     replay: ReplaySettings = ReplaySettings()
@@ -347,7 +356,17 @@ class Settings(_Settings):
     @model_validator(mode="after")
     def _weights_are_plain(self) -> Settings:
         borrowed = self.model.offload == "group" or self.compute.sharded
-        if self.train.lora.kind == "dora" and (self.model.quantization != "none" or borrowed):
+        full, waiting = self.train.tune == "full", self.train.teacher.weights == "cpu"
+        if full and (self.model.quantization != "none" or borrowed):
+            raise ValueError("train.tune: full trains the base's own weights; set model.quantization to none, "
+                             "model.offload to none or model, and compute.sharded to false")  # fmt: skip
+        if waiting and not full:
+            raise ValueError("train.teacher.weights: cpu is for train.tune: full; adapters stay on the device, leave "
+                             "it out")  # fmt: skip
+        if waiting and self.model.compile:
+            raise ValueError("train.teacher.weights: cpu changes a block's weights at every call; leave model.compile "
+                             "false")  # fmt: skip
+        if not full and self.train.lora.kind == "dora" and (self.model.quantization != "none" or borrowed):
             raise ValueError("train.lora.kind: dora measures the base's own weights; leave model.quantization none, "
                              "model.offload none or model, and compute.sharded false")  # fmt: skip
         if self.compute.sharded and (self.model.quantization != "none" or self.model.offload == "group"):
@@ -363,8 +382,8 @@ class Settings(_Settings):
         path = root / CONCEPTS / concept_name(concept) / OWN_SETTINGS
         own = _read_yaml(path) if path.is_file() else {}
         merged = _merged(_merged(self.train.model_dump(), own), self.overrides)
-        try:
-            return self.model_copy(update={"train": TrainSettings.model_validate(merged)})
+        try:  # whole: what a concept asks for may not go with the model's settings
+            return Settings.model_validate({**self.__dict__, "train": TrainSettings.model_validate(merged)})
         except ValidationError as error:
             raise SettingsError("\n".join(f"{path}: {_fault(fault)}" for fault in error.errors())) from None
 
