@@ -57,8 +57,7 @@ def card_of(
 
 def _trained_of(train: TrainSettings) -> dict[str, str]:
     if train.tune == "full":
-        layers = "all" if train.lora.targets is None else ", ".join(f"`{target}`" for target in train.lora.targets)
-        return {"trained layers": layers}
+        return {"trained layers": "all" if train.lora.targets is None else "chosen ones"}
     return {"adapter": f"rank {train.lora.rank}, alpha {train.lora.alpha or train.lora.rank:g}"}
 
 
