@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -336,7 +336,7 @@ def test_a_parameter_in_two_places_is_one() -> None:
 
 
 @pytest.fixture
-def student(tmp_path: Path) -> Iterator[tuple[Family, Path, torch.Tensor, torch.Tensor]]:
+def student(tmp_path: Path) -> tuple[Family, Path, torch.Tensor, torch.Tensor]:
     """A family, a file of weights trained on it, what they answer, and what the base does."""
     family = tiny.tiny_family()
     base = _answer(family)
@@ -345,20 +345,17 @@ def student(tmp_path: Path) -> Iterator[tuple[Family, Path, torch.Tensor, torch.
     trained = _answer(family)
     path = pair.save(tmp_path / "student.safetensors")
     pair.remove()
-    yield family, path, trained, base
+    return family, path, trained, base
 
 
 def test_a_file_loads_to_the_identical_output_and_the_base_comes_back(student: Any) -> None:
     family, path, trained, base = student
     own = {name: (parameter, parameter.clone()) for name, parameter in family.transformer.named_parameters()}
-    for error in (None, RuntimeError("in the middle")):
-        try:
-            with adapter_applied(family.transformer, path):
-                assert torch.equal(_answer(family), trained)
-                if error:
-                    raise error
-        except RuntimeError as caught:
-            assert caught is error
+    for ends in (nullcontext(), pytest.raises(RuntimeError, match="in the middle")):
+        with ends, adapter_applied(family.transformer, path):
+            assert torch.equal(_answer(family), trained)
+            if not isinstance(ends, nullcontext):
+                raise RuntimeError("in the middle")
         assert torch.equal(_answer(family), base)
         after = dict(family.transformer.named_parameters())
         assert all(after[name] is kept and torch.equal(kept, value) for name, (kept, value) in own.items())
@@ -395,7 +392,7 @@ def test_a_file_that_does_not_fit_is_refused_and_the_base_stays(student: Any, fo
         assert torch.equal(_answer(family), base)
     quantized = load_family(settings_of("z-image", folders, quantization="int8"))
     with (
-        pytest.raises(AdapterError, match="take the place of plain weights: set model.quantization to none"),
+        pytest.raises(AdapterError, match=r"take the place of plain weights: set model\.quantization to none"),
         adapter_applied(quantized.transformer, path),
     ):
         pass
