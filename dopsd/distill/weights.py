@@ -69,8 +69,12 @@ def train_weights(
     matches nothing, and for weights that are not plain numbers on the device.
     """
     _check_plain(transformer, "train.tune: full trains")
-    matched = {ALL: tuple(_places_of(transformer))} if targets is None else match_targets(transformer, targets)
-    return WeightPair(transformer, kind, matched, waiting)
+    return WeightPair(transformer, kind, matched_weights(transformer, targets), waiting)
+
+
+def matched_weights(transformer: nn.Module, targets: Sequence[str] | None) -> dict[str, tuple[str, ...]]:
+    """What :func:`train_weights` trains: pattern to the linear layers that it matches, or the names of all weights."""
+    return {ALL: tuple(_places_of(transformer))} if targets is None else match_targets(transformer, targets)
 
 
 def _check_plain(transformer: nn.Module, what: str) -> None:
@@ -122,6 +126,18 @@ class WeightPair(Pair):
             places.put(weights[key])
         if self._visits is not None:
             self._visits.of({} if name == STUDENT else weights)
+
+    @contextmanager
+    def select(self, name: Selection) -> Iterator[None]:
+        """As :meth:`Pair.select`. Inside, autocast keeps no weights: it would hold all of them in bfloat16 to the
+        end of a forward, past checkpointing."""
+        before = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            with super().select(name):
+                yield
+        finally:
+            torch.set_autocast_cache_enabled(before)
 
     def student_parameters(self) -> list[nn.Parameter]:
         """What the optimizer gets, in the transformer's own order."""

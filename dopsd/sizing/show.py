@@ -31,7 +31,7 @@ def report(settings: Settings, root: Path, card: Card | None) -> Iterator[str]:
     if card is not None and str(settings.model.gradient_checkpointing) == "auto":
         choice = replace(choice, checkpointing=plan.checkpointing(choice, card.bytes))
     yield "What these settings need, computed and not measured"
-    yield _settings_line(choice)
+    yield _settings_line(plan, choice)
     yield from needs(plan, choice, card)
     if card is not None:
         yield from proposals(plan, choice, card)
@@ -76,10 +76,11 @@ def proposals(plan: Plan, choice: Choice, card: Card) -> Iterator[str]:
     yield f"  ({RESERVE / 1e9:g} GB of the card are kept free)"
 
 
-def _settings_line(choice: Choice) -> str:
+def _settings_line(plan: Plan, choice: Choice) -> str:
+    tuned = f",\n full tuning, teacher on the {choice.waiting}" if plan.work.tune == "full" else ""
     return (
         f"({choice.resolution} px, batch {choice.batch}, checkpointing {choice.checkpointing}, "
-        f"quantization {choice.quantization},\n offload {choice.offload}, {choice.optimizer})"
+        f"quantization {choice.quantization},\n offload {choice.offload}, {choice.optimizer}{tuned})"
     )
 
 
