@@ -18,7 +18,8 @@ PACKAGE = ROOT / "dopsd"
 
 ROOMS: dict[str, set[str]] = {
     # room: the rooms it may import from
-    "config": set(),
+    "params": set(),
+    "config": {"params"},
     "files": set(),
     "versions": set(),
     "data": {"config", "files"},
