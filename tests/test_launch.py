@@ -226,7 +226,7 @@ def test_a_run_of_other_settings_is_set_aside_on_this_side_too(project: Path, tm
     job = _job(project, "other", "train.max_steps=1", "train.learning_rate=1e-3")
     _train(job, tmp_path, cpus_per_worker=1)
     assert [row["step"] for row in _rows(tmp_path)] == [0, 1]
-    assert (tmp_path / "train/d-opsd.previous/log.jsonl").read_text() == old
+    assert (tmp_path / "train/d-opsd.previous-1/log.jsonl").read_text() == old
     names = {path.name for path in (tmp_path / "train/d-opsd/previews").glob("student-*")}
     assert names == {"student-000000.webp", "student-000001.webp"}
 
