@@ -105,7 +105,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two :func:`made_of`, in words: settings by their keys, the rest by what it is. Data, base
     and code come last."""
     words = []
-    for group in ("settings", *sorted({*before, *now} - {"settings"}, key=lambda group: group in _WHAT_CHANGED)):
+    for group in ("settings", *sorted({*before, *now} - {"settings", *_WHAT_CHANGED}), *_WHAT_CHANGED):
         was, is_now = before.get(group), now.get(group)
         if was == is_now:
             continue
