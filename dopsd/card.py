@@ -49,6 +49,7 @@ def card_of(
             "teacher": f"{train.teacher.kind}, decay {train.teacher.decay}, guidance {train.teacher.guidance:g}",
             "replay": f"{train.replay.weight:g}",
             "seed": str(train.seed),
+            **({"begun from": Path(train.init_from).name} if train.init_from else {}),
         },
         columns=columns,
         rows=rows,

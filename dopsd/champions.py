@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 
 def identity_today(concept: str, content_hash: str, settings: Settings, root: Path) -> VersionIdentity:
     """What a version of ``concept`` would be made from today. ``content_hash``: of its data."""
+    from dopsd.train.start import start_hash
+
     own = resolved(settings.of(concept, root))
-    return version_identity(content_hash, own, open_base(own.model, root))
+    start = start_hash(own.train, root, run_folder(concept, root))
+    return version_identity(content_hash, own, open_base(own.model, root), start)
 
 
 def reasons_to_train(concept: str, table: ConceptTable, settings: Settings, root: Path) -> list[str]:
@@ -58,6 +61,7 @@ def register_version(concept: str, settings: Settings, root: Path) -> None:
     kept in ``registered.json``. Settings: resolved, of the concept. Raises ``RegistryAway``."""
     from dopsd.origin import git_tags
     from dopsd.tracking import run_id
+    from dopsd.train.start import start_hash
 
     run, registry = run_folder(concept, root), Registry(root)
     training = read_result(run / "train" / "training.json", "train")["training"]
@@ -67,7 +71,7 @@ def register_version(concept: str, settings: Settings, root: Path) -> None:
     validated = read_result(run / "validated.json", "validate")
     metrics = read_result(run / "evaluation" / "metrics.json", "evaluate")
     base = open_base(settings.model, root)
-    identity = version_identity(validated["content_hash"], settings, base)
+    identity = version_identity(validated["content_hash"], settings, base, start_hash(settings.train, root, run))
     questions = questions_of(plan_of(settings, base), validated)
     tags = git_tags(root) | {"dopsd.training": training, "dopsd.data.hash": validated["content_hash"],
                              "dopsd.base": base.source.shown}  # fmt: skip

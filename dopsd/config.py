@@ -198,6 +198,10 @@ class TrainSettings(_Settings):
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     clip_norm: Rate = 1.0
     loss: Literal["velocity", "x0"] = "velocity"
+    init_from: Annotated[str, Field(min_length=1)] | None = None
+    """A file that student and EMA teacher begin as, and counts by its content: an adapter as we, diffusers or ComfyUI
+    keep one, or with ``tune: full`` weights of ours. It must be what the settings train: rank, kind and layers. The
+    base stays what a frozen teacher and replay answer with."""
     tune: Tune = "adapter"
     """``full``: no adapter, but the transformer's own weights, in float32: all of them, or those of the linear layers
     that ``lora.targets`` names (docs/method.md says what it takes). Nothing else of ``lora`` counts then."""

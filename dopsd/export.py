@@ -31,7 +31,7 @@ from torch import Tensor
 from dopsd.config import Offload, Quantization
 from dopsd.distill.adapters import adapter_applied, read_adapter
 from dopsd.distill.drawing import draw
-from dopsd.distill.kinds import kind_of, module_of
+from dopsd.distill.kinds import SCALED, kind_of, module_of
 from dopsd.distill.weights import FORMAT, holds_weights, weights_applied
 from dopsd.files import whole_folder, write_tensors
 from dopsd.models.base import Family, Request
@@ -49,10 +49,6 @@ _SHARD = "10GB"
 # bfloat16 pipeline rounds either file alike when it loads it: equal pictures, 0.7 from the student's in float32.
 _ROUNDING = {torch.float32: 0.25, torch.bfloat16: 6.0}
 _ROUNDING_SHARE = 0.02
-
-
-_SCALED = (".lora_B.weight", ".lokr_w1", ".lokr_w1_a")
-"""Which tensor of a layer carries the scale."""
 
 
 class ExportError(ValueError):
@@ -146,7 +142,7 @@ def _scaled(adapter: Path, dtype: torch.dtype) -> tuple[dict[str, Tensor], int, 
     that scale."""
     tensors, rank, alpha = read_adapter(adapter)
     scale = alpha / rank
-    folded = {key: value * scale if scale != 1 and key.endswith(_SCALED) else value for key, value in tensors.items()}
+    folded = {key: value * scale if scale != 1 and key.endswith(SCALED) else value for key, value in tensors.items()}
     return {key: value.to(dtype) for key, value in folded.items()}, rank, scale
 
 

@@ -29,9 +29,10 @@ _ADDED = {"optimizer": "adamw", "tune": "adapter"}
 """Settings that came later, with what was always so before: what was trained then is still what it is."""
 
 
-def plan_of(settings: Settings, base: Base) -> Plan:
+def plan_of(settings: Settings, base: Base, start: str = "") -> Plan:
     """Stage to what decides its result, beside the results of the stages before it; of resolved settings of one
-    concept. Data counts by its content, which stage validate writes down."""
+    concept. Data counts by its content, which stage validate writes down. ``start``: hash of the file in
+    ``train.init_from`` (:func:`dopsd.train.start.start_hash`)."""
     from dopsd.models import licence_of, references_rule
 
     model, data = settings.model, settings.data
@@ -53,7 +54,7 @@ def plan_of(settings: Settings, base: Base) -> Plan:
             "version": METHOD_VERSION, "base": _drawing(files), "model": model.decides_velocity(),
             "methods": {method: _deciding(train, method) for method in train.methods},
             # beside the methods, so that a method more retrains none: what ends a run early decides its result too
-            "max_minutes": train.max_minutes,
+            "max_minutes": train.max_minutes, **({"init_from": start} if start else {}),
         },
         "evaluate": {
             "version": [SCORES_VERSION, METHOD_VERSION, ENCODING_VERSION], "base": files,
@@ -98,7 +99,10 @@ def made_of(train: TrainSettings, method: Method, parts: Mapping[str, Any]) -> d
     return _plain({"settings": _deciding(train, method), **parts})
 
 
-_WHAT_CHANGED = {"data": "the encoded data", "base": "the base", "version": "the version of the training code"}
+_WHAT_CHANGED = {
+    "init_from": "the content of train.init_from", "data": "the encoded data", "base": "the base",
+    "version": "the version of the training code",
+}  # fmt: skip
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -151,12 +155,13 @@ class VersionIdentity:
         return [word for key, word in words.items() if getattr(self, key) != getattr(other, key)]
 
 
-def version_identity(content_hash: str, settings: Settings, base: Base) -> VersionIdentity:
-    """What a version would be made from. ``content_hash``: of the concept's data; resolved settings of the concept."""
+def version_identity(content_hash: str, settings: Settings, base: Base, start: str = "") -> VersionIdentity:
+    """What a version would be made from. ``content_hash``: of the concept's data; resolved settings of the concept;
+    ``start``: as in :func:`plan_of`."""
     train = settings.train
     replayed = train.replay.prompts if train.replay.weight > 0 else ()  # in a training's identity by their encodings
     decides = [_deciding(train, train.methods[0]), replayed, train.max_minutes, settings.model.decides_learning(),
-               settings.data.resolution]  # fmt: skip
+               settings.data.resolution, *([start] if start else [])]  # fmt: skip
     return VersionIdentity(content_hash[:32], hash_of(decides), base.identity, f"{METHOD_VERSION}.{ENCODING_VERSION}")
 
 
@@ -174,8 +179,9 @@ def hash_of(value: Any) -> str:
 
 
 def _deciding(train: TrainSettings, method: Method) -> dict[str, Any]:
-    """The settings that decide what ``method`` learns. Replay's prompts are in its encodings, and count there."""
-    values = train.model_dump(mode="json", exclude=_SHOWN | {"methods"})
+    """The settings that decide what ``method`` learns. Replay's prompts are in its encodings, and count there, and what
+    it begins as by its content."""
+    values = train.model_dump(mode="json", exclude=_SHOWN | {"methods", "init_from"})
     values["replay"] = values["replay"]["weight"]
     for key in ("gain_images", "on_no_gain"):  # measured beforehand, from seeds of its own
         values["teacher"].pop(key)

@@ -53,8 +53,11 @@ def _plan(concept: str, settings: Settings, root: Path) -> None:
     """Settings and base -> ``plan.json``: what each stage's result is made of. The same, the same file."""
     from dopsd.identity import plan_of
     from dopsd.models import open_base
+    from dopsd.train.start import start_hash
 
-    write_json(run_folder(concept, root) / PLAN, plan_of(settings, open_base(settings.model, root)))
+    run = run_folder(concept, root)
+    start = start_hash(settings.train, root, run)
+    write_json(run / PLAN, plan_of(settings, open_base(settings.model, root), start))
 
 
 # --- the stages -------------------------------------------------------------------------------------------------------
@@ -264,9 +267,10 @@ def _learnt_from(run: Path, settings: Settings, root: Path) -> tuple[Encoded, di
     from dopsd.data.encoded import read_encoded
     from dopsd.identity import common_parts, plan_of
     from dopsd.models import open_base
+    from dopsd.train.start import start_hash
 
     encoded = read_encoded(run / "encoded")
-    plan = plan_of(settings, open_base(settings.model, root))
+    plan = plan_of(settings, open_base(settings.model, root), start_hash(settings.train, root, run))
     return encoded, common_parts(plan, encoded, settings.train.replay.weight > 0)
 
 

@@ -19,6 +19,8 @@ from dopsd.config import AdapterKind
 
 _KEY: Final = re.compile(r"(?P<module>.+)\.(lora|lokr)_\w+(\.weight)?")
 _ZERO: Final = ("lora_B", "lokr_w1", "lokr_w1_a")
+SCALED: Final = (".lora_B.weight", ".lokr_w1", ".lokr_w1_a")
+"""Which tensor of a layer carries a scale that is folded in."""
 MAGNITUDE: Final = "lora_magnitude_vector"
 """DoRA's lengths, which begin as those of the base's own weights."""
 

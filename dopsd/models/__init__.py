@@ -21,6 +21,7 @@ from dopsd.versions import ENCODING_VERSION
 from .base import Family, Loader, Part, Parts, Teaching
 from .checkpointing import checkpoint_blocks
 from .folder import CONFIG, read_json
+from .hashes import HASHES
 from .loading import Where, compile_blocks, use_plain_attention
 from .quantized import check_installed
 from .sources import ModelError, Source, check_pipeline, check_vlm, identity, licence_of, locate
@@ -36,7 +37,6 @@ Use = Literal["train", "draw", "teach"]
 """What a base is opened for: training needs no encoders, drawing no VLM, teaching all of it."""
 _TRAINED: tuple[str, ...] = ("transformer", "vae", "scheduler")
 
-_HASHES = Path(".cache/model-files.json")
 COMMITS = Path(".cache/hub-commits.json")
 """Which commit a hub's name meant when the base was last identified: no stage may take another one than that."""
 
@@ -174,9 +174,9 @@ def open_base(model: ModelSettings, root: Path, use: Use = "teach", fresh: bool 
     except ModelError as error:
         raise _with_command(error, family.published) from None
     if use != "teach" or not family.needs_vlm(teaching):
-        return Base(source, names, index, root / _HASHES)
+        return Base(source, names, index, root / HASHES)
     vlm, thetas = _open_vlm(model, source, family, root, fresh)
-    return Base(source, names, index, root / _HASHES, vlm, thetas)
+    return Base(source, names, index, root / HASHES, vlm, thetas)
 
 
 def _open_vlm(

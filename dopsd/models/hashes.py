@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 from .folder import INDEX, ModelError, Source, read_json
 
+HASHES = Path(".cache/model-files.json")
+"""In a project: what is remembered."""
 _SAME_TICK = 2.0
 """A file younger than this may be written again without a change of size and time; its hash is not remembered."""
 _BAR_FROM = 2**30
@@ -37,6 +39,12 @@ def identity(source: Source, cache: Path, parts: Sequence[str] | None = None) ->
         part: hashlib.sha256("".join(f"{name}\0{hashes[group[name]]}\n" for name in sorted(group)).encode()).hexdigest()
         for part, group in files.items()
     }
+
+
+def content_hash(file: Path, cache: Path) -> str:
+    """The hash of one file, remembered in ``cache`` as :func:`identity` does. Raises :class:`ModelError`."""
+    path = file.resolve()
+    return _hashes(Source(path.parent), [path], cache)[path]
 
 
 def _parts(source: Source) -> list[str]:

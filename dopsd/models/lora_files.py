@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import torch
@@ -184,6 +184,65 @@ def krea_comfyui(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     pairs = _pairs(tensors, rank)
     named = {_native(module, _KREA_SINGLE, _KREA_STACKS, "Krea-2"): pair for module, pair in pairs.items()}
     return _file(named, rank, len(pairs))
+
+
+# --- the way back -----------------------------------------------------------------------------------------------------
+
+Writer = Callable[[Mapping[str, Tensor], int], dict[str, Tensor]]
+"""One of the functions above."""
+_FIRST_BLOCK: Final = re.compile(r".*?\.\d+(?=\.)")
+
+
+def from_comfyui(file: Mapping[str, Tensor], like: Mapping[str, Tensor], rank: int, write: Writer) -> dict[str, Tensor]:
+    """What ``write`` would make ``file`` of: tensors keyed and shaped as those in ``like``, float32, alpha equal rank.
+
+    The way back is found by the way there: ``write`` is given the numbers of the places instead of values. A layer that
+    is one natively and several in diffusers may also be adapted as a whole, as other tools do; then each of the several
+    gets the same A. Raises :class:`LoraFileError` where the file is of another rank, for other layers, or for another
+    model.
+    """
+    rest, found = dict(file), {}
+    blocks: dict[str, list[str]] = defaultdict(list)
+    for key in like:
+        block = _FIRST_BLOCK.match(key)
+        blocks[block[0] if block else key.rpartition(".lora_")[0]].append(key)
+    for keys in blocks.values():
+        numbers, count = {}, 1  # 0 is where ``write`` puts nothing
+        for key in keys:
+            numbers[key] = torch.arange(count, count + like[key].numel(), dtype=torch.float64).reshape(like[key].shape)
+            count += like[key].numel()
+        values = torch.zeros(count)
+        for native, places in write(numbers, rank).items():
+            if native.endswith(".alpha"):
+                continue
+            if native not in rest:
+                raise LoraFileError(f"{native}: train.lora.targets adapt it, and it is not in the file")
+            value = _native_value(native, file, rank, places)
+            del rest[native]
+            values[places.long()] = value.float()
+        for key in keys:
+            found[key] = values[numbers[key].long()]
+    if left := sorted(key for key in rest if not key.endswith(".alpha")):
+        raise LoraFileError(f"{left[0]}: it is in the file, and train.lora.targets leave it out")
+    return found
+
+
+def _native_value(native: str, file: Mapping[str, Tensor], rank: int, places: Tensor) -> Tensor:
+    """A tensor of the file as ``write`` would have made it, the scale folded into B."""
+    layer, _, part = native.removesuffix(".weight").rpartition(".lora_")
+    value, axis = file[native].float(), 0 if part == "A" else 1
+    rows = value.shape[axis]
+    if part == "B" and (alpha := file.get(f"{layer}.alpha")) is not None:
+        value = value * (float(alpha) / rows)
+    if rows == rank != places.shape[axis]:  # adapted as a whole
+        several = places.shape[axis] // rank
+        value = torch.cat([value] * several, dim=axis)
+    elif part == "B" and places.shape == value.shape and value[places == 0].any():
+        raise LoraFileError(f"{layer}: its parts are adapted together at rank {rows}, and train.lora.rank is {rank}")
+    if value.shape != places.shape:
+        shape = tuple(file[native].shape)
+        raise LoraFileError(f"{native} is {shape}; with train.lora.rank {rank} it would be {tuple(places.shape)} here")
+    return value
 
 
 # --- what all have in common ------------------------------------------------------------------------------------------

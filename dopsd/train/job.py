@@ -50,8 +50,9 @@ def run_job(
     replay = [conditioning for _, conditioning in encoded.replay]
     for method in job.train.methods:
         identity = training_identity(how, method, job.common)
+        start = job.root / how.init_from if how.init_from else None
         training = Training(method, how, encoded.examples, identity, replay, encoded.previews, job.training,
-                            made_of(how, method, job.parts))  # fmt: skip
+                            made_of(how, method, job.parts), start)  # fmt: skip
         result = train(family, training, Place(folder / method, adapters, observer, on_saved))
         results[method] = result
         if result.stopped == "max_minutes":

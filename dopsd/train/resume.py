@@ -44,6 +44,8 @@ class Training:
     """Of the training that the run is part of, for the tracker."""
     made_of: Mapping[str, Any] = field(default_factory=dict)
     """What ``identity`` is of, to be read (:func:`dopsd.identity.made_of`); empty where nobody said."""
+    start: Path | None = None
+    """The file that it begins from (``train.init_from``); ``None``: the base."""
 
 
 def find_saved(folder: Path, training: Training, observer: Observer) -> ckpt.Checkpoint | None:

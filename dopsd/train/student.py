@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from dopsd.config import TrainSettings
 from dopsd.distill.adapters import add_adapters, save_adapter
+from dopsd.distill.initial import begin_as
 from dopsd.distill.pair import STUDENT, Pair, TeacherKind
+from dopsd.distill.targets import AdapterError
 from dopsd.distill.weights import WeightPair, train_weights
 from dopsd.models.base import Family
 
@@ -16,6 +19,16 @@ def make_pair(settings: TrainSettings, family: Family, kind: TeacherKind) -> Pai
     if settings.tune == "full":
         return train_weights(family.transformer, settings.lora.targets, kind, settings.teacher.weights)
     return add_adapters(family.transformer, settings.lora, family.lora_targets, settings.seed, kind)
+
+
+def begin(settings: TrainSettings, family: Family, pair: Pair, start: Path, expected: str | None) -> None:
+    """Let student and teacher begin as the file ``start``, of this content. Raises ``AdapterError`` where it does not
+    fit, or is another one than was looked at when the training was asked for."""
+    with start.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest() if expected else None
+    if expected != found:
+        raise AdapterError(f"train.init_from: {start}: it changed since this training was started; start it again")
+    begin_as(start, pair, settings, family.comfyui_lora)
 
 
 def description(settings: TrainSettings, pair: Pair) -> str:

@@ -38,7 +38,7 @@ from dopsd.train.parallel import exchange, share
 from dopsd.train.resume import Training, find_saved
 from dopsd.train.schedule import learning_rate, milestones, why_stopped
 from dopsd.train.status import adopt, running
-from dopsd.train.student import description, make_pair, save_student
+from dopsd.train.student import begin, description, make_pair, save_student
 
 __all__ = ["Observer", "Place", "TrainError", "TrainResult", "Training", "learning_rate", "milestones", "train"]
 
@@ -192,6 +192,9 @@ class _Run:
         self.gain: dict[str, float] | None = saved.state["teacher_gain"] if saved else None
         try:
             if saved is None:
+                if training.start is not None:
+                    begin(settings, family, self.pair, training.start, training.made_of.get("init_from"))
+                    self.observer.message(f"{method}: begins as {training.start}")
                 self._begin()
             else:
                 self._restore(saved)

@@ -1,0 +1,33 @@
+"""``train.init_from``: the file that a training begins from, found and known by its content before a base is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dopsd.config import SettingsError, TrainSettings
+from dopsd.models.hashes import HASHES, content_hash
+
+
+def start_hash(settings: TrainSettings, root: Path, run: Path) -> str:
+    """The hash of the file's content; empty where a training begins from the base. ``run``: the concept's run folder.
+
+    Raises ``SettingsError`` for a file that the training itself writes, and
+    :class:`~dopsd.distill.targets.AdapterError` for one that is missing or is not what the settings train.
+    """
+    if settings.init_from is None:
+        return ""
+    from dopsd.distill.initial import check_initial  # it brings torch
+
+    path = root / settings.init_from
+    _check_stays(path, run)
+    check_initial(path, settings)
+    return content_hash(path, root / HASHES)
+
+
+def _check_stays(path: Path, run: Path) -> None:
+    """What this concept's stages write changes with every training, and would then ask for another one."""
+    from dopsd.train.checkpoint import was_set_aside
+
+    place, here = path.resolve(), run.resolve()
+    if place.is_relative_to(here) and not any(was_set_aside(folder) for folder in place.relative_to(here).parents):
+        raise SettingsError(f"train.init_from: {path}: this training replaces it; copy it out of {run}, name the copy")
