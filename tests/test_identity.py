@@ -209,6 +209,10 @@ def test_a_version_says_what_changed_since() -> None:
     base = open_base(settings.model, ROOT)
     made = identity.version_identity("d" * 64, settings, base)
     assert made.differences(identity.version_identity("e" * 64, settings, base)) == ["data"]
+    assert made == identity.version_identity("d" * 64, settings, base, start="")
+    begun = [identity.version_identity("d" * 64, settings, base, start) for start in ("a" * 64, "b" * 64)]
+    assert [made.differences(one) for one in begun] == [["settings"], ["settings"]]
+    assert begun[0] != begun[1]
     other = load_settings(SHIPPED, ("train.seed=5", "train.preview_steps=3")).of("style-ink", ROOT)
     assert made.differences(identity.version_identity("d" * 64, resolved(other), base)) == ["settings"]
     for override in ("train.replay.prompts=[a fox]", "train.max_minutes=3"):
