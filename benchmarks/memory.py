@@ -10,6 +10,7 @@ import argparse
 import json
 import platform
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def base(recipe: str) -> Row:
     settings = resolved(load_settings(ROOT / "recipes" / f"{recipe}.yaml"))
     plan = plan_for(settings, ROOT)
     assert plan is not None
-    before = Choice.of(settings)
+    before = replace(Choice.of(settings), checkpointing="every")
     print(recipe, flush=True)
     return {
         "path": settings.model.path, "context": plan.work.teaching.context, "rank": plan.work.lora.rank,

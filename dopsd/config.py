@@ -87,7 +87,7 @@ class ModelSettings(_Settings):
     """``auto``: bfloat16 on CUDA, float32 on a CPU (bfloat16 is far slower on most of them)."""
     gradient_checkpointing: Annotated[Checkpointing, BeforeValidator(_as_words)] = "none"
     """Which blocks compute their activations twice instead of holding them. ``auto``: none on a CPU, else what fits
-    (:mod:`dopsd.memory`). ``true`` and ``false`` mean every and none."""
+    (:mod:`dopsd.sizing`). ``true`` and ``false`` mean every and none."""
     quantization: Quantization = "none"
     """How the frozen weights of transformer and text encoder are stored; adapters and products keep their precision.
     It changes the base a little, and so what is encoded, learnt and drawn. Needs the extra ``quantization``."""

@@ -212,13 +212,21 @@ Stage = Callable[[str, Settings, Path], None]
 
 
 def _of_concept(stage: Stage) -> Stage:
-    """The stage with the settings of its concept."""
+    """The stage with the settings of its concept, and what they need where the device has not that much memory."""
 
     @wraps(stage)
     def run(concept: str, settings: Settings, root: Path) -> None:
         from dopsd.models import resolved
 
-        stage(concept, resolved(settings.of(concept, root)), root)
+        settings = resolved(settings.of(concept, root))
+        try:
+            stage(concept, settings, root)
+        except RuntimeError as error:
+            from dopsd.train.device_memory import out_of_memory, ran_out
+
+            if not ran_out(error):
+                raise
+            raise StageError(f"{stage.__name__.lstrip('_')}: {out_of_memory(settings, root)}") from error
 
     return run
 

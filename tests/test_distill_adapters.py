@@ -33,7 +33,7 @@ def randomise(pair, seed=0):
 def velocity(family, seed=0):
     noise = family.initial_latents(2, tiny.SIDE, tiny.SIDE, torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        return family.predictvelocity(noise, torch.tensor(0.9), tiny.tiny_prompts(2))
+        return family.predict_velocity(noise, torch.tensor(0.9), tiny.tiny_prompts(2))
 
 
 # --- which layers

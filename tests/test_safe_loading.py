@@ -35,7 +35,7 @@ def test_nothing_loads_pickles_or_code(path: Path) -> None:
 
 def test_the_check_sees_the_loaders() -> None:
     found = {(owner, method) for path in SOURCES for owner, method, _ in _calls(path)}
-    assert {("DiffusionPipeline", "from_pretrained"), ("Qwen3Model", "from_pretrained")} <= found
+    assert {("DiffusionPipeline", "from_pretrained"), ("AutoModelForImageTextToText", "from_pretrained")} <= found
     assert ("self.pipeline", "load_lora_weights") in found
 
 

@@ -340,7 +340,8 @@ def test_quantised_and_offloaded_weights_are_what_arithmetic_says() -> None:
 
 
 def test_settings_become_a_choice_and_back() -> None:
-    before = Choice.of(settings("z-image-turbo"))
+    made = settings("z-image-turbo", "model.gradient_checkpointing=every")
+    before = Choice.of(made)
     assert before == Choice("every", accumulation=4)
     after = replace(before, checkpointing="none", quantization="nf4", resolution=512)
     assert after.lines(before) == {

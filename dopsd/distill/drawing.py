@@ -43,16 +43,16 @@ def draw(
         latents = sample(family, conditioning[rows], num_steps, height, width, noise[rows])
         return pictures(family, latents, height, width)
 
-    return _in_parts(len(conditioning), batch_of(height, width, most), drawn)
+    return in_parts(len(conditioning), batch_of(height, width, most), drawn)
 
 
 def pictures(family: Family, latents: Tensor, height: int, width: int) -> list[Image]:
     """Decode latents ``[B, C, h, w]`` of pictures of that size, as many at once as fit."""
     with _tiled(family, height * width > WHOLE):
-        return _in_parts(len(latents), batch_of(height, width, len(latents)), lambda rows: family.decode(latents[rows]))
+        return in_parts(len(latents), batch_of(height, width, len(latents)), lambda rows: family.decode(latents[rows]))
 
 
-def _in_parts(count: int, size: int, work: Callable[[slice], list[T]]) -> list[T]:
+def in_parts(count: int, size: int, work: Callable[[slice], list[T]]) -> list[T]:
     """``work`` over ``count`` rows, ``size`` at a time. Where memory runs out half as many are tried, down to one."""
     done: list[T] = []
     while len(done) < count:

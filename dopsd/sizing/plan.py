@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from dopsd.config import Settings
 from dopsd.models import family_class, teaching_of
@@ -24,6 +24,8 @@ Optimizer = Literal["adamw", "adamw-8bit"]
 
 RESERVE = 1.5e9
 """Bytes for CUDA's context, cuDNN's workspaces and what the allocator cannot use."""
+CAUTION = 1.1
+"""How much more than counted a training may turn out to need, where the count alone decides."""
 SMALL = 200_000_000
 """A transformer of fewer parameters fits anywhere: nothing is planned for it."""
 _ENCODERS = ("text_encoder", "vision", "vae_encoder")
@@ -49,13 +51,12 @@ class Choice:
 
     @classmethod
     def of(cls, settings: Settings) -> Choice:
-        """Of settings, some of whose keys may not exist yet; ``auto`` is :meth:`Plan.checkpointing`'s to say."""
+        """Of settings; ``auto`` is :meth:`Plan.checkpointing`'s to say, and ``none`` here."""
         model, train = settings.model, settings.train
         given = model.gradient_checkpointing
-        named = {True: "every", False: "none", "auto": "none"}.get(given, given)
         return cls(
-            cast("Checkpointing", named), getattr(model, "quantization", "none"), getattr(model, "offload", "none"),
-            getattr(train, "optimizer", "adamw"), settings.data.resolution, train.batch_size, train.accumulation,
+            "none" if given == "auto" else given, model.quantization, model.offload, train.optimizer,
+            settings.data.resolution, train.batch_size, train.accumulation,
         )  # fmt: skip
 
     def lines(self, before: Choice) -> dict[str, dict[str, Any]]:
@@ -285,12 +286,22 @@ class Plan:
         return next((one for one in self.ladder(choice) if self.fits(one, card_bytes)), None)
 
     def checkpointing(self, choice: Choice, card_bytes: float) -> Checkpointing:
-        """What ``auto`` means on that card: the least checkpointing with which training fits, else ``every``."""
-        kinds: tuple[Checkpointing, ...] = ("none", "every-second", "every")
+        """What ``auto`` means on that card: the least checkpointing with which training fits, else ``every``.
+
+        Nobody looks at what it chose, so it believes no count by more than :data:`CAUTION`.
+        """
+        kinds: tuple[Checkpointing, ...] = ("none", "every-second")
         if choice.offload == "group":
             return "every"
-        fitting = (kind for kind in kinds if self.train(replace(choice, checkpointing=kind)).fits(card_bytes))
-        return next(fitting, "every")
+        stages = ((kind, self.train(replace(choice, checkpointing=kind))) for kind in kinds)
+        return next((kind for kind, stage in stages if CAUTION * stage.peak + RESERVE <= card_bytes), "every")
+
+    def chosen(self, settings: Settings, card_bytes: float) -> Choice:
+        """What the settings are on that card."""
+        choice = Choice.of(settings)
+        if settings.model.gradient_checkpointing != "auto":
+            return choice
+        return replace(choice, checkpointing=self.checkpointing(choice, card_bytes))
 
 
 def plan_for(settings: Settings, root: Path, tokens: int = 96) -> Plan | None:
@@ -324,12 +335,14 @@ def checkpointing_that_fits(settings: Settings, free_bytes: float, root: Path = 
 
 def advice(settings: Settings, card_bytes: float, root: Path = Path()) -> str:
     """One line for a person whose card is out of memory: which settings to change."""
-    plan, before = plan_for(settings, root), Choice.of(settings)
+    plan = plan_for(settings, root)
     if plan is None:
         return "out of memory: lower train.batch_size (raise train.accumulation as much) or data.resolution"
+    before = plan.chosen(settings, card_bytes)
     if plan.fits(before, card_bytes):
-        return (f"out of memory, though {plan.train(before).peak / 1e9:.1f} GB should do: is something else on the "
-                "card? (nvidia-smi)")  # fmt: skip
+        most = max(stage.peak for stage in plan.stages(before))
+        return (f"out of memory, though {most / 1e9:.1f} GB should do: is something else on the card (nvidia-smi)? "
+                "Else set model.gradient_checkpointing=every")  # fmt: skip
     found = plan.proposal(before, card_bytes)
     if found is None:
         return "out of memory: no settings known here fit this card; `dopsd doctor` says what each stage needs"

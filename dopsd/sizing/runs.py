@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -18,10 +18,10 @@ from dopsd.config import LoraSettings
 from dopsd.distill.adapters import STUDENT, AdapterPair, TeacherKind, adapter_parameters, add_adapters
 from dopsd.distill.rollout import rollout, sample
 from dopsd.models.base import Conditioning, Configs, Family, Parts, Shapes, Teaching
+from dopsd.models.checkpointing import Checkpointing
 from dopsd.models.sizes import block_lists, shortened, skeleton
 from dopsd.sizing.counter import Counter, counting, materialise
 
-Checkpointing = Literal["none", "every-second", "every"]
 CPU = torch.device("cpu")
 BATCH = 8
 """Captions that are encoded at once (:mod:`dopsd.train.encode`)."""

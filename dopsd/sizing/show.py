@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -23,13 +22,11 @@ def report(settings: Settings, root: Path, card: Card | None) -> Iterator[str]:
     if plan is None:
         yield "What these settings need: little, or this base's configuration is not here to count."
         return
-    choice = Choice.of(settings)
     with tqdm(total=4, desc="computing", leave=False, disable=None, bar_format="{desc} {bar} {postfix}") as bar:
-        for what in plan.count(choice):
+        for what in plan.count(Choice.of(settings)):
             bar.set_postfix_str(what)
             bar.update()
-    if card is not None and str(settings.model.gradient_checkpointing) == "auto":
-        choice = replace(choice, checkpointing=plan.checkpointing(choice, card.bytes))
+    choice = plan.chosen(settings, card.bytes) if card is not None else Choice.of(settings)
     yield "What these settings need, computed and not measured"
     yield _settings_line(choice)
     yield from needs(plan, choice, card)

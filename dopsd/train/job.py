@@ -13,7 +13,9 @@ from dopsd.config import Method, ModelSettings, TrainSettings
 from dopsd.data.encoded import Encoded
 from dopsd.identity import training_identity
 from dopsd.models import load_family
-from dopsd.train.trainer import Observer, Place, Training, TrainResult, train
+from dopsd.sizing.runs import Checkpointing
+from dopsd.train.device_memory import checkpointing_for, counted, out_of_memory, ran_out
+from dopsd.train.trainer import Observer, OutOfMemory, Place, Training, TrainResult, train
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,28 @@ class Job:
 def run_job(
     job: Job, folder: Path, adapters: Path, observer: Observer, on_saved: Callable[[], None] = lambda: None
 ) -> dict[Method, TrainResult]:
-    """Train every method of ``job`` in ``folder/<method>``; what is finished there is not done again."""
-    family = load_family(job.model, job.root, "train", job.sharded)
+    """Train every method of ``job`` in ``folder/<method>``; what is finished there is not done again.
+
+    Raises ``TrainError``, of which :class:`OutOfMemory` says which settings need less.
+    """
+
+    def fitting() -> Checkpointing:
+        which = checkpointing_for(job)
+        observer.message(f"model.gradient_checkpointing: auto is {which} here")
+        return which
+
+    family = load_family(job.model, job.root, "train", job.sharded, fitting)
     encoded, how, results = job.encoded, job.train, {}
     replay = [conditioning for _, conditioning in encoded.replay]
     for method in job.train.methods:
         identity = training_identity(how, method, job.common)
         training = Training(method, how, encoded.examples, identity, replay, encoded.previews, job.training)
-        result = train(family, training, Place(folder / method, adapters, observer, on_saved))
+        try:
+            result = train(family, training, Place(folder / method, adapters, observer, on_saved))
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+            raise OutOfMemory(f"{method}: {out_of_memory(counted(job), job.root)}; its checkpoints are kept") from error
         results[method] = result
         if result.stopped == "max_minutes":
             # the clock ended it: those that are compared with it draw as many images, not as many minutes

@@ -37,13 +37,27 @@ from dopsd.train.optimizer import make_optimizer
 from dopsd.train.parallel import exchange, share
 from dopsd.train.status import adopt, running
 
-__all__ = ["Observer", "Place", "TrainError", "TrainResult", "Training", "learning_rate", "milestones", "train"]
+__all__ = [
+    "Observer",
+    "OutOfMemory",
+    "Place",
+    "TrainError",
+    "TrainResult",
+    "Training",
+    "learning_rate",
+    "milestones",
+    "train",
+]
 
 _DISTILLED = ("d-opsd", "off-policy")
 
 
 class TrainError(ValueError):
     """A run that cannot start or go on; the message says why and what to do."""
+
+
+class OutOfMemory(TrainError):
+    """A run that its device has not the memory for; its checkpoints are whole."""
 
 
 @dataclass(frozen=True)
