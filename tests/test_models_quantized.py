@@ -127,7 +127,7 @@ def test_an_adapter_of_a_rounded_base_fits_the_base_itself(folders, tmp_path, ki
 
 def test_a_library_that_is_not_installed_is_one_line(folders, monkeypatch):
     monkeypatch.setattr("dopsd.models.quantized.find_spec", lambda _: None)
-    with pytest.raises(ModelError, match=r"nf4 needs bitsandbytes; `pip install 'dopsd\[quantization\]'` brings it"):
+    with pytest.raises(ModelError, match=r"nf4 needs bitsandbytes; `pip install -e '.\[quantization\]'` brings it"):
         _family("z-image", folders, quantization="nf4")
 
 

@@ -49,5 +49,5 @@ def test_a_cut_run_ends_where_the_unbroken_one_ends(tmp_path: Path):
 
 def test_without_the_library_it_is_one_line(monkeypatch):
     monkeypatch.setattr("dopsd.train.optimizer.find_spec", lambda _: None)
-    with pytest.raises(SettingsError, match=r"adamw-8bit needs bitsandbytes; `pip install 'dopsd\[quantization\]'`"):
+    with pytest.raises(SettingsError, match=r"adamw-8bit needs bitsandbytes; `pip install -e '.\[quantization\]'`"):
         check_optimizer(tiny.tiny_settings(optimizer="adamw-8bit"))

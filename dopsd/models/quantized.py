@@ -27,7 +27,7 @@ def check_installed(kind: Quantization) -> None:
     """Raise :class:`ModelError` where the library that does it is not installed."""
     package = _PACKAGES.get(kind)
     if package is not None and find_spec(package) is None:
-        raise ModelError(f"model.quantization: {kind} needs {package}; `pip install 'dopsd[quantization]'` brings it")
+        raise ModelError(f"model.quantization: {kind} needs {package}; `pip install -e '.[quantization]'` brings it")
 
 
 def quantize(block: nn.Module, kind: Quantization, device: torch.device) -> None:
