@@ -484,7 +484,7 @@ def test_the_card_says_how_it_is_loaded(folders: dict[str, Path], tmp_path: Path
         ("z-image-turbo", ("train.tune=full", "compute.sharded=true"), "train.tune: full trains the base's own"),
         ("z-image-turbo", ("train.teacher.weights=cpu",), "train.teacher.weights: cpu is for train.tune: full"),
         ("z-image-turbo", ("train.tune=full", "train.teacher.weights=cpu", "model.compile=true"),
-         "changes a block's weights at every call"),
+         "weights: cpu changes blocks; leave model.compile false"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_trained_is_refused_in_one_line(recipe: str, overrides: tuple[str, ...], said: str) -> None:
