@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoModel, DiffusionPipeline
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -24,13 +22,12 @@ from dopsd.data.dataset import BucketSampler
 from dopsd.distill.adapters import AdapterError, adapter_applied
 from dopsd.distill.rollout import rollout
 from dopsd.distill.weights import holds_weights, train_weights
-from dopsd.export import CARD_FILE, WEIGHTS, ExportError, check_export, draw_student, export_trained, read_export
 from dopsd.models import load_family
 from dopsd.models.base import Family, Request
 from dopsd.models.quantized import blocks_of
 from tests import tiny
 from tests.family_folders import NAMES, settings_of, write_families
-from tests.test_family_training import CARD, Cut
+from tests.test_family_training import Cut
 
 ROOT = Path(__file__).parent.parent
 FULL: dict[str, Any] = {
@@ -63,7 +60,8 @@ def _answer(family: Family) -> torch.Tensor:
         return family.velocity(noise, torch.tensor(0.8), tiny.tiny_prompts(1))
 
 
-def _moved(parameters: list[nn.Parameter], size: float = 0.05, seed: int = 0) -> None:
+def moved(parameters: list[nn.Parameter], size: float = 0.05, seed: int = 0) -> None:
+    """As after some steps."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in parameters:
@@ -165,9 +163,9 @@ def test_the_trainer_ends_where_the_plain_loop_ends(tmp_path: Path, method: Any,
         kinds["teacher"] = averaged, teacher
     for who, (ours, theirs) in kinds.items():
         errors = {
-            key: float((ours[key] - value).norm() / moved)
+            key: float((ours[key] - value).norm() / way)
             for key, value in theirs.items()
-            if (moved := float((value - start[key]).norm())) > 0
+            if (way := float((value - start[key]).norm())) > 0
         }
         assert len(errors) == len(theirs) - sum(torch.equal(ours[k], start[k]) for k in ours), who
         # single layers with next to no gradient feel float32's rounding most: Adam makes steps of equal size of it
@@ -245,7 +243,7 @@ def test_each_answers_with_its_own_weights_and_the_base_comes_back(
     assert {value.dtype for value in state.values()} == {torch.float32}
     parameters = pair.student_parameters()
     assert len(parameters) == len(own)
-    _moved(parameters)
+    moved(parameters)
     rollout(family.velocity, pair, noise, family.sigmas(2, 64, 64), [prompt], [prompt], teacher=None)
     unmoved = [
         key
@@ -341,7 +339,7 @@ def student(tmp_path: Path) -> tuple[Family, Path, torch.Tensor, torch.Tensor]:
     family = tiny.tiny_family()
     base = _answer(family)
     pair = train_weights(family.transformer, None)
-    _moved(pair.student_parameters())
+    moved(pair.student_parameters())
     trained = _answer(family)
     path = pair.save(tmp_path / "student.safetensors")
     pair.remove()
@@ -367,7 +365,7 @@ def test_beside_a_bfloat16_base_a_file_is_half_and_the_rounded_student(
 ) -> None:
     family = load_family(settings_of("flux2-klein", folders, dtype="bfloat16"))
     pair = train_weights(family.transformer, None, "frozen")
-    _moved(pair.student_parameters(), 1e-3)
+    moved(pair.student_parameters(), 1e-3)
     names = [name for name, _ in family.transformer.named_parameters()]
     expected = dict(zip(names, (p.detach().bfloat16() for p in pair.student_parameters()), strict=True))
     path = pair.save(tmp_path / "student.safetensors")
@@ -396,80 +394,6 @@ def test_a_file_that_does_not_fit_is_refused_and_the_base_stays(student: Any, fo
         adapter_applied(quantized.transformer, path),
     ):
         pass
-
-
-# --- what is given away -----------------------------------------------------------------------------------------------
-
-ASKED = [(Request("a fox in [V] style"), 64, 64), (Request("a red boat in [V] style"), 64, 64)]
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("targets", [None, (r"to_q",)], ids=["all", "some"])
-def test_an_export_opened_by_plain_diffusers_draws_the_students_pictures(
-    folders: dict[str, Path], tmp_path: Path, name: str, targets: Any
-) -> None:
-    family = load_family(settings_of(name, folders))
-    pair = train_weights(family.transformer, targets, "frozen")
-    _moved(pair.student_parameters(), 0.02 if targets is None else 0.1)
-    path = pair.save(tmp_path / "student.safetensors")
-    pair.remove()
-    out = export_trained(path, tmp_path / "export", CARD, type(family), folders[name])
-    assert sorted(file.name for file in out.iterdir()) == [CARD_FILE, WEIGHTS]
-    assert (out / WEIGHTS / "config.json").read_bytes() == (folders[name] / WEIGHTS / "config.json").read_bytes()
-    drawn = draw_student(family, path, ASKED, 2, seed=3)
-    compared = check_export(folders[name], out, drawn, type(family))
-    assert compared["change"] > 2, "what was trained is to be seen"
-    assert compared["difference"] < 0.25
-
-    # as the card says it, apart from this project's own way of comparing
-    transformer = AutoModel.from_pretrained(str(out / WEIGHTS), torch_dtype=torch.float32, use_safetensors=True)
-    pipeline = DiffusionPipeline.from_pretrained(
-        folders[name], transformer=transformer, torch_dtype=torch.float32, use_safetensors=True
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    one = drawn[0]
-    image = pipeline(**family.call(one.request, one.height, one.width, one.steps, one.noise)).images[0]
-    assert _apart(image, one.image) < 0.25
-    again = read_export(out / WEIGHTS, tmp_path / "again.safetensors")
-    with adapter_applied(family.transformer, again):
-        weights = dict(family.transformer.named_parameters())
-        assert all(torch.equal(weights[key], value) for key, value in load_file(path).items())
-
-
-def _apart(a: Image.Image, b: Image.Image) -> float:
-    left, right = (torch.frombuffer(bytearray(i.convert("RGB").tobytes()), dtype=torch.uint8).float() for i in (a, b))
-    return float((left - right).abs().mean())
-
-
-def test_an_export_of_other_weights_is_an_error(folders: dict[str, Path], tmp_path: Path) -> None:
-    family = load_family(settings_of("z-image", folders))
-    pair = train_weights(family.transformer, None, "frozen")
-    files = []
-    for seed in (0, 1):
-        _moved(pair.student_parameters(), 0.02, seed)
-        files.append(pair.save(tmp_path / f"{seed}.safetensors"))
-    pair.remove()
-    drawn = draw_student(family, files[0], ASKED[:1], 2, seed=3)
-    out = export_trained(files[1], tmp_path / "export", CARD, type(family), folders["z-image"])
-    with pytest.raises(ExportError, match="transformer: plain diffusers draws other pictures than the trained student"):
-        check_export(folders["z-image"], out, drawn, type(family))
-
-
-def test_the_card_says_how_it_is_loaded(folders: dict[str, Path], tmp_path: Path) -> None:
-    family = load_family(settings_of("z-image", folders, dtype="bfloat16"))
-    pair = train_weights(family.transformer, None, "frozen")
-    path = pair.save(tmp_path / "student.safetensors")
-    pair.remove()
-    out = export_trained(path, tmp_path / "export", CARD, type(family), folders["z-image"])
-    text = (out / CARD_FILE).read_text()
-    code = text.split("```python\n")[1].split("```")[0]
-    compile(code, "card", "exec")
-    assert "transformer=transformer" in code
-    assert "lora" not in text.lower()
-    assert "base_model_relation: adapter" not in text
-    assert "whole, in bfloat16" in text
-    (file,) = (out / WEIGHTS).glob("*.safetensors")
-    assert {value.dtype for value in load_file(file).values()} == {torch.bfloat16}
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
