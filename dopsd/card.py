@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dopsd.config import Settings
+from dopsd.config import Settings, TrainSettings
 from dopsd.data.manifest import ConceptTable
 from dopsd.evaluation.table import table_as_text
 from dopsd.export import Card
@@ -43,7 +43,7 @@ def card_of(
         training={
             "steps": f"{trained['steps']} of batch {train.batch_size * train.accumulation}",
             "learning rate": f"{train.learning_rate:g} ({train.schedule})",
-            "adapter": f"rank {train.lora.rank}, alpha {train.lora.alpha or train.lora.rank:g}",
+            **_trained_of(train),
             "roll-out": f"{train.rollout_steps} steps, {train.loss} loss",
             "context": _context_of(settings),
             "teacher": f"{train.teacher.kind}, decay {train.teacher.decay}, guidance {train.teacher.guidance:g}",
@@ -53,6 +53,12 @@ def card_of(
         columns=columns,
         rows=rows,
     )
+
+
+def _trained_of(train: TrainSettings) -> dict[str, str]:
+    if train.tune == "full":
+        return {"trained layers": "all" if train.lora.targets is None else "chosen ones"}
+    return {"adapter": f"rank {train.lora.rank}, alpha {train.lora.alpha or train.lora.rank:g}"}
 
 
 def _context_of(settings: Settings) -> str:

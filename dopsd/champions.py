@@ -83,16 +83,19 @@ def register_version(concept: str, settings: Settings, root: Path) -> None:
 
 def _files(run: Path, settings: Settings, base: Path) -> dict[str, Path]:
     """What is stored with a version, and nowhere else in the tracker; the base where it is small enough."""
-    from dopsd.export import CARD_FILE, COMFYUI_FILE, DIFFUSERS_FILE
+    from dopsd.export import CARD_FILE, COMFYUI_FILE, DIFFUSERS_FILE, WEIGHTS
 
-    method = settings.train.methods[0]
+    export, method = run / "export", settings.train.methods[0]
     stored = sum(f.stat().st_size for f in base.rglob("*") if f.is_file()) <= settings.registry.max_base_gib * 2**30
-    return {
-        "adapter": run / "export" / DIFFUSERS_FILE,
-        "comfyui": run / "export" / COMFYUI_FILE,
-        "card": run / "export" / CARD_FILE,
+    files = {
+        "adapter": export / WEIGHTS if (export / WEIGHTS).is_dir() else export / DIFFUSERS_FILE,
+        "comfyui": export / COMFYUI_FILE,
+        "card": export / CARD_FILE,
         "about": run / "adapters" / f"{method}.json",
-    } | ({"base": base} if stored else {})
+    }
+    if not files["comfyui"].exists():  # of what has no names that are known to load there
+        del files["comfyui"]
+    return files | ({"base": base} if stored else {})
 
 
 def _serving(concept: str, settings: Settings, root: Path) -> dict[str, Any]:

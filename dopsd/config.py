@@ -25,7 +25,6 @@ Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
-
 CHECKPOINT_SECONDS = 600
 """Between two checkpoints where ``train.checkpoint_steps`` does not say: at true size each is 2.5 GB."""
 CONCEPTS = Path("data") / "concepts"
@@ -161,6 +160,10 @@ class TeacherSettings(_Settings):
     kind: Literal["ema", "frozen", "copy"] | None = None
     """``None``: ema, and frozen where the context is ``enhanced-prompt`` (:func:`dopsd.models.resolved`)."""
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.9999
+    every: Positive = 1
+    """Of optimizer steps: the EMA moves that often, by ``decay ** every``."""
+    weights: Literal["device", "cpu"] = "device"
+    """With ``tune: full``: where the EMA's and the base's weights wait; from ``cpu`` they come block by block."""
     guidance: Annotated[float, Field(ge=1)] = 1.0
     """1 is the paper. Above, the target is pushed further along what the context changes (docs/method.md)."""
     gain_images: Positive = 16
@@ -201,6 +204,8 @@ class TrainSettings(_Settings):
     betas: tuple[Share, Share] = (0.9, 0.999)
     clip_norm: Rate = 1.0
     loss: Literal["velocity", "x0"] = "velocity"
+    tune: Literal["adapter", "full"] = "adapter"
+    """``full``: the transformer's own weights, all or those of ``lora.targets``; nothing else of ``lora`` counts."""
     lora: LoraSettings = LoraSettings()
     teacher: TeacherSettings = TeacherSettings()
     replay: ReplaySettings = ReplaySettings()
@@ -346,25 +351,29 @@ class Settings(_Settings):
 
     @model_validator(mode="after")
     def _weights_are_plain(self) -> Settings:
-        borrowed = self.model.offload == "group" or self.compute.sharded
-        if self.train.lora.kind == "dora" and (self.model.quantization != "none" or borrowed):
-            raise ValueError("train.lora.kind: dora measures the base's own weights; leave model.quantization none, "
-                             "model.offload none or model, and compute.sharded false")  # fmt: skip
-        if self.compute.sharded and (self.model.quantization != "none" or self.model.offload == "group"):
-            raise ValueError("compute.sharded divides plain weights: set model.quantization to none, and model.offload "
-                             "to none or model")  # fmt: skip
+        full, dora = self.train.tune == "full", self.train.lora.kind == "dora" and self.train.tune != "full"
+        rounded, sharded, group = self.model.quantization != "none", self.compute.sharded, self.model.offload == "group"
+        waiting, taken = self.train.teacher.weights == "cpu", rounded or group or sharded
+        plain = "leave model.quantization none, and model.offload none or model"
+        faults = {
+            f"train.tune: full trains the base's own weights; {plain}, compute.sharded false": full and taken,
+            f"train.lora.kind: dora measures the base's own weights; {plain}, compute.sharded false": dora and taken,
+            "train.teacher.weights: cpu is for train.tune: full; leave it out": waiting and not full,
+            "train.teacher.weights: cpu changes blocks; leave model.compile false": waiting and self.model.compile,
+            f"compute.sharded divides plain weights; {plain}": sharded and (rounded or group),
+        }
+        for fault in (said for said, wrong in faults.items() if wrong):
+            raise ValueError(fault)
         return self
 
     def of(self, concept: str, root: Path) -> Settings:
-        """These settings for one concept: its ``train.yaml`` over ``train``. Done twice it is the same.
-
-        Raises :class:`SettingsError` for a name that is none and for faults of that file.
-        """
+        """These settings for one concept: its ``train.yaml`` over ``train``. Done twice it is the same. Raises
+        :class:`SettingsError` for a name that is none and for faults of that file."""
         path = root / CONCEPTS / concept_name(concept) / OWN_SETTINGS
         own = _read_yaml(path) if path.is_file() else {}
         merged = _merged(_merged(self.train.model_dump(), own), self.overrides)
-        try:
-            return self.model_copy(update={"train": TrainSettings.model_validate(merged)})
+        try:  # whole: what a concept asks for may not go with the model's settings
+            return Settings.model_validate({**self.__dict__, "train": TrainSettings.model_validate(merged)})
         except ValidationError as error:
             raise SettingsError("\n".join(f"{path}: {_fault(fault)}" for fault in error.errors())) from None
 
@@ -379,10 +388,8 @@ def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_settings(path: Path, overrides: tuple[str, ...] = ()) -> Settings:
-    """Read and check ``path``; ``overrides`` are ``a.b=value`` with YAML values.
-
-    Raises :class:`SettingsError` with one line per fault.
-    """
+    """Read and check ``path``; ``overrides`` are ``a.b=value`` with YAML values. Raises :class:`SettingsError` with one
+    line per fault."""
     raw = _read_yaml(path)
     if not raw:
         raise SettingsError(f"{path}: expected keys and values, found nothing")

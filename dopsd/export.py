@@ -4,6 +4,9 @@
 - ``comfyui_lora.safetensors``: ComfyUI and tools that read its names, which differ from family to family
 - ``README.md``: the model card
 
+Of a full tuning, instead of the two files: ``transformer/``, a component as diffusers saves one, whole, in the type
+that it was trained beside (:mod:`dopsd.distill.weights`): ``from_pretrained(base, transformer=...)``.
+
 Tools disagree on the scale of an adapter whose alpha is not its rank (some take 1 where no alpha is stored). So the
 scale is folded into the weights: alpha equals rank in every file, and says so.
 """
@@ -11,6 +14,7 @@ scale is folded into the weights: alpha equals rank in every file, and says so.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,19 +25,23 @@ import numpy as np
 import torch
 from PIL.Image import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dopsd.config import Offload, Quantization
 from dopsd.distill.adapters import adapter_applied, read_adapter
 from dopsd.distill.drawing import draw
 from dopsd.distill.kinds import kind_of, module_of
+from dopsd.distill.weights import FORMAT, holds_weights, weights_applied
 from dopsd.files import whole_folder, write_tensors
 from dopsd.models.base import Family, Request
 from dopsd.models.loading import place_pipeline
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 COMFYUI_FILE = "comfyui_lora.safetensors"
+WEIGHTS = "transformer"
 CARD_FILE = "README.md"
+_SHARD = "10GB"
 
 # Mean difference in levels (of 255) between the student's pictures and plain diffusers' that is rounding, not a fault;
 # or a share of what the adapter changes, where that is more. A float32 pipeline with the bfloat16 file differs by 0.014
@@ -95,6 +103,30 @@ class Drawn:
     image: Image
 
 
+def export_trained(
+    trained: Path, out: Path, card: Card, family: type[Family], base: Path, dtype: torch.dtype = torch.bfloat16
+) -> Path:
+    """Write what tools load of ``trained``, an adapter (as ``dtype``) or weights, to be the whole folder ``out``."""
+    if holds_weights(trained):
+        return export_weights(trained, out, card, base)
+    return export_adapter(trained, out, card, family, dtype)
+
+
+def export_weights(weights: Path, out: Path, card: Card, base: Path) -> Path:
+    """Write the transformer in ``base`` with trained ``weights`` to be the whole folder ``out``; returns ``out``."""
+    from diffusers import AutoModel
+
+    with safe_open(weights, framework="pt") as file:
+        dtype = next(file.get_tensor(key).dtype for key in file.keys())  # noqa: SIM118 - not a mapping
+    model = AutoModel.from_pretrained(str(base / WEIGHTS), torch_dtype=dtype, use_safetensors=True)
+    with whole_folder(out) as partial, weights_applied(model, weights):
+        model.save_pretrained(partial / WEIGHTS, max_shard_size=_SHARD)
+        # the base's own: the library's names the folder that it was loaded from
+        shutil.copyfile(base / WEIGHTS / "config.json", partial / WEIGHTS / "config.json")
+        (partial / CARD_FILE).write_text(render_card(card, rank=0, scale=1.0, dtype=dtype, comfyui=False, whole=True))
+    return out
+
+
 def export_adapter(
     adapter: Path, out: Path, card: Card, family: type[Family], dtype: torch.dtype = torch.bfloat16
 ) -> Path:
@@ -132,9 +164,11 @@ def _write_diffusers(folder: Path, tensors: Mapping[str, Tensor], rank: int) -> 
     write_tensors(folder / DIFFUSERS_FILE, named, header)
 
 
-def render_card(card: Card, *, rank: int, scale: float, dtype: torch.dtype, comfyui: bool = True) -> str:
+def render_card(
+    card: Card, *, rank: int, scale: float, dtype: torch.dtype, comfyui: bool = True, whole: bool = False
+) -> str:
     """The model card as Markdown with YAML front matter. ``dtype``: of the files; ``comfyui``: whether there
-    is one for it."""
+    is one for it; ``whole``: whether they hold a transformer and no adapter."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
@@ -142,15 +176,20 @@ def render_card(card: Card, *, rank: int, scale: float, dtype: torch.dtype, comf
     environment.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)
     return environment.get_template("card.md.j2").render(
         card=card, diffusers_file=DIFFUSERS_FILE, comfyui_file=COMFYUI_FILE, rank=rank, scale=scale,
-        dtype=str(dtype).removeprefix("torch."), comfyui=comfyui,
+        dtype=str(dtype).removeprefix("torch."), comfyui=comfyui, whole=whole,
     )  # fmt: skip
 
 
 def read_export(path: Path, out: Path) -> Path:
-    """Write the adapter in a ``DIFFUSERS_FILE`` to ``out``, in the form that training leaves; returns ``out``.
+    """Write the adapter in a ``DIFFUSERS_FILE``, or the weights in a folder of a transformer, to ``out``, in the form
+    that training leaves; returns ``out``.
 
     A bfloat16 file gives the rounded adapter, which is the one that was given away.
     """
+    if path.is_dir():
+        shards = [load_file(shard) for shard in path.glob("*.safetensors")]
+        write_tensors(out, {key: value for shard in shards for key, value in shard.items()}, {"format": FORMAT})
+        return out
     with safe_open(path, framework="pt") as file:
         config = json.loads((file.metadata() or {})["lora_adapter_metadata"])
         tensors = {key.removeprefix("transformer."): file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
@@ -188,21 +227,24 @@ def check_export(
     Returns mean differences in levels of 255: ``change`` (what the adapter changes) and ``difference`` (from the
     student). Raises :class:`ExportError` where the adapter is not there, changes nothing, or draws something else.
     """
-    from diffusers import DiffusionPipeline
+    from diffusers import AutoModel, DiffusionPipeline
 
-    pipeline = DiffusionPipeline.from_pretrained(base, torch_dtype=dtype, use_safetensors=True)
-    place_pipeline(pipeline, torch.device(device), quantization, offload)
-    pipeline.set_progress_bar_config(disable=True)
+    def pipeline_of(**components: Any) -> Any:
+        made = DiffusionPipeline.from_pretrained(base, torch_dtype=dtype, use_safetensors=True, **components)
+        place_pipeline(made, torch.device(device), quantization, offload)
+        made.set_progress_bar_config(disable=True)
+        return made
+
+    pipeline = pipeline_of()
     before = _draw(pipeline, drawn, family)
-    pipeline.load_lora_weights(export, weight_name=file, use_safetensors=True)
-    if offload == "group":
-        for name, parameter in pipeline.transformer.named_parameters():
-            if "lora_" in name:  # diffusers puts them where the block waits
-                parameter.data = parameter.data.to(device)
-    if not pipeline.get_active_adapters():
-        raise ExportError(
-            f"{export / file}: diffusers loads it as nothing; the names of its tensors do not fit the base"
+    if (export / WEIGHTS).is_dir():
+        file = WEIGHTS
+        del pipeline  # a large base fits once
+        pipeline = pipeline_of(
+            transformer=AutoModel.from_pretrained(str(export / WEIGHTS), torch_dtype=dtype, use_safetensors=True)
         )
+    else:
+        _load_adapter(pipeline, export, file, device if offload == "group" else None)
     after = _draw(pipeline, drawn, family)
     change = max(_difference(a, b) for a, b in zip(before, after, strict=True))
     if change == 0:
@@ -214,6 +256,19 @@ def check_export(
             f"{difference:.2f} of 255, the adapter itself changes {change:.2f}); do not use this export"
         )
     return {"change": change, "difference": difference}
+
+
+def _load_adapter(pipeline: Any, export: Path, file: str, device: torch.device | str | None) -> None:
+    """``device``: where an adapter's tensors are to be brought."""
+    pipeline.load_lora_weights(export, weight_name=file, use_safetensors=True)
+    if device is not None:
+        for name, parameter in pipeline.transformer.named_parameters():
+            if "lora_" in name:  # diffusers puts them where the block waits
+                parameter.data = parameter.data.to(device)
+    if not pipeline.get_active_adapters():
+        raise ExportError(
+            f"{export / file}: diffusers loads it as nothing; the names of its tensors do not fit the base"
+        )
 
 
 def _draw(pipeline: Any, drawn: Sequence[Drawn], family: type[Family]) -> list[Image]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 PARTIAL = ".partial"
@@ -133,26 +134,38 @@ def is_disk_full(error: BaseException) -> bool:
     return found is not None and int(found[1]) in _NO_ROOM
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Safetensors, with the header in a fixed order.
+_TYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+"""torch's types as safetensors calls them."""
 
-    The library writes its metadata in an order that changes from process to process: two equal trainings would give
-    files with equal tensors and other bytes, and whoever compares files would call them different.
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> None:  # fmt: skip
+    """Safetensors, from any device, with one tensor's copy in memory at a time; each as its type in ``dtypes``, where
+    that has one.
+
+    The library would collect all of them first. It also writes its metadata in an order that changes from process to
+    process: two equal trainings would give files with equal tensors and other bytes, and whoever compares files would
+    call them different.
     """
-    from safetensors.torch import save_file
+    import torch
 
-    with whole_file(path) as partial:
-        save_file(dict(tensors), partial, metadata=dict(metadata) if metadata else None)
-        _order_header(partial)
-
-
-def _order_header(path: Path) -> None:
-    """Sort the keys of a safetensors header where it lies; what follows it stays."""
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        ordered = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(ordered) > length:
-            raise ValueError(f"{path}: a header of {length} bytes cannot hold {len(ordered)}")
-        file.seek(8)
-        file.write(ordered.ljust(length))
+    typed = {key: (dtypes or {}).get(key, tensor.dtype) for key, tensor in tensors.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    # as the library orders them: the widest types first, so that each is aligned
+    order, end = sorted(tensors, key=lambda key: (-typed[key].itemsize, key)), 0
+    for key in order:
+        begin, end = end, end + tensors[key].numel() * typed[key].itemsize
+        name = _TYPES[str(typed[key]).removeprefix("torch.")]
+        header[key] = {"dtype": name, "shape": list(tensors[key].shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    with whole_file(path) as partial, partial.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in order:
+            tensor = tensors[key].detach().to("cpu", typed[key]).contiguous()
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -25,7 +25,7 @@ Plan = dict[str, dict[str, Any]]
 
 _SHOWN = {"max_minutes", "checkpoint_steps", "preview_steps", "preview_prompts", "preview_count"}
 """Settings that do not change what is learnt at a step, and so may differ on resume."""
-_ADDED = {"optimizer": "adamw"}
+_ADDED = {"optimizer": "adamw", "tune": "adapter"}
 """Settings that came later, with what was always so before: what was trained then is still what it is."""
 
 
@@ -135,7 +135,12 @@ def _deciding(train: TrainSettings, method: Method) -> dict[str, Any]:
     values["replay"] = values["replay"]["weight"]
     for key in ("gain_images", "on_no_gain"):  # measured beforehand, from seeds of its own
         values["teacher"].pop(key)
-    if values["lora"]["kind"] == "lora":
+    values["teacher"].pop("weights")  # where they wait
+    if values["teacher"]["every"] == 1:
+        values["teacher"].pop("every")
+    if train.tune == "full":
+        values["lora"] = {"targets": values["lora"]["targets"]}
+    elif values["lora"]["kind"] == "lora":
         values["lora"].pop("kind")  # came later: what was trained before is still what it is
     if method != "sft":
         values.pop("sft_compute_factor")

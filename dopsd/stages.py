@@ -172,12 +172,12 @@ def report(concept: str, settings: Settings, root: Path) -> None:
 
 
 def register(concept: str, settings: Settings, root: Path) -> None:
-    """The first method's adapter -> ``export/``: files for diffusers and ComfyUI, model card; loaded and compared."""
+    """The first method's adapter -> ``export/``: what diffusers and ComfyUI load, model card; loaded and compared."""
     import torch
 
     from dopsd.card import card_of
     from dopsd.champions import register_version
-    from dopsd.export import check_export, draw_student, export_adapter
+    from dopsd.export import check_export, draw_student, export_trained
     from dopsd.models import family_class, open_base
     from dopsd.tracking import send
     from dopsd.train.encode import first_requests
@@ -189,7 +189,8 @@ def register(concept: str, settings: Settings, root: Path) -> None:
     base, family = open_base(settings.model, root, use="draw"), family_class(settings.model)
     requests = first_requests(table, settings, 2)
     card = card_of(concept, settings, table, run, base, requests[0])
-    export = export_adapter(adapter, run / "export", card, family, getattr(torch, settings.export.dtype))
+    dtype = getattr(torch, settings.export.dtype)
+    export = export_trained(adapter, run / "export", card, family, base.source.folder, dtype)
     loaded = load_base(settings, root, use="draw")
     dtype, device = loaded.dtype, loaded.device
     drawn = draw_student(loaded, adapter, requests, settings.evaluation.few, settings.evaluation.seed)

@@ -413,3 +413,53 @@ def test_the_page_is_made_of_its_numbers_and_they_are_todays() -> None:
         assert said is not None
         assert float(said[1]) == pytest.approx(base["stages"]["train"]["peak"], rel=0.02)
         assert float(said[2]) == pytest.approx(base["cards"][-1]["gb"]["train"], rel=0.02)
+
+
+# --- full tuning ------------------------------------------------------------------------------------------------------
+
+
+@cache
+def full_plan() -> Plan:
+    made = plan_for(settings("z-image-turbo", "train.tune=full"), ROOT)
+    assert made is not None
+    return made
+
+
+def test_full_tuning_counts_all_that_it_keeps() -> None:
+    """Bytes of every weight, by hand: student, teacher and gradients in float32, two moments, the base in bfloat16."""
+    made, count = full_plan(), PARAMETERS["z-image-turbo", "transformer"]
+    assert made.work.adapter == count
+    by_hand = {
+        Choice("every"): 4 + 4 + 4 + 8 + 2,
+        Choice("every", optimizer="adamw-8bit"): 4 + 4 + 4 + 2 * (1 + 4 / 256) + 2,
+        Choice("every", waiting="cpu"): 4 + 4 + 8,
+    }
+    for choice, each in by_hand.items():
+        rows = dict(made.train(choice).rows)
+        rest = rows.pop("activations") + rows.pop("vae decoder")
+        assert sum(rows.values()) == pytest.approx(each * count)
+        assert 1e9 < rest < 6e9, "a block in bfloat16, or one that visits, and not all of them"
+    assert made.host(Choice(waiting="cpu")) == 2e9 + (2 + 4) * count
+    assert made.disk()["two checkpoints"] == 2 * (4 + 4 + 8) * count
+    assert "adapter" not in made.stages(Choice("every"))[2].rows or not made.stages(Choice("every"))[2].rows["adapter"]
+
+
+def test_full_tuning_is_proposed_what_it_can_have() -> None:
+    made, before = full_plan(), Choice("every")
+    (large, small) = (made.proposal(before, gib * GIB) for gib in (140, 80))
+    assert large is not None
+    assert large.waiting == "device"
+    assert small == replace(before, optimizer="adamw-8bit", waiting="cpu")
+    assert small.lines(before) == {"train": {"optimizer": "adamw-8bit", "teacher": {"weights": "cpu"}}}
+    assert made.proposal(before, 48 * GIB) is None
+    assert all(one.quantization == "none" and one.offload == "none" for one in made.ladder(before))
+    line = advice(settings("z-image-turbo", "train.tune=full"), 80 * GIB, ROOT)
+    assert "train.optimizer=adamw-8bit, train.teacher.weights=cpu" in line
+
+
+def test_some_layers_leave_the_rest_in_bfloat16() -> None:
+    some = plan_for(settings("z-image-turbo", "train.tune=full", "train.lora.targets=[to_q]"), ROOT)
+    assert some is not None
+    assert some.work.adapter == 34 * 3840 * 3840
+    waiting = some.train(Choice("every", waiting="cpu")).rows["transformer"]
+    assert waiting == 2 * (PARAMETERS["z-image-turbo", "transformer"] - some.work.adapter)

@@ -10,75 +10,26 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dopsd.config import LoraSettings
 from dopsd.distill.kinds import carries, config_of, kind_of, module_of, start, tensors_of
+from dopsd.distill.pair import STUDENT, TEACHER, Pair, Selection, TeacherKind
+from dopsd.distill.targets import AdapterError, linear_layers, match_targets
+from dopsd.distill.weights import holds_weights, weights_applied
 from dopsd.files import write_tensors
 
-Selection = Literal["student", "teacher"] | None
-"""Which adapter is active; ``None`` is the base without any."""
-TeacherKind = Literal["ema", "frozen", "copy"]
-STUDENT: Final = "student"
-TEACHER: Final = "teacher"
 _APPLIED: Final = "applied"
 
 _log = logging.getLogger(__name__)
-
-
-class AdapterError(ValueError):
-    """An adapter that cannot be made or loaded; the message says which and what to do."""
-
-
-# --- which layers -----------------------------------------------------------------------------------------------------
-
-
-def linear_layers(module: nn.Module, prefix: str = "") -> Iterator[str]:
-    """Names of the linear layers below ``module``, also of those that carry adapters already."""
-    for name, child in module.named_children():
-        path = prefix + name
-        if isinstance(child, BaseTunerLayer):
-            if isinstance(child.get_base_layer(), nn.Linear):
-                yield path
-        elif isinstance(child, nn.Linear):
-            yield path
-        else:
-            yield from linear_layers(child, path + ".")
-
-
-def match_targets(transformer: nn.Module, patterns: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """For each pattern (a regular expression for the end of a module's name) the linear layers that it matches.
-
-    Raises :class:`AdapterError` naming every pattern that matches nothing.
-    """
-    if not patterns:
-        raise AdapterError("lora.targets: empty; name at least one pattern, or leave it out for the family's own")
-    names = list(linear_layers(transformer))
-    matched: dict[str, tuple[str, ...]] = {}
-    for pattern in patterns:
-        try:
-            ending = re.compile(rf"(?:^|\.)(?:{pattern})$")
-        except re.error as error:
-            raise AdapterError(f"lora.targets: {pattern!r} is not a regular expression: {error}") from None
-        matched[pattern] = tuple(name for name in names if ending.search(name))
-    lost = [pattern for pattern, found in matched.items() if not found]
-    if lost:
-        endings = sorted({re.sub(r"^.*?\d+\.", "", name) for name in names})
-        raise AdapterError(
-            f"lora.targets: {', '.join(map(repr, lost))} matches no linear layer of the transformer; "
-            f"it has {', '.join(endings)}"
-        )
-    return matched
 
 
 def adapted_layers(transformer: nn.Module, name: str) -> dict[str, Any]:
@@ -98,7 +49,7 @@ def adapter_parameters(transformer: nn.Module, name: str) -> dict[str, nn.Parame
 # --- student and teacher ----------------------------------------------------------------------------------------------
 
 
-class AdapterPair:
+class AdapterPair(Pair):
     """The two adapters of a run on one transformer, and the only place that switches between them.
 
     ``kind`` says who the teacher is: ``ema``, a second adapter that follows the student (its master copy is float32
@@ -118,22 +69,6 @@ class AdapterPair:
         self._follow()
         self.selected: Selection = None
         self._activate(STUDENT)
-
-    @property
-    def teacher(self) -> Selection:
-        """What to select for the teacher's answer."""
-        selections: dict[TeacherKind, Selection] = {"ema": TEACHER, "frozen": None, "copy": STUDENT}
-        return selections[self.kind]
-
-    @contextmanager
-    def select(self, name: Selection) -> Iterator[None]:
-        """Make ``name`` the active adapter inside the block, and what was active before again after it."""
-        before = self.selected
-        self._activate(name)
-        try:
-            yield
-        finally:
-            self._activate(before)
 
     def _activate(self, name: Selection) -> None:
         if name == TEACHER and not self._live:
@@ -368,9 +303,14 @@ def load_adapter(transformer: nn.Module, path: Path, name: str) -> None:
 
 @contextmanager
 def adapter_applied(transformer: nn.Module, path: Path | None) -> Iterator[None]:
-    """The transformer with the adapter of a file inside the block, without it after; ``None`` is the base as it is."""
+    """The transformer with the adapter, or the trained weights, of a file inside the block, and as it was after;
+    ``None`` is the base as it is."""
     if path is None:
         yield
+        return
+    if holds_weights(path):
+        with weights_applied(transformer, path):
+            yield
         return
     load_adapter(transformer, path, _APPLIED)
     try:

@@ -11,16 +11,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dopsd.distill.adapters import AdapterPair, Selection
 from dopsd.distill.flow import add_noise, velocity_target
 from dopsd.distill.loss import LossKind, flow_matching_loss
+from dopsd.distill.pair import Pair, Selection
 from dopsd.distill.rollout import Velocity, distill_at
 from dopsd.models.base import Conditioning
 
 
 def flow_matching(
     predict: Velocity,
-    adapters: AdapterPair,
+    pair: Pair,
     latents: Tensor,
     noise: Tensor,
     sigma: Tensor,
@@ -33,7 +33,7 @@ def flow_matching(
 
     ``latents`` and ``noise`` are ``[B, C, h, w]``. Leaves the gradients in the student; returns the loss, detached.
     """
-    with adapters.select("student"):
+    with pair.select("student"):
         velocity = predict(add_noise(latents, noise, sigma), sigma, prompts)
         value = flow_matching_loss(velocity, velocity_target(latents, noise))
         backward(weight * value)
@@ -42,7 +42,7 @@ def flow_matching(
 
 def off_policy(
     predict: Velocity,
-    adapters: AdapterPair,
+    pair: Pair,
     latents: Tensor,
     noise: Tensor,
     sigmas: Tensor,
@@ -62,7 +62,7 @@ def off_policy(
     total, num_steps = torch.zeros(()), len(sigmas) - 1
     for sigma in sigmas[:-1]:
         _, value = distill_at(
-            predict, adapters, add_noise(latents, noise, sigma), sigma, prompts, contexts, teacher=teacher, loss=loss,
+            predict, pair, add_noise(latents, noise, sigma), sigma, prompts, contexts, teacher=teacher, loss=loss,
             guidance=guidance, weight=weight / num_steps, backward=backward,
         )  # fmt: skip
         total = total + value / num_steps

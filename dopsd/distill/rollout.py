@@ -15,9 +15,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dopsd.distill.adapters import AdapterPair, Selection
 from dopsd.distill.flow import euler_step
 from dopsd.distill.loss import LossKind, distillation_loss
+from dopsd.distill.pair import Pair, Selection
 from dopsd.models.base import Conditioning, Family
 
 Velocity = Callable[[Tensor, Tensor, Sequence[Conditioning]], Tensor]
@@ -71,7 +71,7 @@ def teacher_velocity(
 
 def distill_at(
     predict: Velocity,
-    adapters: AdapterPair,
+    pair: Pair,
     x: Tensor,
     sigma: Tensor,
     prompts: Sequence[Conditioning],
@@ -88,9 +88,9 @@ def distill_at(
     The teacher goes first. The student is selected last and stays so during ``backward``, because gradient
     checkpointing computes the forward again there, under the adapter that is selected then.
     """
-    with adapters.select(teacher):
+    with pair.select(teacher):
         u_teacher = teacher_velocity(predict, x, sigma, prompts, contexts, guidance)
-    with adapters.select("student"):
+    with pair.select("student"):
         u_student = predict(x, sigma, prompts)
         value = distillation_loss(loss, u_student, u_teacher, sigma)
         backward(weight * value)
@@ -99,7 +99,7 @@ def distill_at(
 
 def rollout(
     predict: Velocity,
-    adapters: AdapterPair,
+    pair: Pair,
     noise: Tensor,
     sigmas: Tensor,
     prompts: Sequence[Conditioning],
@@ -122,7 +122,7 @@ def rollout(
     for sigma, sigma_next in pairwise(sigmas):
         x = x.detach()
         u, value = distill_at(
-            predict, adapters, x, sigma, prompts, contexts, teacher=teacher, loss=loss, guidance=guidance,
+            predict, pair, x, sigma, prompts, contexts, teacher=teacher, loss=loss, guidance=guidance,
             weight=weight / num_steps, backward=backward,
         )  # fmt: skip
         x = euler_step(x, u, sigma, sigma_next)

@@ -26,6 +26,7 @@ from dopsd.data.cache import EncodingCache
 from dopsd.data.manifest import ConceptTable
 from dopsd.distill.adapters import adapter_applied
 from dopsd.distill.drawing import batch_of, draw
+from dopsd.distill.weights import holds_weights
 from dopsd.files import whole_folder
 from dopsd.models.base import Conditioning, Family
 from dopsd.train.encode import encode_contexts, encode_prompts
@@ -236,8 +237,10 @@ def _parts(
 
 def _draw_all(family: Family, parts: Sequence[_Part], workers: Workers | None) -> Iterator[list[Image.Image]]:
     """The pictures of every part, in order."""
-    if workers is not None:
-        files = {path: path.read_bytes() for path in {part.adapter for part in parts} if path is not None}
+    paths = {part.adapter for part in parts if part.adapter is not None}
+    # trained weights are gigabytes: they are not sent about with every part, one process draws with them
+    if workers is not None and not any(map(holds_weights, paths)):
+        files = {path: path.read_bytes() for path in paths}
         yield from workers.map(_draw_with, [(part, files[part.adapter] if part.adapter else None) for part in parts])
         return
     for adapter, group in groupby(parts, key=lambda part: part.adapter):

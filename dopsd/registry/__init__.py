@@ -83,11 +83,14 @@ class Registry:
         return any(_identity_of(version) == identity and _GATE in version.tags for version in versions)
 
     def adapter(self, version: ModelVersion, folder: Path) -> Path:
-        """Fetch a version's adapter, as diffusers reads it: the one that is served. Returns its file."""
-        from mlflow.artifacts import download_artifacts
+        """Fetch a version's adapter, as diffusers reads it: the one that is served. Returns its file, or the folder of
+        a trained transformer."""
+        from mlflow.artifacts import download_artifacts, list_artifacts
 
         with self._answers():
-            source = f"{version.source}/artifacts/adapter.safetensors"
+            source = f"{version.source}/artifacts"
+            stored = {Path(file.path).name for file in list_artifacts(source, tracking_uri=self.uri)}
+            source += "/adapter" if "adapter" in stored else "/adapter.safetensors"
             return Path(download_artifacts(source, dst_path=str(folder), tracking_uri=self.uri))
 
     def base(self, version: ModelVersion, folder: Path) -> Path | None:
@@ -107,8 +110,8 @@ class Registry:
         champion_scores: Mapping[str, Any] | None, files: Mapping[str, Path], serving: Mapping[str, Any],
         settings: RegistrySettings, obstacle: str = "",
     ) -> Outcome:  # fmt: skip
-        """Make a version of ``files`` (``adapter``, ``comfyui``, ``card``, ``about``, and ``base`` where it is stored);
-        judge it.
+        """Make a version of ``files`` (``adapter``, ``card``, ``about``, and where they are there ``comfyui`` and
+        ``base``); judge it.
 
         ``scores`` are this version's, ``champion_scores`` the champion's on the same prompts and seeds; ``obstacle``:
         why it could not be asked them, so that it stays. Registering the same run with the same scores again makes no
@@ -215,7 +218,7 @@ def _save_model(folder: Path, files: Mapping[str, Path], serving: Mapping[str, A
     with tempfile.TemporaryDirectory(prefix="dopsd-files-") as place:
         artifacts = {}
         for key, path in files.items():
-            target = Path(place) / path.name if key != "base" else Path(place) / "base"
+            target = Path(place) / key
             if path.is_dir():  # the teacher's half of a base draws nothing
                 shutil.copytree(path, target, ignore=shutil.ignore_patterns("vlm", "world"))
             else:

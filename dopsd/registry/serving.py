@@ -16,12 +16,13 @@ import io
 import math
 import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlflow
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoModel, DiffusionPipeline
 from mlflow.models import set_model
 from PIL import Image, ImageOps
 
@@ -44,20 +45,25 @@ class Row(NamedTuple):
 
 
 class FewStepModel(mlflow.pyfunc.PythonModel):
-    """Base and adapter in plain diffusers. A param of 0 stands for what the adapter was trained for."""
+    """Base and adapter, or trained transformer, in plain diffusers. A param of 0 stands for what it was trained for."""
 
     def load_context(self, context: Any) -> None:
         """Load the pipeline; the base is stored with the version or named by it."""
         config = context.model_config
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         stored = context.artifacts.get("base")
-        named = {} if stored else {"revision": config.get("revision")}
+        named: dict[str, Any] = {} if stored else {"revision": config.get("revision")}
+        trained = context.artifacts["adapter"]
+        whole = Path(trained).is_dir()
+        if whole:  # the transformer itself was trained
+            named["transformer"] = AutoModel.from_pretrained(trained, torch_dtype=dtype, use_safetensors=True)
         self.pipeline = DiffusionPipeline.from_pretrained(
             stored or config["base"], torch_dtype=dtype, use_safetensors=True, **named
         )
-        self.pipeline.load_lora_weights(context.artifacts["adapter"], use_safetensors=True)
-        if not self.pipeline.get_active_adapters():
-            raise RuntimeError("the adapter loaded as nothing: this diffusers is not the one it was made for")
+        if not whole:
+            self.pipeline.load_lora_weights(trained, use_safetensors=True)
+            if not self.pipeline.get_active_adapters():
+                raise RuntimeError("the adapter loaded as nothing: this diffusers is not the one it was made for")
         self.pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
         self.pipeline.set_progress_bar_config(disable=True)
         self.call = config["call"]

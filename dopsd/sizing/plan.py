@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dopsd.config import Settings
+from dopsd.distill.weights import Waiting
 from dopsd.models import family_class, teaching_of
 from dopsd.models.sizes import PartSize, configurations, skeleton
 from dopsd.sizing.cards import Card
@@ -48,6 +49,8 @@ class Choice:
     resolution: int = 1024
     batch: int = 1
     accumulation: int = 1
+    waiting: Waiting = "device"
+    """Of full tuning alone."""
 
     @classmethod
     def of(cls, settings: Settings) -> Choice:
@@ -57,6 +60,7 @@ class Choice:
         return cls(
             "none" if given == "auto" else given, model.quantization, model.offload, train.optimizer,
             settings.data.resolution, train.batch_size, train.accumulation,
+            train.teacher.weights,
         )  # fmt: skip
 
     def lines(self, before: Choice) -> dict[str, dict[str, Any]]:
@@ -71,6 +75,8 @@ class Choice:
         for key, (group, name) in names.items():
             if getattr(self, key) != getattr(before, key):
                 found.setdefault(group, {})[name] = getattr(self, key)
+        if self.waiting != before.waiting:
+            found.setdefault("train", {})["teacher"] = {"weights": self.waiting}
         return found
 
 
@@ -109,6 +115,11 @@ class _Runs:
         return self.work.sample()
 
     @cached_property
+    def preview(self) -> float:
+        drawn = self.work.sample(training=True).peak if self.work.tune == "full" else self.sample.peak
+        return max(drawn, self.decode.peak)
+
+    @cached_property
     def decode(self) -> Cost:
         return self.work.decode()
 
@@ -126,11 +137,17 @@ class Plan:
 
     def __init__(self, work: Work, *, rollout_steps: int = 4, replay: bool = False) -> None:
         self.work, self._rollouts = work, rollout_steps * (2 if replay else 1)
-        self._runs: dict[tuple[int, int], _Runs] = {}
+        self._full = work.tune == "full"
+        self._runs: dict[tuple[int, int, Waiting], _Runs] = {}
         parts = ["text_encoder", "vae_encoder", "vae_decoder", *(["vision"] if self._sees else [])]
         self.sizes = {part: PartSize.of(skeleton(part, work.configs, work.family)) for part in parts}
         self.sizes["transformer"] = PartSize.of(work.transformer)
         self._whole_encoder = PartSize.of(skeleton("text_encoder", work.configs, None))
+
+    @property
+    def _beside(self) -> int:
+        """Parameters that a trained model has beside the base's; trained weights take the place of those."""
+        return 0 if self._full else self.work.adapter
 
     @property
     def _sees(self) -> bool:
@@ -138,10 +155,10 @@ class Plan:
 
     def runs(self, choice: Choice) -> _Runs:
         """Of the choice's size."""
-        key = choice.resolution, choice.batch
+        key = choice.resolution, choice.batch, choice.waiting
         if key not in self._runs:
-            side, batch = key
-            self._runs[key] = _Runs(replace(self.work, height=side, width=side, batch=batch))
+            side, batch, waiting = key
+            self._runs[key] = _Runs(replace(self.work, height=side, width=side, batch=batch, waiting=waiting))
         return self._runs[key]
 
     def count(self, choice: Choice) -> Iterator[str]:
@@ -184,23 +201,33 @@ class Plan:
 
     def train(self, choice: Choice) -> Stage:
         """The step, or the preview where that takes more."""
-        adapter, runs = self.runs(choice).work.adapter, self.runs(choice)
-        two = 2 if self.work.teacher == "ema" else 1
-        rows = {"transformer": self.weights("transformer", choice)}
+        trained, runs = self.work.adapter, self.runs(choice)
+        rows = self._learning(choice)
         if choice.offload == "none":
             rows["vae decoder"] = self.weights("vae_decoder", choice)
-        rows |= {"adapters in float32": 4.0 * adapter * two, "optimizer": adapter * _MOMENTS[choice.optimizer]}
         rows |= self._unpacked(choice, "transformer")
-        step = {"gradients": 4.0 * adapter, "activations": runs.training(choice.checkpointing).peak}
-        preview = {"a preview picture": runs.draw}
+        step = {"gradients": 4.0 * trained, "activations": runs.training(choice.checkpointing).peak}
+        preview = {"a preview picture": runs.preview}
         if choice.offload != "none":
             preview["vae decoder"] = self.weights("vae_decoder", choice)
         more = max(step, preview, key=lambda added: sum(added.values()))
         return Stage("train", rows | more)
 
+    def _learning(self, choice: Choice) -> dict[str, float]:
+        """What student and teacher are made of, and what the optimizer keeps."""
+        trained, ema = self.work.adapter, self.work.teacher == "ema"
+        rows = {"transformer": self.weights("transformer", choice)}
+        if not self._full:
+            rows["adapters in float32"] = 4.0 * trained * (2 if ema else 1)
+        elif choice.waiting == "device":
+            rows |= {"student in float32": 4.0 * trained, "teacher in float32": 4.0 * trained * ema}
+        else:  # of the base only what is not trained stays; who visits is among the activations
+            rows = {"transformer": rows["transformer"] - 2.0 * trained, "student in float32": 4.0 * trained}
+        return rows | {"optimizer": trained * _MOMENTS[choice.optimizer]}
+
     def _draw(self, choice: Choice) -> Stage:
         """Evaluation and ``dopsd sample``: what is asked is encoded first, and its encoders are freed."""
-        adapter, runs = self.work.adapter, self.runs(choice)
+        adapter, runs = self._beside, self.runs(choice)
         rows = {part.replace("_", " "): self.weights(part, choice) for part in ("transformer", "vae_decoder")}
         rows |= {"adapter": 4.0 * adapter} | self._unpacked(choice, "transformer") | {"one picture": runs.draw}
         drawing, encoding = Stage("evaluate, sample", rows), self._encode(choice)
@@ -219,7 +246,7 @@ class Plan:
         if choice.quantization == "none" and choice.offload != "group":
             large = dict([max(large.items(), key=lambda part: part[1])])
         rows = large | {part.replace("_", " "): self.weights(part, choice) for part in ("vae_encoder", "vae_decoder")}
-        rows |= self._unpacked(choice, "transformer", "text_encoder") | {"adapter": 4.0 * self.work.adapter}
+        rows |= self._unpacked(choice, "transformer", "text_encoder") | {"adapter": 4.0 * self._beside}
         return Stage("register", rows | {"one picture": self.runs(choice).draw})
 
     def host(self, choice: Choice) -> float:
@@ -229,17 +256,22 @@ class Plan:
             "none": 0.0, "group": sum(size.blocks) * bits / 8,
             "model": sum(self.weights(part, choice) for part in ("transformer", "text_encoder")),
         }[choice.offload]  # fmt: skip
+        if self._full:  # base and teacher in training, the base where the trained weights draw
+            second = 4.0 if choice.waiting == "cpu" and self.work.teacher == "ema" else 0.0
+            staying += self.work.adapter * (2.0 + second)
         return 2e9 + max(staying, 2.0 * max(part.parameters for part in self.sizes.values()))
 
     def disk(self) -> dict[str, float]:
         """Bytes that a project keeps."""
-        adapter, shapes = 4.0 * self.work.adapter, self.work.shapes
+        adapter, shapes = 4.0 * self.work.adapter, self.work.shapes  # bytes
+        trained = {"trained weights, twice, and the export": 6.0 * self.work.adapter}
         conditionings = [*shapes.prompt.values(), *shapes.context.values()]
         example = 2.0 * sum(map(prod, conditionings)) + 4.0 * prod(shapes.latents)
         return {
             "base, where published in bfloat16": 2.0 * sum(size.parameters for size in self.sizes.values()),
             "a hundred captions encoded": 2 * 100 * example,  # in the cache, and in the run's folder
-            "two checkpoints": 2 * 4 * adapter, "adapter and two exports": 3 * adapter,
+            "two checkpoints": 2 * 4 * adapter,
+            **(trained if self._full else {"adapter and two exports": 3 * adapter}),
         }  # fmt: skip
 
     # --- time -----------------------------------------------------------------------------------------------------
@@ -255,6 +287,8 @@ class Plan:
             seconds += passes * unpacking / (card.terabytes * 1e12)
         if choice.offload == "group":
             seconds = max(seconds, passes * sum(size.blocks) * _BITS[choice.quantization] / 8 / _HOST_LINK)
+        if self._full and choice.waiting == "cpu":
+            seconds += 4.0 * self.work.adapter / _HOST_LINK  # the teacher, for each of its answers
         return seconds * self._rollouts * choice.accumulation * 1000 / 3600
 
     # --- what fits ------------------------------------------------------------------------------------------------
@@ -262,22 +296,25 @@ class Plan:
     def fits(self, choice: Choice, card_bytes: float) -> bool:
         """Every stage does."""
         encoders = sum(self.weights(part, choice) for part in self.sizes if part in _ENCODERS)
-        least = max(encoders, self.weights("transformer", choice) + 4.0 * self.work.adapter)
+        least = max(encoders, sum(self._learning(choice).values()))
         # nothing need be run to see that the weights alone are too much
         return least + RESERVE <= card_bytes and all(stage.fits(card_bytes) for stage in self.stages(choice))
 
     def ladder(self, choice: Choice) -> Iterator[Choice]:
         """Ever smaller choices, the least loss of time and quality first, from ``choice``'s size down."""
-        low = replace(choice, checkpointing="none", quantization="none", offload="none", optimizer="adamw")
+        low = replace(choice, checkpointing="none", quantization="none", offload="none", optimizer="adamw",
+                      waiting="device")  # fmt: skip
         if choice.batch > 1:
             low = replace(low, batch=1, accumulation=choice.accumulation * choice.batch)
         yield low
         sides = [{"resolution": side} for side in (768, 512) if side < choice.resolution]
         steps: list[dict[str, Any]] = [
             {"checkpointing": "every-second"}, {"checkpointing": "every"}, {"quantization": "int8"},
-            {"quantization": "nf4"}, {"optimizer": "adamw-8bit"}, {"offload": "group"}, *sides,
+            {"quantization": "nf4"}, {"optimizer": "adamw-8bit"}, {"offload": "group"},
         ]  # fmt: skip
-        for step in steps:
+        if self._full:  # of plain weights, on the device
+            steps = [*steps[:2], {"optimizer": "adamw-8bit"}, {"waiting": "cpu"}]
+        for step in [*steps, *sides]:
             low = replace(low, **step)
             yield low
 
@@ -314,7 +351,7 @@ def plan_for(settings: Settings, root: Path, tokens: int = 96) -> Plan | None:
     family, side = family_class(model), settings.data.resolution
     work = Work(
         family, configs, teaching_of(model), side, side, tokens, train.batch_size, train.lora,
-        train.teacher.kind or "ema", train.teacher.guidance,
+        train.teacher.kind or "ema", train.teacher.guidance, train.tune, train.teacher.weights,
     )  # fmt: skip
     if family.shapes(configs, work.teaching, tokens, side, side) is None:
         return None
@@ -347,6 +384,8 @@ def advice(settings: Settings, card_bytes: float, root: Path = Path()) -> str:
     if found is None:
         return "out of memory: no settings known here fit this card; `dopsd doctor` says what each stage needs"
     changes = ", ".join(
-        f"{group}.{name}={value}" for group, names in found.lines(before).items() for name, value in names.items()
+        f"{group}.{name}.weights={value['weights']}" if isinstance(value, dict) else f"{group}.{name}={value}"
+        for group, names in found.lines(before).items()
+        for name, value in names.items()
     )
     return f"out of memory: set {changes} (computed; `dopsd doctor` says why)"

@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dopsd.config import LoraSettings
-from dopsd.distill.adapters import STUDENT, AdapterPair, TeacherKind, adapter_parameters, add_adapters
+from dopsd.config import LoraSettings, Tune
+from dopsd.distill.adapters import AdapterPair, adapter_parameters, add_adapters
+from dopsd.distill.pair import STUDENT, Pair, TeacherKind
 from dopsd.distill.rollout import rollout, sample
+from dopsd.distill.weights import Waiting, WeightPair, matched_weights
 from dopsd.models.base import Conditioning, Configs, Family, Parts, Shapes, Teaching
 from dopsd.models.checkpointing import Checkpointing
 from dopsd.models.sizes import block_lists, shortened, skeleton
@@ -62,6 +64,9 @@ class Work:
     lora: LoraSettings = field(default_factory=LoraSettings)
     teacher: TeacherKind = "ema"
     guidance: float = 1.0
+    tune: Tune = "adapter"
+    waiting: Waiting = "device"
+    """With full tuning: where base and teacher are while they do not answer."""
 
     @cached_property
     def shapes(self) -> Shapes:
@@ -92,14 +97,14 @@ class Work:
         The two peaks are apart because they grow at other rates: a teacher that is shown a picture reads more tokens.
         """
         transformer: Any = shortened(self.transformer, lengths)
-        matched = self._adapted(transformer, self.teacher)
+        make_pair = self._prepared(transformer, self.teacher)
         if checkpointing != "none":
             transformer.enable_gradient_checkpointing()
         with counting() as counter:
             materialise(transformer)
             family = self._family({"transformer": transformer})
-            adapters = AdapterPair(transformer, self.teacher, matched)
-            for parameter in adapters.student_parameters():
+            pair = make_pair()
+            for parameter in pair.student_parameters():
                 parameter.grad = torch.empty_like(parameter)
             prompts, contexts = self._conditionings()
             noise, sigmas = torch.empty(self.batch, *self.shapes.latents), torch.ones(states + 1)
@@ -113,9 +118,7 @@ class Work:
                 with torch.autocast("cpu", torch.bfloat16):
                     return family.predict_velocity(latents, sigma, conditioning)
 
-            rollout(
-                predict, adapters, noise, sigmas, prompts, contexts, teacher=adapters.teacher, guidance=self.guidance
-            )
+            rollout(predict, pair, noise, sigmas, prompts, contexts, teacher=pair.teacher, guidance=self.guidance)
             return taught, _cost(counter, before)
 
     def _extended(self, run: Callable[[Mapping[str, int]], tuple[Cost, ...]], module: nn.Module) -> tuple[Cost, ...]:
@@ -128,6 +131,15 @@ class Work:
             more = run(few | {name: 2})
             total = tuple(t + (m - f) * (length - 1) for t, m, f in zip(total, more, first, strict=True))
         return total
+
+    def _prepared(self, transformer: nn.Module, teacher: TeacherKind) -> Callable[[], Pair]:
+        """Makes student and teacher, once the transformer has fakes for values."""
+        if self.tune == "full":
+            matched = matched_weights(transformer, self.lora.targets)
+            transformer.eval()
+            return lambda: WeightPair(transformer, teacher, matched, self.waiting)
+        adapted = self._adapted(transformer, teacher)
+        return lambda: AdapterPair(transformer, teacher, adapted)
 
     def _adapted(self, transformer: nn.Module, teacher: TeacherKind) -> Mapping[str, tuple[str, ...]]:
         with torch.device("meta"):
@@ -142,7 +154,11 @@ class Work:
 
     @cached_property
     def adapter(self) -> int:
-        """Parameters of one adapter."""
+        """Parameters that are trained: those of one adapter, or the transformer's own."""
+        if self.tune == "full":
+            values = dict(self.transformer.named_parameters())
+            names = {name for found in matched_weights(self.transformer, self.lora.targets).values() for name in found}
+            return sum(v.numel() for key, v in values.items() if {key, key.rpartition(".")[0]} & names)
 
         def run(lengths: Mapping[str, int]) -> tuple[Cost]:
             transformer = shortened(self.transformer, lengths)
@@ -153,21 +169,22 @@ class Work:
 
     # --- pictures -------------------------------------------------------------------------------------------------
 
-    def sample(self) -> Cost:
-        """One step towards one picture, with an adapter in float32, from what the teacher is shown: pictures of its are
-        drawn too, and it reads the most."""
+    def sample(self, training: bool = False) -> Cost:
+        """One step towards one picture, from what the teacher is shown: pictures of its are drawn too, and it reads the
+        most. With an adapter in float32; of full tuning with trained weights in the base's place, or in ``training``
+        with the float32 student's."""
 
         def run(lengths: Mapping[str, int]) -> tuple[Cost]:
             transformer = shortened(self.transformer, lengths)
-            matched = self._adapted(transformer, "frozen")
+            make_pair = self._prepared(transformer, "frozen")
             with counting() as counter:
                 materialise(transformer)
-                family = self._family({"transformer": transformer})
-                AdapterPair(transformer, "frozen", matched)
+                family, pair = self._family({"transformer": transformer}), make_pair()
                 _, contexts = self._conditionings()
                 noise = torch.empty(1, *self.shapes.latents)
                 before = counter.reset()
-                sample(family, contexts[:1], 1, self.height, self.width, noise)
+                with pair.select(None if self.tune == "full" and not training else STUDENT):
+                    sample(family, contexts[:1], 1, self.height, self.width, noise)
                 return (_cost(counter, before),)
 
         return self._extended(run, self.transformer)[0]

@@ -28,7 +28,7 @@ def report(settings: Settings, root: Path, card: Card | None) -> Iterator[str]:
             bar.update()
     choice = plan.chosen(settings, card.bytes) if card is not None else Choice.of(settings)
     yield "What these settings need, computed and not measured"
-    yield _settings_line(choice)
+    yield _settings_line(plan, choice)
     yield from needs(plan, choice, card)
     if card is not None:
         yield from proposals(plan, choice, card)
@@ -73,10 +73,11 @@ def proposals(plan: Plan, choice: Choice, card: Card) -> Iterator[str]:
     yield f"  ({RESERVE / 1e9:g} GB of the card are kept free)"
 
 
-def _settings_line(choice: Choice) -> str:
+def _settings_line(plan: Plan, choice: Choice) -> str:
+    tuned = f",\n full tuning, teacher on the {choice.waiting}" if plan.work.tune == "full" else ""
     return (
         f"({choice.resolution} px, batch {choice.batch}, checkpointing {choice.checkpointing}, "
-        f"quantization {choice.quantization},\n offload {choice.offload}, {choice.optimizer})"
+        f"quantization {choice.quantization},\n offload {choice.offload}, {choice.optimizer}{tuned})"
     )
 
 

@@ -19,6 +19,8 @@ from dopsd.files import PARTIAL, GrowingFile, read_json
 
 LONGEST_PARAM = 6000  # characters that MLflow takes as a parameter's value
 CLOCK_TICK = 0.02  # seconds that a file's time may lag behind the clock
+LARGEST_SENT = 4 * 2**30
+"""Bytes of a trained file."""
 _PREVIEW = re.compile(r"(\w+)-(\d+)\.(?:webp|png)")  # png: of runs before 30 November 2026
 Warn = Callable[[str], None]
 
@@ -100,9 +102,14 @@ def _method(run: Path, folder: Path, training: str, status: Mapping[str, Any], t
         files=[
             *((path, (f"preview/{found[1]}", int(found[2]))) for path, found in pictures),
             *((path, f"preview/{path.name}") for path in previews if path.suffix == ".txt"),
-            *((path, f"adapters/{path.name}") for path in _files(folder / "adapters") if path.suffix != ".json"),
+            *((path, f"adapters/{path.name}") for path in _files(folder / "adapters") if _is_sent(path)),
         ],
     )  # fmt: skip
+
+
+def _is_sent(path: Path) -> bool:
+    """Whether a trained file goes to the tracker: a whole model's does not, what is exported of it is registered."""
+    return path.suffix != ".json" and path.stat().st_size <= LARGEST_SENT
 
 
 def _files(place: Path) -> list[Path]:

@@ -1,7 +1,8 @@
 """Everything a training run is, in safetensors and JSON, so that a killed run ends where the unbroken one ends.
 
 A checkpoint is a folder ``step-00000050/`` with ``tensors.safetensors`` (student, optimizer, the state of the run's
-random generator, and where the teacher is an EMA its float32 weights: four times the adapter, 2.5 GB at true size) and
+random generator, and where the teacher is an EMA its float32 weights: four times the adapter, 2.5 GB at true size; with
+full tuning four times the model in float32, and little host memory, for they are written one by one) and
 ``state.json`` (step, sampler position, seconds, fingerprint, why the run is over if it is). It is written beside its
 place, synced to disk and renamed, so a kill at any moment leaves the previous one; the last two are kept.
 """
@@ -18,8 +19,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from dopsd.files import write_tensors
 
 KEEP = 2
 TENSORS, STATE = "tensors.safetensors", "state.json"
@@ -47,8 +50,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
             shutil.rmtree(stale)
     partial.mkdir()
     try:
-        tensors = {key: value.detach().cpu().contiguous() for key, value in checkpoint.tensors.items()}
-        save_file(tensors, partial / TENSORS)
+        write_tensors(partial / TENSORS, checkpoint.tensors)
         (partial / STATE).write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1) + "\n")
         for path in (partial / TENSORS, partial / STATE, partial):
             _sync(path)
@@ -111,9 +113,10 @@ def set_aside(folder: Path) -> Path:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Copies on the CPU of the optimizer's state, ``optimizer/<parameter's number>/<what>``."""
+    """The optimizer's state, ``optimizer/<parameter's number>/<what>``: where it is, to be written before the next
+    step."""
     return {
-        f"optimizer/{number}/{what}": torch.as_tensor(value).detach().to("cpu", copy=True)
+        f"optimizer/{number}/{what}": torch.as_tensor(value).detach()
         for number, parameter in enumerate(_parameters(optimizer))
         for what, value in optimizer.state.get(parameter, {}).items()
     }

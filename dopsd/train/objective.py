@@ -15,7 +15,7 @@ from torch import Tensor
 from dopsd.config import Method, TrainSettings
 from dopsd.data.dataset import Example
 from dopsd.distill import baselines
-from dopsd.distill.adapters import AdapterPair
+from dopsd.distill.pair import Pair
 from dopsd.distill.rollout import Velocity, rollout
 from dopsd.models.base import Conditioning, Family
 
@@ -47,14 +47,14 @@ class Objective:
         settings: TrainSettings,
         family: Family,
         predict: Velocity,
-        adapters: AdapterPair,
+        pair: Pair,
         examples: Sequence[Example],
         targets: Sequence[Tensor | None],
         replay: Sequence[Conditioning],
     ) -> None:
         """``targets``: clean latents ``[C, h, w]`` per example, for the methods that look at one."""
         self._method, self._settings, self._family = method, settings, family
-        self._predict, self._adapters = predict, adapters
+        self._predict, self._pair = predict, pair
         self._examples, self._targets = examples, targets
         # a copy in each roll-out would wait for all that the device still has to do
         self._prompts, self._contexts, self._replay = _held(
@@ -92,19 +92,19 @@ class Objective:
             uniform = torch.cat([draw.level for draw in draws if draw.level is not None])
             sigma = self._family.levels(uniform, self._settings.rollout_steps, height, width).to(noise.device)
             return baselines.flow_matching(
-                self._predict, self._adapters, self._latents(draws, noise), noise, sigma, prompts,
+                self._predict, self._pair, self._latents(draws, noise), noise, sigma, prompts,
                 weight=weight, backward=backward,
             )  # fmt: skip
         sigmas = self._grid(self._settings.rollout_steps, height, width)
         contexts = [_to(self._contexts[draw.index], noise.device) for draw in draws]
-        teacher, loss_kind, guidance = self._adapters.teacher, self._settings.loss, self._settings.teacher.guidance
+        teacher, loss_kind, guidance = self._pair.teacher, self._settings.loss, self._settings.teacher.guidance
         if self._method == "off-policy":
             return baselines.off_policy(
-                self._predict, self._adapters, self._latents(draws, noise), noise, sigmas, prompts, contexts,
+                self._predict, self._pair, self._latents(draws, noise), noise, sigmas, prompts, contexts,
                 teacher=teacher, loss=loss_kind, guidance=guidance, weight=weight, backward=backward,
             )  # fmt: skip
         _, loss = rollout(
-            self._predict, self._adapters, noise, sigmas, prompts, contexts, teacher=teacher, loss=loss_kind,
+            self._predict, self._pair, noise, sigmas, prompts, contexts, teacher=teacher, loss=loss_kind,
             guidance=guidance, weight=weight, backward=backward,
         )  # fmt: skip
         return loss
@@ -116,7 +116,7 @@ class Objective:
         example = self._examples[draws[0].index]
         sigmas = self._grid(self._settings.rollout_steps, example.height, example.width)
         _, loss = rollout(
-            self._predict, self._adapters, noise, sigmas, prompts, prompts, teacher=None, loss=self._settings.loss,
+            self._predict, self._pair, noise, sigmas, prompts, prompts, teacher=None, loss=self._settings.loss,
             weight=weight * self._settings.replay.weight, backward=backward,
         )  # fmt: skip
         return loss

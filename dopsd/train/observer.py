@@ -20,8 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dopsd.data.dataset import Example, Preview
-from dopsd.distill.adapters import AdapterPair, Selection
 from dopsd.distill.drawing import draw
+from dopsd.distill.pair import Pair, Selection
 from dopsd.files import now, whole_file
 from dopsd.models.base import Family
 
@@ -106,16 +106,16 @@ class Previews:
         taught = [by_image[index] for index in sorted(by_image)][: len(self._student)]
         self._teacher = [Preview(e.caption, e.context, e.height, e.width) for e in taught]
 
-    def show(self, step: int, adapters: AdapterPair, teacher: bool, folder: Path, observer: Observer) -> None:
+    def show(self, step: int, pair: Pair, teacher: bool, folder: Path, observer: Observer) -> None:
         """Sample and save the pictures of this step. Draws nothing from the run's own generator."""
         who: list[tuple[str, Selection, list[Preview]]] = [("student", "student", self._student)]
         if teacher:
-            who.append(("teacher", adapters.teacher, self._teacher))
+            who.append(("teacher", pair.teacher, self._teacher))
         for name, selection, prompts in who:
             if not prompts:
                 continue
             try:
-                with adapters.select(selection):
+                with pair.select(selection):
                     images = self._draw(prompts)
             except torch.OutOfMemoryError:
                 observer.message(f"step {step}: no memory to preview a picture of the {name}; skipped")

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from dopsd.config import CHECKPOINT_SECONDS, Method, TrainSettings
 from dopsd.data.dataset import BucketSampler, Example, Preview
-from dopsd.distill.adapters import STUDENT, add_adapters, save_adapter
 from dopsd.files import whole_file, write_json
 from dopsd.models.base import Conditioning, Family
 from dopsd.train import checkpoint as ckpt
@@ -36,6 +35,7 @@ from dopsd.train.observer import Observer, Previews, Progress, RunLog
 from dopsd.train.optimizer import make_optimizer
 from dopsd.train.parallel import exchange, share
 from dopsd.train.status import adopt, running
+from dopsd.train.student import description, make_pair, save_student
 
 __all__ = [
     "Observer",
@@ -260,11 +260,9 @@ class _Run:
                 f"compute.sharded: a batch of {settings.batch_size * settings.accumulation} is not shared evenly by "
                 f"{self.accelerator.num_processes} workers; make train.batch_size x accumulation a multiple of them"
             )
-        self.adapters = add_adapters(
-            family.transformer, settings.lora, family.lora_targets, settings.seed,
-            (settings.teacher.kind or "ema") if method in _DISTILLED else "frozen",
-        )  # fmt: skip
-        self.parameters = self.adapters.student_parameters()
+        kind = (settings.teacher.kind or "ema") if method in _DISTILLED else "frozen"
+        self.pair = make_pair(settings, family, kind)
+        self.parameters = self.pair.student_parameters()
         self.optimizer = make_optimizer(settings, self.parameters, family.device)
         self.gain: dict[str, float] | None = saved.state["teacher_gain"] if saved else None
         try:
@@ -277,7 +275,7 @@ class _Run:
                 settings,
                 family,
                 family.velocity,
-                self.adapters,
+                self.pair,
                 examples,
                 self._targets(),
                 training.replay,
@@ -289,15 +287,14 @@ class _Run:
 
     def close(self) -> None:
         """Give the transformer back as it was."""
-        self.adapters.remove()
+        self.pair.remove()
         self.log.close()
 
     def _begin(self) -> None:
-        counts = ", ".join(f"{pattern} x {len(names)}" for pattern, names in self.adapters.matched.items())
-        self.observer.message(f"{self.method}: LoRA rank {self.settings.lora.rank} on {counts}")
+        self.observer.message(f"{self.method}: {description(self.settings, self.pair)}")
         if self.method not in _DISTILLED:
             return
-        with self.adapters.select(None):
+        with self.pair.select(None):
             self.gain = teacher_gain(
                 self.family, choose(self.examples, self.settings.teacher.gain_images), self.settings.rollout_steps,
                 self.settings.batch_size, self.settings.seed + 2,
@@ -316,7 +313,7 @@ class _Run:
             self.observer.message(f"warning: {text}")
 
     def _restore(self, saved: ckpt.Checkpoint) -> None:
-        self.adapters.load_state_dict(saved.tensors)
+        self.pair.load_state_dict(saved.tensors)
         ckpt.load_optimizer_tensors(self.optimizer, saved.tensors)
         self.generator.set_state(saved.tensors["random/generator"])
         self.sampler.load_state_dict(saved.state["sampler"])
@@ -326,7 +323,7 @@ class _Run:
         """The clean latents to learn from: the images', or for ``sft-teacher`` samples of the teacher, drawn once."""
         if self.method != "sft-teacher":
             return [example.latents for example in self.examples]
-        with self.adapters.select(None):
+        with self.pair.select(None):
             return teacher_samples(
                 self.folder / "teacher_samples.safetensors", self.identity, self.family, self.examples,
                 self.settings.rollout_steps, self.settings.seed + 3,
@@ -386,20 +383,22 @@ class _Run:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.adapters.update(self.settings.teacher.decay)
+        teacher = self.settings.teacher
+        if (self.step + 1) % teacher.every == 0:
+            self.pair.update(teacher.decay**teacher.every)
         return {**values, "train/grad_norm": norm, "train/learning_rate": rate}
 
     def _show(self, previews: Previews) -> None:
         if not self.main and not self.sharded:
             return
-        previews.show(self.step, self.adapters, self.method in _DISTILLED, self.folder / "previews", self.observer)
+        previews.show(self.step, self.pair, self.method in _DISTILLED, self.folder / "previews", self.observer)
 
     def _write_adapter(self, stopped: str) -> None:
         if not self.main:
             return
         label = next(label for step, label in sorted(self.labels.items()) if self.step <= step)
         path = self.folder / "adapters" / f"{label}.safetensors"
-        save_adapter(path, self.family.transformer, STUDENT, self.settings.lora)
+        save_student(path, self.settings, self.pair)
         metadata: dict[str, Any] = {
             "label": label, "method": self.method, "steps": self.step, "stopped": stopped or "continued",
             "images": self.step * self.settings.batch_size * self.settings.accumulation, "teacher_gain": self.gain,
@@ -413,12 +412,12 @@ class _Run:
         return self.step % every == 0 if every else self.seconds - self.saved_at >= CHECKPOINT_SECONDS
 
     def _save(self, stopped: str) -> None:
-        """Write a checkpoint. Its tensors are copied to the CPU one by one, and let go once they are written."""
+        """Write a checkpoint. Its tensors are let go once they are written."""
         self.saved_at = self.seconds
         self.log.sync()
         if not self.main:
             return
-        tensors = self.adapters.state_dict() | ckpt.optimizer_tensors(self.optimizer)
+        tensors = self.pair.state_dict() | ckpt.optimizer_tensors(self.optimizer)
         tensors["random/generator"] = self.generator.get_state()
         state = {
             "fingerprint": self.identity, "seconds": self.seconds, "teacher_gain": self.gain,
