@@ -67,6 +67,7 @@ class Session:
         self.whole_side = self.side = side
         self.noises = torch.Generator()
         self._stored: tuple[str, ...] | None = None
+        self._casts: dict[LoraLayer, bool] = {}
 
     def measure(self, variant: str) -> Row:
         """The values of a variant. Every one starts from the same switches: nothing left from the one before.
@@ -94,6 +95,7 @@ class Session:
         stored = (settings.quantization, settings.offload, str(settings.compile))
         if stored != self._stored:
             self._stored = self._adapters = self._encode = self._family = None
+            self._casts = {}
             gc.collect()
             dtype = torch.bfloat16 if self.scale == "true" else torch.float32
             torch.manual_seed(0)
@@ -104,9 +106,8 @@ class Session:
         self.sigmas = self.family.sigmas(self.settings.rollout_steps, self.side, self.side).to(self.device)
         transformer = self.adapters.transformer
         checkpoint_blocks(transformer, settings.gradient_checkpointing)
-        for module in transformer.modules():
-            if isinstance(module, LoraLayer):
-                module.cast_input_dtype_enabled = "cast" in options
+        for layer, own in self._casts.items():
+            layer.cast_input_dtype_enabled = own or "cast" in options
         torch.manual_seed(0)  # every variant is shown the same
         self.noises.manual_seed(0)
 
@@ -120,6 +121,8 @@ class Session:
         if self._adapters is None:
             family = self.family
             self._adapters = add_adapters(family.transformer, self.settings.lora, family.lora_targets, seed=0)
+            layers = [m for m in family.transformer.modules() if isinstance(m, LoraLayer)]
+            self._casts = {layer: layer.cast_input_dtype_enabled for layer in layers}
         return self._adapters
 
     @property

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft.tuners.lora import LoraLayer
 
 from dopsd.config import ModelSettings
 from dopsd.models.quantized import blocks_of, is_quantized
@@ -98,8 +97,6 @@ def test_variants_store_and_run_the_base_as_their_names_say_and_learn_the_same(m
         assert row["loss"] == pytest.approx(whole["loss"], rel=1e-5)
         assert row["gradient_norm"] == pytest.approx(whole["gradient_norm"], rel=1e-5)
         assert transformer.is_gradient_checkpointing == (variant != "ours+cast")
-        casts = {m.cast_input_dtype_enabled for m in transformer.modules() if isinstance(m, LoraLayer)}
-        assert casts == {variant == "ours+cast"}
     rounded, waiting = (answer(model, f"ours+nf4+{how}", tmp_path) for how in ("checkpointing+8bit", "offload"))
     assert is_quantized(rounded[1])
     assert is_quantized(waiting[1])
