@@ -151,14 +151,14 @@ def plain(family, adapters, captions, images, sigmas):
         x = torch.empty_like(family.encode_images(images)).copy_(noise)
         losses = []
         for sigma, sigma_next in pairwise(sigmas):
-            with adapters.select("teacher"), torch.no_grad():
+            family.transformer.set_adapter("teacher")
+            with torch.no_grad():
                 target = family.predict_velocity(x, sigma, contexts)
-            with adapters.select("student"):
-                u = family.predict_velocity(x, sigma, prompts)
+            family.transformer.set_adapter("student")
+            u = family.predict_velocity(x, sigma, prompts)
             losses.append(F.mse_loss(u, target))
             x = (x + (sigma_next - sigma) * u).detach()
-        with adapters.select("student"):
-            torch.stack(losses).mean().backward()
+        torch.stack(losses).mean().backward()
 
     return step
 

@@ -4,8 +4,9 @@ Part of ``benchmarks/true_size.py``, which says how to run it. Nothing is downlo
 from the published configurations and filled with numbers of the scale that trained weights have, so that time and
 memory are the real model's while the pictures are noise. ``scale="tiny"`` keeps everything but the widths.
 
-Plainly: text encoder, VLM and autoencoder stay on the device and run in every step, gradient checkpointing is on, and
-one backward follows the K steps of the roll-out.
+Plainly, as the authors' released code has it: text encoder, VLM and autoencoder stay on the device and run in every
+step, gradient checkpointing is on, peft's own ``set_adapter`` switches between student and teacher, its adapters cast
+their input, and one backward follows the K steps of the roll-out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,12 +34,14 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model, Qwen3VLConfi
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # where the project is not installed
 
+from dopsd.config import ModelSettings  # noqa: E402
 from dopsd.distill.adapters import AdapterPair  # noqa: E402
 from dopsd.distill.rollout import Velocity, rollout  # noqa: E402
 from dopsd.models import qwen_vl  # noqa: E402
 from dopsd.models.base import Conditioning, Family, Parts, Teaching  # noqa: E402
 from dopsd.models.flux2_klein import LAYERS, Flux2Klein  # noqa: E402
-from dopsd.models.loading import frozen, use_plain_attention  # noqa: E402
+from dopsd.models.loading import compile_blocks, frozen, place, use_plain_attention  # noqa: E402
+from dopsd.models.quantized import blocks_of, check_installed  # noqa: E402
 from dopsd.models.z_image import ZImage, context_states  # noqa: E402
 
 Config = dict[str, Any]
@@ -109,16 +113,27 @@ def configurations(model: str, scale: str) -> dict[str, Config]:
     return published | narrow | {"vlm": vlm}
 
 
-def make_family(model: str, scale: str, device: torch.device, dtype: torch.dtype) -> Family:
-    """The project's own family over random weights; as in a run, a part is in memory from its first use on."""
+def make_family(model: str, scale: str, device: torch.device, dtype: torch.dtype, settings: ModelSettings) -> Family:
+    """The project's own family over random weights; as in a run, a part is in memory from its first use on.
+
+    Of ``settings`` this is what decides how the transformer is stored and run; checkpointing is switched later. Raises
+    :class:`dopsd.models.base.ModelError` where a library that it takes is not installed.
+    """
+    check_installed(settings.quantization)
     configs, kind = configurations(model, scale), FAMILIES[model]
 
     def transformer(_: Parts) -> Any:
-        made = _diffusers_part(configs["transformer"], device, dtype)
+        make = _class_of(configs["transformer"])
+        if settings.quantization == "none" and settings.offload == "none":
+            made = build(make, device, dtype)
+        else:
+            made = build_in_blocks(make, device, dtype, settings)
+        if settings.compile:
+            compile_blocks(made)
         return use_plain_attention(made) if device.type == "cpu" else made
 
     def vae(_: Parts) -> Any:
-        return _diffusers_part(configs["vae"], device, dtype)
+        return build(_class_of(configs["vae"]), device, dtype)
 
     def text_encoder(_: Parts) -> Any:
         config = dict(configs["text_encoder"])
@@ -144,6 +159,32 @@ def build(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtyp
     return frozen(module, device)
 
 
+def build_in_blocks(
+    make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype, settings: ModelSettings
+) -> Any:
+    """The same through :func:`dopsd.models.loading.place`, which rounds a block, or has it wait on the host, before it
+    asks for the next: each is drawn on the device at that moment, so that no two are there unrounded."""
+    with torch.device("meta"), _default_dtype(dtype):
+        module = make().eval().requires_grad_(False)
+    blocks = blocks_of(module)
+    inside = {id(part) for block in blocks for part in block.modules()}
+    for block in blocks:
+        block.to = partial(_drawn, block)  # type: ignore[method-assign]
+    for part in module.modules():
+        if id(part) not in inside:
+            for name, value in list(part.named_parameters(recurse=False)):
+                part._parameters[name] = nn.Parameter(torch.empty_like(value, device=device), requires_grad=False)
+            fill(part.named_parameters(recurse=False))
+    return place(module, device, settings.quantization, "in turn" if settings.offload == "group" else "there")
+
+
+def _drawn(block: Any, device: torch.device) -> None:
+    """What ``block.to(device)`` is, once."""
+    del block.to
+    block.to_empty(device=device)
+    fill(block.named_parameters())
+
+
 @torch.no_grad()
 def fill(parameters: Iterator[tuple[str, Tensor]]) -> None:
     """Layers that keep the scale of what they are given, norms of 1, no biases: nothing overflows or dies out."""
@@ -164,10 +205,10 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _diffusers_part(config: Config, device: torch.device, dtype: torch.dtype) -> Any:
+def _class_of(config: Config) -> Callable[[], nn.Module]:
     kind = getattr(diffusers, config["_class_name"])
     known = {key: value for key, value in config.items() if key in inspect.signature(kind).parameters}
-    return build(lambda: kind(**known), device, dtype)
+    return partial(kind, **known)
 
 
 def _vision(config: Config, text_encoder: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -281,16 +322,6 @@ def encode_captions(family: Family, rows: int, tokens: int) -> Tensor:
 # --- the step ---------------------------------------------------------------------------------------------------------
 
 
-def predictor(family: Family) -> Velocity:
-    """A forward as the training loop makes it: one autocast region each."""
-
-    def predict(latents: Tensor, sigma: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
-        with torch.autocast(latents.device.type, torch.bfloat16, enabled=family.dtype == torch.bfloat16):
-            return family.predict_velocity(latents, sigma, conditioning)
-
-    return predict
-
-
 def ours(predict: Velocity, adapters: AdapterPair, sigmas: Tensor, encode: Encode) -> Step:
     """The product's own roll-out on encodings made once."""
     prompts, contexts = encode()
@@ -298,21 +329,22 @@ def ours(predict: Velocity, adapters: AdapterPair, sigmas: Tensor, encode: Encod
 
 
 def plain(predict: Velocity, adapters: AdapterPair, sigmas: Tensor, encode: Encode) -> Step:
-    """Everything in every step, one backward at its end."""
+    """Everything in every step, peft's own two adapters, one backward at its end."""
+    transformer = adapters.transformer
 
     def step(noise: Tensor) -> Tensor:
         prompts, contexts = encode()
         x, losses = noise, []
         for sigma, sigma_next in pairwise(sigmas):
-            with adapters.select(adapters.teacher), torch.no_grad():
+            transformer.set_adapter("teacher")
+            with torch.no_grad():
                 target = predict(x, sigma, contexts)
-            with adapters.select("student"):
-                u = predict(x, sigma, prompts)
+            transformer.set_adapter("student")
+            u = predict(x, sigma, prompts)
             losses.append(F.mse_loss(u, target))
             x = (x + (sigma_next - sigma) * u).detach()
         loss = torch.stack(losses).mean()
-        with adapters.select("student"):
-            loss.backward()
+        loss.backward()
         return loss.detach()
 
     return step

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dopsd.config import LoraSettings
 from dopsd.distill import drawing
@@ -149,11 +150,16 @@ def test_a_preview_that_does_not_fit_is_skipped_and_training_goes_on_as_ever(tmp
 # --- in which precision
 
 
-def _half(family):
+def _half(family, lora=LoraSettings(rank=4)):  # noqa: B008 - it cannot change
     """A family whose transformer is bfloat16, with a student and a teacher in float32 that are not the base."""
     family.transformer.to(torch.bfloat16)
     family.dtype = torch.bfloat16
-    pair = add_adapters(family.transformer, LoraSettings(rank=4), family.lora_targets, 0)
+    return _moved(family, lora)
+
+
+def _moved(family, lora):
+    """A student and a teacher that are not the base."""
+    pair = add_adapters(family.transformer, lora, family.lora_targets, 0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in pair.student_parameters():
@@ -198,6 +204,44 @@ def test_leaving_out_pefts_casts_changes_no_bit_of_loss_or_gradient(family, chec
             parameter.grad = None
     assert all(float(gradient.abs().max()) > 0 for gradient in found[0][2:])
     assert all(torch.equal(without, by_peft) for without, by_peft in zip(*found, strict=True))
+
+
+class _Products(TorchDispatchMode):
+    """How often something is multiplied by a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.mul.Tensor and not isinstance(args[1], torch.Tensor)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("scale", "dora"), [(1.0, False), (2.0, False), (1.0, True)])
+def test_leaving_out_a_scale_of_one_changes_no_bit_of_loss_or_gradient(family, half, scale, dora):
+    """Against peft's own forward, which is still there for every other scale and kind."""
+    lora = LoraSettings(rank=4, alpha=4 * scale, kind="dora" if dora else "lora")
+    pair, examples = _half(family, lora) if half else _moved(family, lora), tiny.tiny_examples(2)
+    layers, found, products = list(adapted_layers(family.transformer, "student").values()), [], []
+    family.velocity(_noise(family, 2), torch.tensor(0.5), [e.context for e in examples])  # tables are made once
+    for own in (True, False):
+        if not own:
+            for layer in layers:
+                del layer.forward
+        with _Products() as counted:
+            rollout_of = (_noise(family, 2), family.sigmas(2, SIDE, SIDE), [e.prompt for e in examples])
+            end, loss = rollout(family.velocity, pair, *rollout_of, [e.context for e in examples], teacher="teacher")
+        products.append(counted.count)
+        found.append([end, loss, *[parameter.grad for parameter in pair.student_parameters()]])
+        for parameter in pair.student_parameters():
+            parameter.grad = None
+    assert all(float(gradient.abs().max()) > 0 for gradient in found[0][2:])
+    assert all(torch.equal(without, by_peft) for without, by_peft in zip(*found, strict=True))
+    # of each layer: student and backward in two states, and the teacher where it is not merged into the weights
+    fewer = len(layers) * (6 if half else 4) if scale == 1 and not dora else 0
+    assert products[1] - products[0] == fewer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -30,7 +30,7 @@ STANDS_FOR = {
     "DATA_VERSION": ("data/duplicates.py", "data/images.py", "data/manifest.py", "data/needs.py", "data/records.py",
                      "data/schema.py"),
     "ENCODING_VERSION": (*MODELS, "data/encoded.py", "data/images.py", "data/pictures.py", "train/encode.py"),
-    "METHOD_VERSION": (*MODELS, "distill/adapters.py", "distill/baselines.py", "distill/flow.py", "distill/loss.py",
+    "METHOD_VERSION": (*MODELS, "distill/adapters.py", "distill/baselines.py", "distill/flow.py", "distill/kinds.py", "distill/loss.py",
                        "distill/pair.py", "distill/rollout.py", "distill/targets.py", "distill/weights.py",
                        "data/dataset.py", "train/gain.py", "train/job.py", "train/objective.py", "train/parallel.py",
                        "train/student.py", "train/trainer.py"),

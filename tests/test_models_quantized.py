@@ -12,7 +12,14 @@ import torch
 from torch import nn
 
 from dopsd.config import LoraSettings, ModelSettings
-from dopsd.distill.adapters import AdapterPair, adapter_applied, add_adapters, remove_adapters, save_adapter
+from dopsd.distill.adapters import (
+    AdapterPair,
+    adapted_layers,
+    adapter_applied,
+    add_adapters,
+    remove_adapters,
+    save_adapter,
+)
 from dopsd.distill.rollout import rollout, sample
 from dopsd.export import DIFFUSERS_FILE, check_export, draw_student, export_adapter
 from dopsd.models import ModelError, load_family
@@ -51,7 +58,7 @@ def _step(family: Family, pair: AdapterPair) -> tuple[torch.Tensor, torch.Tensor
     (context,) = family.encode_context([Request("a fox")], [picture(64, 64)])
     noise = family.initial_latents(1, 64, 64, torch.Generator().manual_seed(2))
     sigmas = family.sigmas(2, 64, 64)
-    _, loss = rollout(family.predict_velocity, pair, noise, sigmas, [prompt], [context], teacher="teacher")
+    _, loss = rollout(family.velocity, pair, noise, sigmas, [prompt], [context], teacher="teacher")
     return loss, torch.cat([torch.as_tensor(p.grad).flatten() for p in pair.student_parameters()])
 
 
@@ -92,6 +99,22 @@ def test_loss_and_gradients_are_those_of_plain_weights_of_the_same_values(folder
     (loss, grads), (expected, truth) = _step(rounded, _adapted(rounded)), _step(plain, _adapted(plain))
     assert loss == pytest.approx(float(expected), rel=1e-4)
     assert _away(grads, truth) < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_on_a_rounded_bfloat16_base_cast_nothing_and_no_bit_changes(folders, kind):
+    family = _family("z-image", folders, quantization=kind, dtype="bfloat16")
+    pair, found = _adapted(family), []
+    layers = list(adapted_layers(family.transformer, "student").values())
+    assert {layer.cast_input_dtype_enabled for layer in layers} == {False}
+    for cast in (False, True):
+        for layer in layers:
+            layer.cast_input_dtype_enabled = cast
+        loss, grads = _step(family, pair)
+        found.append(torch.cat([loss.reshape(1), grads]))
+        for parameter in pair.student_parameters():
+            parameter.grad = None
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("name", NAMES)
