@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dopsd.config import LoraSettings, Tune
+from dopsd.config import LoraSettings
 from dopsd.distill.adapters import AdapterPair, adapter_parameters, add_adapters
 from dopsd.distill.pair import STUDENT, Pair, TeacherKind
 from dopsd.distill.rollout import rollout, sample
@@ -64,7 +64,7 @@ class Work:
     lora: LoraSettings = field(default_factory=LoraSettings)
     teacher: TeacherKind = "ema"
     guidance: float = 1.0
-    tune: Tune = "adapter"
+    tune: Literal["adapter", "full"] = "adapter"
     waiting: Waiting = "device"
     """With full tuning: where base and teacher are while they do not answer."""
 
