@@ -20,11 +20,13 @@ from safetensors.torch import load_file
 from dopsd.config import load_settings
 from dopsd.distill.adapters import adapter_applied
 from dopsd.distill.weights import train_weights
+from dopsd.evaluation.suite import _draw_all, _Part
 from dopsd.export import CARD_FILE, WEIGHTS, ExportError, check_export, draw_student, export_trained, read_export
 from dopsd.models import load_family
 from dopsd.models.base import Request
 from dopsd.registry import Registry
 from dopsd.stages import STAGES, run_stage
+from dopsd.tracking.folder import contents
 from tests.family_folders import NAMES, settings_of, write_families
 from tests.test_family_training import CARD
 from tests.test_full_tuning import moved
@@ -136,6 +138,13 @@ def test_from_a_concept_to_a_served_version(tmp_path: Path, monkeypatch: pytest.
     assert "| trained layers | all |" in (run / "export" / CARD_FILE).read_text()
     assert "rank" not in (run / "export" / CARD_FILE).read_text()
 
+    sent = {str(name) for content in contents(run, pytest.fail) for _, name in content.files}
+    assert "adapters/d-opsd.safetensors" in sent
+    monkeypatch.setattr("dopsd.tracking.folder.LARGEST_SENT", 1_000_000)
+    assert sent - {str(name) for content in contents(run, pytest.fail) for _, name in content.files} == {
+        "adapters/d-opsd.safetensors"
+    }
+
     registry = Registry(root)
     version, *_ = registry.champion("blots") or pytest.fail("no champion")
     again = read_export(registry.adapter(version, tmp_path / "place"), tmp_path / "again.safetensors")
@@ -157,3 +166,23 @@ def test_from_a_concept_to_a_served_version(tmp_path: Path, monkeypatch: pytest.
     theirs = plain(prompt="a fox in [V] style", generator=torch.Generator().manual_seed(3), **call).images[0]
     drawn = np.array(json.loads(done.stdout.splitlines()[-1]), np.uint8)
     assert np.abs(drawn.astype(float) - np.asarray(theirs)).mean() < 0.25
+
+
+def test_trained_weights_are_not_sent_to_the_workers_that_draw(folders: dict[str, Path], tmp_path: Path) -> None:
+    """With every batch they would be: one process draws all, as it would alone."""
+    family = load_family(settings_of("z-image", folders))
+    pair = train_weights(family.transformer, None, "frozen")
+    moved(pair.student_parameters(), 0.02)
+    path = pair.save(tmp_path / "student.safetensors")
+    pair.remove()
+    (told,) = family.encode_prompt([Request("a fox")])
+    parts = [_Part(name, file, 2, 64, 64, [0], [5], [told]) for name, file in (("base", None), ("d-opsd", path))]
+
+    class Closed:
+        def map(self, *_: object) -> None:
+            raise AssertionError("sent away")
+
+    (base,), (trained,) = _draw_all(family, parts, Closed())  # type: ignore[arg-type]
+    assert _apart(base, trained) > 1
+    ((alone,),) = _draw_all(family, parts[1:], None)
+    assert _apart(alone, trained) == 0

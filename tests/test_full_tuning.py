@@ -289,6 +289,10 @@ def test_weights_that_wait_are_on_the_device_a_block_at_a_time() -> None:
         waiting = {id(value) for value in (*pair._teacher.values(), *pair._base.values())}
         seen.append([any(id(p) in waiting for p in block.parameters()) for block in blocks])
         assert seen[-1] == [other != number for other in range(len(blocks))]
+        within = {id(p) for block in blocks for p in block.parameters()}
+        outside = [p for p in family.transformer.parameters() if id(p) not in within]
+        assert outside
+        assert not {id(p) for p in outside} & waiting
 
     for number, block in enumerate(blocks):
         first = next(child for child in block.modules() if isinstance(child, nn.Linear))
