@@ -36,7 +36,7 @@ def leave_out_scale(layer: nn.Module) -> None:
     """Let a layer compute as peft has it, to the bit, but not multiply by a scale of 1: that is a pass over the layer's
     whole output, and one over its gradient."""
     if isinstance(layer, LoraLinear):
-        layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]
+        layer.forward = MethodType(_forward, layer)
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
