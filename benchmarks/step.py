@@ -64,7 +64,8 @@ def main() -> None:
         load = os.getloadavg()[0]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         print(what, done.stdout.splitlines()[-1], flush=True)
-        return json.loads(done.stdout.splitlines()[-1]) | {"load_before": round(load, 2)}
+        said = json.loads(done.stdout.splitlines()[-1])
+        return said if what == "memory" else said | {"load_before": round(load, 2)}
 
     results: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
     for _ in range(given.runs):
@@ -114,9 +115,12 @@ def tables(report: dict[str, Any]) -> list[str]:
         rows += ["", f"| {title} | ms | share |", "|---|---|---|"]
         rows += [f"| {name} | {ms:.0f} | {ms / whole:.0%} |" for name, ms in report["parts"][title].items()]
         rows += [f"| whole optimizer step | {whole:.0f} | 100% |"]
-    counts = report["memory"]["peak_mib"]
-    rows += ["", f"| K | {' | '.join(counts)} |", "|---|" + "---|" * len(counts)]
-    return [*rows, f"| peak, MiB | {' | '.join(f'{mib:.1f}' for mib in counts.values())} |"]
+    counts = {name: found["peak_mib"] for name, found in report["memory"].items()}
+    numbers = list(next(iter(counts.values())))
+    rows += ["", f"| peak, MiB, for K = | {' | '.join(numbers)} |", "|---|" + "---|" * len(numbers)]
+    return rows + [
+        f"| {name} | {' | '.join(f'{mib:.1f}' for mib in peaks.values())} |" for name, peaks in counts.items()
+    ]
 
 
 def _set_up(batch: int) -> tuple[Any, ...]:
@@ -252,27 +256,35 @@ def _product_rate(size: int = 1024) -> float:
 
 
 def memory(given: argparse.Namespace) -> dict[str, Any]:
-    """The most bytes alive at once of all that a step makes, gradients included, for each number of roll-out steps."""
+    """The most bytes alive at once of gradients and all else that a roll-out makes, for each number of its steps: where
+    it is the first of an optimizer step, before which there are no gradients, and where they are there."""
     import gc
 
     import torch
 
     from dopsd.sizing.counter import Counter
 
+    torch.set_num_threads(1)  # nothing is timed
     family, adapters, captions, images, side = _set_up(given.batch)
-    peaks = {}
-    roll = ours(family, adapters, captions, images, family.sigmas(1, side, side))
+    steps = {k: ours(family, adapters, captions, images, family.sigmas(k, side, side)) for k in range(1, 9)}
     noise = family.initial_latents(given.batch, side, side, torch.Generator().manual_seed(0))
-    roll(noise)  # tables are made once
-    for number in range(1, 9):
-        roll = ours(family, adapters, captions, images, family.sigmas(number, side, side))
-        for parameter in adapters.student_parameters():
-            parameter.grad = None
-        gc.collect()
-        with Counter() as counter:
-            roll(noise)
-        peaks[str(number)] = counter.peak / 2**20
-    return {"peak_mib": peaks, "spread": max(peaks.values()) / min(peaks.values()) - 1}
+    steps[1](noise)  # tables are made once
+    found = {}
+    for name, there in (("first of a step", False), ("with gradients there", True)):
+        peaks = {}
+        for number, step in steps.items():
+            if not there:
+                for parameter in adapters.student_parameters():
+                    parameter.grad = None
+            gc.collect()
+            with Counter() as counter:
+                for parameter in adapters.student_parameters():
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(1)  # what is touched is counted
+                step(noise)
+            peaks[str(number)] = counter.peak / 2**20
+        found[name] = {"peak_mib": peaks, "spread": max(peaks.values()) / min(peaks.values()) - 1}
+    return found
 
 
 def ours(
