@@ -31,6 +31,7 @@ from true_size_plain import (
 
 from dopsd.config import LoraSettings, ModelSettings, TrainSettings
 from dopsd.distill.adapters import AdapterPair, add_adapters
+from dopsd.distill.kinds import leave_out_scale
 from dopsd.distill.rollout import sample
 from dopsd.models.base import Family
 from dopsd.models.checkpointing import checkpoint_blocks
@@ -108,6 +109,9 @@ class Session:
         checkpoint_blocks(transformer, settings.gradient_checkpointing)
         for layer, own in self._casts.items():
             layer.cast_input_dtype_enabled = own or "cast" in options
+            layer.__dict__.pop("forward", None)
+            if options is not _PLAIN:
+                leave_out_scale(layer)
         torch.manual_seed(0)  # every variant is shown the same
         self.noises.manual_seed(0)
 
