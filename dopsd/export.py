@@ -8,7 +8,7 @@ Of a full tuning, instead of the two files: ``transformer/``, a component as dif
 that it was trained beside (:mod:`dopsd.distill.weights`): ``from_pretrained(base, transformer=...)``.
 
 Tools disagree on the scale of an adapter whose alpha is not its rank (some take 1 where no alpha is stored). So the
-scale is folded into the weights: alpha equals rank in every file, and says so.
+scale is folded into the weights: alpha equals rank in the file for diffusers, and none is stored in the other.
 """
 
 from __future__ import annotations
