@@ -124,7 +124,7 @@ def show(concept: Concept, params: Params = PARAMS) -> None:
 
     from rich.console import Console
 
-    from dopsd.evaluation.table import headline_table
+    from dopsd.evaluation.table import headline_tables
     from dopsd.evaluation.verdict import verdict
     from dopsd.tracking import public_uri, tracking_uri
 
@@ -134,7 +134,7 @@ def show(concept: Concept, params: Params = PARAMS) -> None:
         raise StageError(f"{metrics}: missing; run `make demo CONCEPT={concept}` or `dvc repro evaluate@{concept}`")
     console = Console()
     numbers = json.loads(metrics.read_text())
-    console.print(headline_table(numbers))
+    console.print(*headline_tables(numbers))
     console.print(verdict(numbers)[0], highlight=False)
     for what, path in (("page", run / "report.html"), ("export", run / "export"), ("metrics", metrics)):
         if path.exists():
