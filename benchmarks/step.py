@@ -45,12 +45,14 @@ def main() -> None:
     for run in range(given.runs):
         for variant in ("ours", "plain"):
             command = [sys.executable, __file__, "--one", variant, "--steps", str(given.steps)]
-            done = subprocess.run([*command, "--batch", str(given.batch)], capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [*command, "--batch", str(given.batch)], capture_output=True, encoding="utf-8", check=True
+            )
             results[variant].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"run {run + 1}/{given.runs}, {variant}: {results[variant][-1]}", flush=True)
     report = summarise(results, given)
     OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps(report, indent=1) + "\n")
+    OUT.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"{report['speed_ratio']:.2f}x the plain speed, {report['peak_ratio']:.2f}x its peak growth -> {OUT}")
 
 
@@ -87,7 +89,7 @@ def measure(variant: str, steps: int, batch: int) -> dict[str, float]:
     adapters = add_adapters(family.transformer, LoraSettings(), family.lora_targets, seed=0)
     parameters = adapters.student_parameters()
     folder = ROOT / "data" / "concepts" / "style-ink"
-    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()][:batch]
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()][:batch]
     captions = [row["captions"]["short"] for row in rows]
     images = [Image.open(folder / row["image"]).convert("RGB") for row in rows]
     side = settings.data.resolution
@@ -173,10 +175,10 @@ def _memory(reset: bool = False) -> int:
         return torch.cuda.max_memory_allocated()
     clear = Path("/proc/self/clear_refs")
     if reset and clear.exists():
-        clear.write_text("5")
+        clear.write_text("5", encoding="utf-8")
     status = Path("/proc/self/status")
     if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

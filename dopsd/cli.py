@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -84,7 +85,11 @@ _SPEAK_OF_FAULTS_ALONE = ("bitsandbytes", "torch.utils._pytree", "torchao")
 
 def main() -> None:
     """The entry point: run the command, and turn a person's mistake into one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without arrows gets a mark in their place
     try:
+        _check_locale()
         app()
     except (ValueError, RuntimeError, OSError) as error:
         # our own errors are a person's mistakes, or a machine that is away; those out of a library need their traceback
@@ -94,6 +99,17 @@ def main() -> None:
             raise
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(2)
+
+
+def _check_locale() -> None:
+    """The libraries open no file below a folder whose name is not text here."""
+    try:
+        os.getcwd().encode()
+    except UnicodeEncodeError:
+        named = os.environ.get("LC_ALL") or os.environ.get("LC_CTYPE") or os.environ.get("LANG")
+        raise StageError(
+            f"{Path.cwd()}: its name has letters that the locale ({named}) has not; set LC_ALL=C.UTF-8"
+        ) from None
 
 
 def _settings(params: Path, overrides: list[str] | None) -> Settings:
@@ -133,7 +149,7 @@ def show(concept: Concept, params: Params = PARAMS) -> None:
     if not metrics.exists():
         raise StageError(f"{metrics}: missing; run `make demo CONCEPT={concept}` or `dvc repro evaluate@{concept}`")
     console = Console()
-    numbers = json.loads(metrics.read_text())
+    numbers = json.loads(metrics.read_text(encoding="utf-8"))
     console.print(*headline_tables(numbers))
     console.print(verdict(numbers)[0], highlight=False)
     for what, path in (("page", run / "report.html"), ("export", run / "export"), ("metrics", metrics)):

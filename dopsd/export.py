@@ -123,7 +123,9 @@ def export_weights(weights: Path, out: Path, card: Card, base: Path) -> Path:
         model.save_pretrained(partial / WEIGHTS, max_shard_size=_SHARD)
         # the base's own: the library's names the folder that it was loaded from
         shutil.copyfile(base / WEIGHTS / "config.json", partial / WEIGHTS / "config.json")
-        (partial / CARD_FILE).write_text(render_card(card, rank=0, scale=1.0, dtype=dtype, comfyui=False, whole=True))
+        (partial / CARD_FILE).write_text(
+            render_card(card, rank=0, scale=1.0, dtype=dtype, comfyui=False, whole=True), encoding="utf-8"
+        )
     return out
 
 
@@ -137,7 +139,9 @@ def export_adapter(
         comfyui = kind_of(list(tensors)) == "lora"  # of other kinds no name is known to load there
         if comfyui:
             write_tensors(partial / COMFYUI_FILE, family.comfyui_lora(tensors, rank), {"format": "pt"})
-        (partial / CARD_FILE).write_text(render_card(card, rank=rank, scale=scale, dtype=dtype, comfyui=comfyui))
+        (partial / CARD_FILE).write_text(
+            render_card(card, rank=rank, scale=scale, dtype=dtype, comfyui=comfyui), encoding="utf-8"
+        )
     return out
 
 
