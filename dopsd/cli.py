@@ -163,7 +163,10 @@ def show(concept: Concept, params: Params = PARAMS) -> None:
 @app.command()
 def sample(
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; may be given several times.")],
-    adapter: Annotated[Path | None, typer.Option("--adapter", "-a", help="An adapter in runs/*/adapters.")] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option("--adapter", "-a", help="One in runs/*/adapters, or runs/*/export, or a file or folder in that."),
+    ] = None,
     reference: Annotated[
         list[Path] | None,
         typer.Option("--reference", "-r", help="A picture to edit, for models that edit; may be given several times."),
@@ -173,7 +176,9 @@ def sample(
         typer.Option("--size", help="Pixels; by itself the reference's shape, or a square.", metavar="WIDTHxHEIGHT"),
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", "-n", min=1, help="By itself evaluation.few_steps.")] = None,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    seed: Annotated[
+        list[int] | None, typer.Option("--seed", help="Of the first picture, the next counts on; or one for each.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNGs.", file_okay=False)] = Path("samples"),
     params: Params = PARAMS,
     overrides: Overrides = None,
@@ -183,21 +188,20 @@ def sample(
     For example: `dopsd sample -a runs/style-ink/adapters/d-opsd.safetensors -p "a fox in [V] style"`
     """
     from dopsd.models import resolved
-    from dopsd.sampling import draw, read_references, size_of
+    from dopsd.sampling import draw, read_references, seeds_of, size_of
     from dopsd.train.observer import picture_row
 
     settings = resolved(_settings(params, overrides))
-    if adapter is not None and not adapter.is_file():
-        raise StageError(f"{adapter}: no such adapter; trained ones are in runs/*/adapters")
+    seeds = seeds_of(seed or [], len(prompt))
     steps = steps or settings.evaluation.few
     references = read_references(reference or [], settings)
     width, height = size_of(size, references, settings)
     images: list[Image] = []
-    for image in draw(prompt, references, settings, Path(), adapter, width, height, steps, seed):
+    for image in draw(prompt, references, settings, Path(), adapter, width, height, steps, seeds):
         _save(image, out / f"{len(images):02d}.png")
         images.append(image)
     _save(picture_row(images, at_least=128), out / "grid.png")
-    print(f"{len(images)} pictures, {steps} steps, seed {seed} -> {out}")
+    print(f"{len(images)} pictures, {steps} steps, seeds {', '.join(map(str, seeds))} -> {out}")
 
 
 @app.command()

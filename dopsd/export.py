@@ -25,14 +25,13 @@ import numpy as np
 import torch
 from PIL.Image import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dopsd.config import Offload, Quantization
 from dopsd.distill.adapters import adapter_applied, read_adapter
 from dopsd.distill.drawing import draw
 from dopsd.distill.kinds import kind_of, module_of
-from dopsd.distill.weights import FORMAT, holds_weights, weights_applied
+from dopsd.distill.weights import holds_weights, weights_applied
 from dopsd.files import whole_folder, write_tensors
 from dopsd.models.base import Family, Request
 from dopsd.models.loading import place_pipeline
@@ -182,24 +181,6 @@ def render_card(
         card=card, diffusers_file=DIFFUSERS_FILE, comfyui_file=COMFYUI_FILE, rank=rank, scale=scale,
         dtype=str(dtype).removeprefix("torch."), comfyui=comfyui, whole=whole,
     )  # fmt: skip
-
-
-def read_export(path: Path, out: Path) -> Path:
-    """Write the adapter in a ``DIFFUSERS_FILE``, or the weights in a folder of a transformer, to ``out``, in the form
-    that training leaves; returns ``out``.
-
-    A bfloat16 file gives the rounded adapter, which is the one that was given away.
-    """
-    if path.is_dir():
-        shards = [load_file(shard) for shard in path.glob("*.safetensors")]
-        write_tensors(out, {key: value for shard in shards for key, value in shard.items()}, {"format": FORMAT})
-        return out
-    with safe_open(path, framework="pt") as file:
-        config = json.loads((file.metadata() or {})["lora_adapter_metadata"])
-        tensors = {key.removeprefix("transformer."): file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-    rank, alpha = config["transformer.r"], float(config["transformer.lora_alpha"])
-    write_tensors(out, tensors, {"format": "dopsd-lora", "rank": str(rank), "alpha": repr(alpha)})
-    return out
 
 
 # --- does it load? ----------------------------------------------------------------------------------------------------

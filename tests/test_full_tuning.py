@@ -24,7 +24,8 @@ from dopsd.data.dataset import BucketSampler
 from dopsd.distill.adapters import AdapterError, adapter_applied
 from dopsd.distill.rollout import rollout
 from dopsd.distill.weights import holds_weights, train_weights
-from dopsd.export import CARD_FILE, WEIGHTS, ExportError, check_export, draw_student, export_trained, read_export
+from dopsd.export import CARD_FILE, WEIGHTS, ExportError, check_export, draw_student, export_trained
+from dopsd.given import read_export
 from dopsd.models import load_family
 from dopsd.models.base import Family, Request
 from dopsd.models.quantized import blocks_of
