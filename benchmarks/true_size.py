@@ -166,7 +166,7 @@ class Child:
     def __init__(self, folder: Path) -> None:
         with (folder / "log.txt").open("ab") as log:
             self.process = subprocess.Popen(
-                CHILD, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                CHILD, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, encoding="utf-8",
                 process_group=0,
             )  # fmt: skip
         self._events: queue.Queue[Event | None] = queue.Queue()

@@ -117,7 +117,7 @@ def _champion_scores(
 
     One that was asked other things is evaluated again, on the base that it was made for, and as it is served: with the
     weights that were exported, rounded to bfloat16 where those are."""
-    from dopsd.export import read_export
+    from dopsd.given import read_export
 
     champion = registry.champion(concept)
     if champion is None:

@@ -65,9 +65,10 @@ def leftovers_table(found: Sequence[Leftover], root: Path, *, deleted: bool) -> 
     """What was found, the largest first, and the sum."""
     from rich.table import Table
 
-    table = Table("what", "why", show_footer=True)
-    table.add_column("size", f"{_size(sum(one.size for one in found))}", justify="right")
-    table.columns[0].footer = "deleted" if deleted else "in all"
+    table = Table(show_footer=True)
+    table.add_column("what", "deleted" if deleted else "in all", overflow="fold")
+    table.add_column("why", min_width=15)  # paths are what may break
+    table.add_column("size", f"{_size(sum(one.size for one in found))}", justify="right", no_wrap=True)
     for one in sorted(found, key=lambda one: (-one.size, one.paths)):
         first, *more = (path.relative_to(root) for path in one.paths)
         table.add_row(f"{first.parent}: {len(one.paths)} files" if more else str(first), one.reason, _size(one.size))

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -84,7 +85,11 @@ _SPEAK_OF_FAULTS_ALONE = ("bitsandbytes", "torch.utils._pytree", "torchao")
 
 def main() -> None:
     """The entry point: run the command, and turn a person's mistake into one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without arrows gets a mark in their place
     try:
+        _check_locale()
         app()
     except (ValueError, RuntimeError, OSError) as error:
         # our own errors are a person's mistakes, or a machine that is away; those out of a library need their traceback
@@ -94,6 +99,17 @@ def main() -> None:
             raise
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(2)
+
+
+def _check_locale() -> None:
+    """The libraries open no file below a folder whose name is not text here."""
+    try:
+        os.getcwd().encode()
+    except UnicodeEncodeError:
+        named = os.environ.get("LC_ALL") or os.environ.get("LC_CTYPE") or os.environ.get("LANG")
+        raise StageError(
+            f"{Path.cwd()}: its name has letters that the locale ({named}) has not; set LC_ALL=C.UTF-8"
+        ) from None
 
 
 def _settings(params: Path, overrides: list[str] | None) -> Settings:
@@ -124,7 +140,7 @@ def show(concept: Concept, params: Params = PARAMS) -> None:
 
     from rich.console import Console
 
-    from dopsd.evaluation.table import headline_table
+    from dopsd.evaluation.table import headline_tables
     from dopsd.evaluation.verdict import verdict
     from dopsd.tracking import public_uri, tracking_uri
 
@@ -133,8 +149,8 @@ def show(concept: Concept, params: Params = PARAMS) -> None:
     if not metrics.exists():
         raise StageError(f"{metrics}: missing; run `make demo CONCEPT={concept}` or `dvc repro evaluate@{concept}`")
     console = Console()
-    numbers = json.loads(metrics.read_text())
-    console.print(headline_table(numbers))
+    numbers = json.loads(metrics.read_text(encoding="utf-8"))
+    console.print(*headline_tables(numbers))
     console.print(verdict(numbers)[0], highlight=False)
     for what, path in (("page", run / "report.html"), ("export", run / "export"), ("metrics", metrics)):
         if path.exists():
@@ -147,7 +163,10 @@ def show(concept: Concept, params: Params = PARAMS) -> None:
 @app.command()
 def sample(
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; may be given several times.")],
-    adapter: Annotated[Path | None, typer.Option("--adapter", "-a", help="An adapter in runs/*/adapters.")] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option("--adapter", "-a", help="One in runs/*/adapters, or runs/*/export, or a file or folder in that."),
+    ] = None,
     reference: Annotated[
         list[Path] | None,
         typer.Option("--reference", "-r", help="A picture to edit, for models that edit; may be given several times."),
@@ -157,7 +176,9 @@ def sample(
         typer.Option("--size", help="Pixels; by itself the reference's shape, or a square.", metavar="WIDTHxHEIGHT"),
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", "-n", min=1, help="By itself evaluation.few_steps.")] = None,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    seed: Annotated[
+        list[int] | None, typer.Option("--seed", help="Of the first picture, the next counts on; or one for each.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNGs.", file_okay=False)] = Path("samples"),
     params: Params = PARAMS,
     overrides: Overrides = None,
@@ -167,21 +188,20 @@ def sample(
     For example: `dopsd sample -a runs/style-ink/adapters/d-opsd.safetensors -p "a fox in [V] style"`
     """
     from dopsd.models import resolved
-    from dopsd.sampling import draw, read_references, size_of
+    from dopsd.sampling import draw, read_references, seeds_of, size_of
     from dopsd.train.observer import picture_row
 
     settings = resolved(_settings(params, overrides))
-    if adapter is not None and not adapter.is_file():
-        raise StageError(f"{adapter}: no such adapter; trained ones are in runs/*/adapters")
+    seeds = seeds_of(seed or [], len(prompt))
     steps = steps or settings.evaluation.few
     references = read_references(reference or [], settings)
     width, height = size_of(size, references, settings)
     images: list[Image] = []
-    for image in draw(prompt, references, settings, Path(), adapter, width, height, steps, seed):
+    for image in draw(prompt, references, settings, Path(), adapter, width, height, steps, seeds):
         _save(image, out / f"{len(images):02d}.png")
         images.append(image)
     _save(picture_row(images, at_least=128), out / "grid.png")
-    print(f"{len(images)} pictures, {steps} steps, seed {seed} -> {out}")
+    print(f"{len(images)} pictures, {steps} steps, seeds {', '.join(map(str, seeds))} -> {out}")
 
 
 @app.command()

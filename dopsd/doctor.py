@@ -69,7 +69,10 @@ def what_is_needed(params: Path, root: Path, card: Card | None) -> Iterator[str]
 
 def findings_table(findings: list[Finding]) -> Table:
     """The findings as a table for the terminal."""
-    table = Table("", "found", "advice", show_edge=False)
+    table = Table(show_edge=False)
+    table.add_column("", min_width=12)
+    table.add_column("found", min_width=12, overflow="fold")  # paths and addresses are what may break
+    table.add_column("advice", min_width=20)
     for f in findings:
         table.add_row(escape(f.what), f"[{_COLOURS[f.state]}]{escape(f.found)}[/]", escape(f.advice))
     return table

@@ -8,7 +8,7 @@ Of a full tuning, instead of the two files: ``transformer/``, a component as dif
 that it was trained beside (:mod:`dopsd.distill.weights`): ``from_pretrained(base, transformer=...)``.
 
 Tools disagree on the scale of an adapter whose alpha is not its rank (some take 1 where no alpha is stored). So the
-scale is folded into the weights: alpha equals rank in every file, and says so.
+scale is folded into the weights: alpha equals rank in the file for diffusers, and none is stored in the other.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ import numpy as np
 import torch
 from PIL.Image import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dopsd.config import Offload, Quantization
 from dopsd.distill.adapters import adapter_applied, read_adapter
 from dopsd.distill.drawing import draw
 from dopsd.distill.kinds import kind_of, module_of
-from dopsd.distill.weights import FORMAT, holds_weights, weights_applied
+from dopsd.distill.weights import holds_weights, weights_applied
 from dopsd.files import whole_folder, write_tensors
 from dopsd.models.base import Family, Request
 from dopsd.models.loading import place_pipeline
@@ -123,7 +122,9 @@ def export_weights(weights: Path, out: Path, card: Card, base: Path) -> Path:
         model.save_pretrained(partial / WEIGHTS, max_shard_size=_SHARD)
         # the base's own: the library's names the folder that it was loaded from
         shutil.copyfile(base / WEIGHTS / "config.json", partial / WEIGHTS / "config.json")
-        (partial / CARD_FILE).write_text(render_card(card, rank=0, scale=1.0, dtype=dtype, comfyui=False, whole=True))
+        (partial / CARD_FILE).write_text(
+            render_card(card, rank=0, scale=1.0, dtype=dtype, comfyui=False, whole=True), encoding="utf-8"
+        )
     return out
 
 
@@ -137,7 +138,9 @@ def export_adapter(
         comfyui = kind_of(list(tensors)) == "lora"  # of other kinds no name is known to load there
         if comfyui:
             write_tensors(partial / COMFYUI_FILE, family.comfyui_lora(tensors, rank), {"format": "pt"})
-        (partial / CARD_FILE).write_text(render_card(card, rank=rank, scale=scale, dtype=dtype, comfyui=comfyui))
+        (partial / CARD_FILE).write_text(
+            render_card(card, rank=rank, scale=scale, dtype=dtype, comfyui=comfyui), encoding="utf-8"
+        )
     return out
 
 
@@ -178,24 +181,6 @@ def render_card(
         card=card, diffusers_file=DIFFUSERS_FILE, comfyui_file=COMFYUI_FILE, rank=rank, scale=scale,
         dtype=str(dtype).removeprefix("torch."), comfyui=comfyui, whole=whole,
     )  # fmt: skip
-
-
-def read_export(path: Path, out: Path) -> Path:
-    """Write the adapter in a ``DIFFUSERS_FILE``, or the weights in a folder of a transformer, to ``out``, in the form
-    that training leaves; returns ``out``.
-
-    A bfloat16 file gives the rounded adapter, which is the one that was given away.
-    """
-    if path.is_dir():
-        shards = [load_file(shard) for shard in path.glob("*.safetensors")]
-        write_tensors(out, {key: value for shard in shards for key, value in shard.items()}, {"format": FORMAT})
-        return out
-    with safe_open(path, framework="pt") as file:
-        config = json.loads((file.metadata() or {})["lora_adapter_metadata"])
-        tensors = {key.removeprefix("transformer."): file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-    rank, alpha = config["transformer.r"], float(config["transformer.lora_alpha"])
-    write_tensors(out, tensors, {"format": "dopsd-lora", "rank": str(rank), "alpha": repr(alpha)})
-    return out
 
 
 # --- does it load? ----------------------------------------------------------------------------------------------------

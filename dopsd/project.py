@@ -41,7 +41,7 @@ def concept_folder(concept: str, root: Path) -> Path:
 def read_result(path: Path, made_by: str) -> dict[str, Any]:
     """What the stage ``made_by`` left. Raises :class:`StageError` where it did not."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StageError(f"{path}: missing; run stage {made_by} first") from None
     except ValueError:

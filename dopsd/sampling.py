@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,8 +16,10 @@ from dopsd.config import Settings
 from dopsd.data.images import MULTIPLE, bucket_size, load_image
 from dopsd.distill.adapters import adapter_applied
 from dopsd.distill.drawing import draw as draw_pictures
+from dopsd.given import as_trained, find_given
 from dopsd.models import ModelError, family_class
 from dopsd.models.base import Request
+from dopsd.models.sizes import configurations, skeleton
 from dopsd.project import load_base
 
 MAX_SIDE = 4096
@@ -45,16 +49,42 @@ def read_references(paths: Sequence[Path], settings: Settings) -> tuple[Image, .
     return tuple(load_image(path, settings.data.max_pixels) for path in paths)
 
 
+def seeds_of(given: Sequence[int], prompts: int) -> list[int]:
+    """A seed for each prompt: those given, or from the one that is given (or 0) on. Raises :class:`ModelError`."""
+    if len(given) <= 1:
+        first = given[0] if given else 0
+        return list(range(first, first + prompts))
+    if len(given) != prompts:
+        raise ModelError(f"--seed: {len(given)} seeds for {prompts} prompts; give one for each, or one alone")
+    return list(given)
+
+
+@contextmanager
+def _form_of_training(adapter: Path | None, settings: Settings, root: Path) -> Iterator[Path | None]:
+    """The adapter as training leaves one, checked against the base's configuration before any weight is loaded."""
+    if adapter is None:
+        yield None
+        return
+    found, configs = find_given(adapter), configurations(settings.model, root)
+    with tempfile.TemporaryDirectory(prefix="dopsd-given-") as place:
+        if configs is not None:  # else the base itself is not here, which loading says
+            family = family_class(settings.model)
+            found = as_trained(found, Path(place) / "a.safetensors", skeleton("transformer", configs, family), family)
+        yield found
+
+
 def draw(
     prompts: Sequence[str], references: tuple[Image, ...], settings: Settings, root: Path, adapter: Path | None,
-    width: int, height: int, steps: int, seed: int,
+    width: int, height: int, steps: int, seeds: Sequence[int],
 ) -> Iterator[Image]:  # fmt: skip
-    """A picture per prompt, each with the same references, by the base or base + adapter."""
-    family = load_base(settings, root, use="draw")
-    encoded = [family.encode_prompt([Request(prompt, references)])[0] for prompt in prompts]
-    family.release_encoders()
-    generator = torch.Generator().manual_seed(seed)
-    with adapter_applied(family.transformer, adapter):
-        for conditioning in tqdm(encoded, desc="sample", unit="picture", disable=None if len(encoded) > 1 else True):
-            noise = family.initial_latents(1, height, width, generator)
-            yield from draw_pictures(family, [conditioning], steps, noise, height, width, most=1)
+    """A picture per prompt and its seed, each with the same references, by the base or base + adapter: ours, an export
+    of ours, or trained weights. Raises :class:`~dopsd.distill.targets.AdapterError` for what cannot be taken."""
+    with _form_of_training(adapter, settings, root) as file:
+        family = load_base(settings, root, use="draw")
+        encoded = [family.encode_prompt([Request(prompt, references)])[0] for prompt in prompts]
+        family.release_encoders()
+        with adapter_applied(family.transformer, file):
+            pictures = tqdm(encoded, desc="sample", unit="picture", disable=None if len(encoded) > 1 else True)
+            for conditioning, seed in zip(pictures, seeds, strict=True):
+                noise = family.initial_latents(1, height, width, torch.Generator().manual_seed(seed))
+                yield from draw_pictures(family, [conditioning], steps, noise, height, width, most=1)

@@ -23,7 +23,7 @@ from dopsd.evaluation.probe import world_picture
 from dopsd.evaluation.report import ReportError, write_report
 from dopsd.evaluation.scoring import Bootstrap, Cell
 from dopsd.evaluation.suite import EvaluationError, Subject, evaluate
-from dopsd.evaluation.table import headline_table, table_as_text
+from dopsd.evaluation.table import headline_tables, table_as_text
 from dopsd.evaluation.verdict import verdict
 from emoji_turbo.captions import concept_caption
 from emoji_turbo.pictures import World
@@ -222,10 +222,10 @@ def test_captions_that_were_trained_on_are_not_called_unseen(run, tmp_path, worl
         tmp_path / "out",
     )  # fmt: skip
     page = write_report(tmp_path / "out", tmp_path / "none", {}, tmp_path / "report.html").read_text()
-    for said in (page, headline_table(metrics).title):
+    for said in (page, headline_tables(metrics)[0].title):
         assert "1 captions of the training pictures" in said
         assert "not trained on" not in said
-    assert "prompts that were not trained on" in headline_table(run[1]).title, "it has a holdout"
+    assert "prompts that were not trained on" in headline_tables(run[1])[0].title, "it has a holdout"
 
 
 def test_a_concept_that_says_what_it_is_wrongly_is_a_clear_error(tmp_path, world):
@@ -442,9 +442,10 @@ def test_a_missing_evaluation_says_which_stage_to_run(tmp_path):
 
 
 def test_the_table_is_the_same_everywhere(run):
-    table = headline_table(run[1])
+    (table,) = headline_tables(run[1])
     titles, rows = table_as_text(run[1])
-    assert [column.header for column in table.columns] == titles
+    assert list(table.columns[0].cells) == titles[1:]
+    assert [column.header for column in table.columns[1:]] == [row[0] for row in rows]
     assert [row[0] for row in rows] == ["base, untuned", "teacher", "D-OPSD", "SFT", "truth, decoded", "truth"]
     style = titles.index("style ↑")
     assert rows[0][style].startswith(f"{run[1]['scores']['concept']['base']['style']:.3f} (")

@@ -21,7 +21,8 @@ from dopsd.config import load_settings
 from dopsd.distill.adapters import adapter_applied
 from dopsd.distill.weights import train_weights
 from dopsd.evaluation.suite import _draw_all, _Part
-from dopsd.export import CARD_FILE, WEIGHTS, ExportError, check_export, draw_student, export_trained, read_export
+from dopsd.export import CARD_FILE, WEIGHTS, ExportError, check_export, draw_student, export_trained
+from dopsd.given import read_export
 from dopsd.models import load_family
 from dopsd.models.base import Request
 from dopsd.registry import Registry

@@ -30,6 +30,7 @@ ROOMS: dict[str, set[str]] = {
     "evaluation": {"config", "files", "data", "models", "distill", "train"},
     "emoji_turbo": {"config", "files", "data", "models", "distill", "train", "evaluation"},
     "export": {"config", "files", "data", "models", "distill"},
+    "given": {"files", "distill", "models", "export"},
     "tracking": {"config", "files"},
     "registry": {"config", "files", "identity", "tracking"},
     "captioning": {"config", "files", "data", "models"},

@@ -15,7 +15,8 @@ from mlflow import MlflowClient
 
 from dopsd.config import LoraSettings, ModelSettings, RegistrySettings
 from dopsd.distill.adapters import adapter_parameters, add_adapters, read_adapter, save_adapter
-from dopsd.export import CARD_FILE, COMFYUI_FILE, DIFFUSERS_FILE, Card, draw_student, export_adapter, read_export
+from dopsd.export import CARD_FILE, COMFYUI_FILE, DIFFUSERS_FILE, Card, draw_student, export_adapter
+from dopsd.given import read_export
 from dopsd.identity import VersionIdentity
 from dopsd.models import load_family
 from dopsd.models.base import Request

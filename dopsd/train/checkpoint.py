@@ -51,7 +51,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     partial.mkdir()
     try:
         write_tensors(partial / TENSORS, checkpoint.tensors)
-        (partial / STATE).write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1) + "\n")
+        (partial / STATE).write_text(
+            json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1) + "\n", encoding="utf-8"
+        )
         for path in (partial / TENSORS, partial / STATE, partial):
             _sync(path)
     except BaseException:  # on a full disk half of it would take the room that the next try needs
@@ -68,7 +70,7 @@ def load_checkpoint(folder: Path, log: Callable[[str], object] = print) -> Check
     """The newest readable checkpoint below ``folder``, or ``None``; one that cannot be read is a line to ``log``."""
     for path in reversed(complete(folder)):
         try:
-            state = json.loads((path / STATE).read_text())
+            state = json.loads((path / STATE).read_text(encoding="utf-8"))
             return Checkpoint(state.pop("step"), {} if is_over(state) else load_file(path / TENSORS), state)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             log(f"{path}: unreadable checkpoint ({error}); going back to the one before it, or to the start")
