@@ -109,20 +109,23 @@ def caption_folder(
     if references_rule(own) == "required":
         raise CaptionError(f"model.context is {own.context}: captions say what to change there, which no picture "
                            "shows; write them yourself")  # fmt: skip
-    pictures, total = uncaptioned(folder, redo)
+    allowed = settings.data.allow
+    pictures, total = uncaptioned(folder, redo, "folder-names" in allowed)
     report = Report(total, had=total - len({one.path for one in pictures}))
     if not pictures:
         return report
     _check_room(pictures, own.teacher_variant)
     message(f"{len(pictures)} of {total} pictures in {folder} are to be captioned; looking at them")
-    check_pictures(pictures, settings.data.max_pixels)
+    check_pictures(pictures, settings.data.max_pixels, "long-pictures" in allowed)
     found = find_captioner(settings.model, root, model)
     message(f"loading {found.shown}")
     ask = load_captioner(found, settings.model)
     if redo:
         keep_as_before(pictures)
     for picture in _with_bar(pictures):
-        image = load_image(picture.path, settings.data.max_pixels)
+        remarks: list[str] = []
+        image = load_image(picture.path, settings.data.max_pixels, remarks.append)
+        report.look += [f"{picture.path}: {remark}" for remark in remarks]
         variants: tuple[Variant, ...] = ("medium",) if picture.single else VARIANTS
         made = {variant: caption(lambda question: ask(image, question), variant, naming) for variant in variants}  # noqa: B023
         _keep(picture, made, own.teacher_variant, redo, report)

@@ -20,10 +20,12 @@ from dopsd.config import Settings, load_settings
 from dopsd.files import is_disk_full
 from dopsd.lock import concept_lock
 from dopsd.project import StageError, needs_of, run_folder
-from dopsd.stages import STAGES, plan, run_stage
+from dopsd.stages import STAGES, plan, run_stage, warnings_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from dopsd.data.manifest import ConceptTable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -309,13 +311,23 @@ def concept_add(
 
     settings = _settings(params, overrides)
     with concept_lock(name, Path(), "dopsd concept add"):
-        table = add_concept(folder, name, Path(), settings.data, replace, needs_of(settings))
-    print(f"{len(table.rows)} images -> {table.root}")
+        table, held_out = add_concept(folder, name, Path(), settings.data, replace, needs_of(settings))
+    for warning in warnings_of(table, held_out):
+        print(warning)
+    print(f"{len(table.rows)} images to train on, {_by_folder(table)} -> {table.root}")
+    if held_out:
+        print(f"{len(held_out.rows)} held-out images, {_by_folder(held_out)}")
     if name not in settings.concepts:
         list_concept(params, name)
         print(f"{params}: {name} is listed in `concepts` now")
     print(f"what it needs otherwise than others: {table.root / OWN_SETTINGS}")
     print(f"next: `dvc repro report@{name} register@{name}`")
+
+
+def _by_folder(table: ConceptTable) -> str:
+    """How many of its pictures lie where."""
+    places = [f"{number} in {table.root.name if place == '.' else place}/" for place, number in table.folders().items()]
+    return ", ".join(places)
 
 
 @concept_app.command("caption")

@@ -19,6 +19,8 @@ Quantization = Literal["none", "int8", "fp8", "nf4"]
 Offload = Literal["none", "model", "group"]
 Checkpointing = Literal["none", "every", "every-second", "auto"]
 AdapterKind = Literal["lora", "dora", "lokr"]
+Judgement = Literal["captions-without-placeholder", "copies", "folder-names", "long-pictures", "near-duplicates",
+                    "small-pictures"]  # fmt: skip
 ContextName = Literal["vlm", "edit", "edit-reference", "enhanced-prompt"]
 
 Positive = Annotated[int, Field(gt=0)]
@@ -138,10 +140,12 @@ class DataSettings(_Settings):
     """Side in pixels of a square image of the trained area; aspect buckets keep this area."""
     placeholder: Annotated[str, Field(min_length=1)] = "[V]"
     min_images: Positive = 4
-    max_pixels: Positive = 50_000_000
+    max_pixels: Positive = 120_000_000
     """More than this many pixels in one file is refused before it is decoded (decompression bombs)."""
     near_duplicate_bits: Annotated[int, Field(ge=0, le=64)] = 4
     """Two images whose 64-bit perceptual hashes differ in at most this many bits are near duplicates."""
+    allow: tuple[Judgement, ...] = ()
+    """Faults that are a matter of taste, and none here; the message of each says its word."""
 
 
 class LoraSettings(_Settings):

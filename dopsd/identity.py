@@ -36,7 +36,7 @@ def plan_of(settings: Settings, base: Base) -> Plan:
 
     model, data = settings.model, settings.data
     train, evaluation = settings.train, settings.evaluation
-    pictures = {"resolution": data.resolution, "max_pixels": data.max_pixels}
+    pictures = {"resolution": data.resolution}
     files = dict(sorted(base.identities.items()))
     return _plain({
         "validate": {

@@ -6,6 +6,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,7 +47,11 @@ def read_references(paths: Sequence[Path], settings: Settings) -> tuple[Image, .
     """The pictures to edit. Raises :class:`ModelError` where the family does not edit, ``ImageError`` for bad files."""
     if paths and not family_class(settings.model).edits:
         raise ModelError(f"--reference: {settings.model.family} does not edit pictures; leave it out")
-    return tuple(load_image(path, settings.data.max_pixels) for path in paths)
+    return tuple(load_image(path, settings.data.max_pixels, partial(_warn, path)) for path in paths)
+
+
+def _warn(path: Path, remark: str) -> None:
+    print(f"warning: {path}: {remark}")
 
 
 def seeds_of(given: Sequence[int], prompts: int) -> list[int]:

@@ -72,6 +72,8 @@ def validate(concept: str, settings: Settings, root: Path) -> None:
         # dvc.lock would tie what was seen to what lies there when the stage is over
         raise StageError(f"data/concepts/{concept} changed while it was validated; run it again when all is there")
     write_json(run_folder(concept, root) / "validated.json", summary)
+    for warning in warnings_of(table, holdout):
+        print(warning)
     print(
         f"validate: {concept} has {summary['images']} images, {summary['captions']} captions and "
         f"{summary['holdout_images']} held-out images; no faults"
@@ -254,6 +256,11 @@ def _hashes(table: ConceptTable, holdout: ConceptTable | None) -> dict[str, str 
 
     held_out = holdout.content_hash if holdout else None
     return {"content_hash": table.content_hash, "holdout_hash": held_out, "kind_hash": kind_hash(table.root)}
+
+
+def warnings_of(*tables: ConceptTable | None) -> list[str]:
+    """What is no fault of the data, and a person should know: a line each."""
+    return [f"warning: {warning}" for table in tables if table for warning in table.warnings]
 
 
 def _read_validated(concept: str, settings: Settings, root: Path) -> tuple[ConceptTable, ConceptTable | None]:

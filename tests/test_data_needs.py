@@ -247,7 +247,8 @@ def test_a_held_out_truth_must_not_be_a_training_reference_not_even_re_encoded(t
             ("holdout/metadata.jsonl", 1, "image",
              "0.png is held-out truth but a copy of the reference before/3.png of training row 4; remove one"),
             ("holdout/metadata.jsonl", 2, "image",
-             "1.png is held-out truth but a copy of the reference before/near.jpg of training row 5; remove one"),
+             "1.png is held-out truth but a copy of the reference before/near.jpg of training row 5; remove one "
+             "(or data.allow: [near-duplicates])"),
         ]  # fmt: skip
 
 

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from ..files import whole_file
+from .folders import not_for_training
 from .images import EXTENSIONS, ImageError, load_image
 from .manifest import HOLDOUT, METADATA, DataError, Fault, concept_files
-from .records import is_text, read_jsonl, read_texts, shown, stem_of
+from .records import as_on_disk, composed, is_text, read_jsonl, read_texts, shown, stem_of
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -51,9 +52,10 @@ class Uncaptioned:
         return self.source != METADATA
 
 
-def uncaptioned(folder: Path, redo: bool = False) -> tuple[list[Uncaptioned], int]:
+def uncaptioned(folder: Path, redo: bool = False, any_folder: bool = False) -> tuple[list[Uncaptioned], int]:
     """The pictures without captions (all of them with ``redo``), held-out ones too, and how many pictures there are.
 
+    ``any_folder``: whatever its sub-folders are called, their pictures are to be captioned.
     Raises :class:`DataError` with every reason why captions cannot be written there; no picture is opened.
     """
     if not folder.is_dir():
@@ -68,7 +70,8 @@ def uncaptioned(folder: Path, redo: bool = False) -> tuple[list[Uncaptioned], in
         folder / HOLDOUT: [file.removeprefix(inner) for file in files if file.startswith(inner)],
     }
     found: list[Uncaptioned] = []
-    faults: list[Fault] = []
+    named = {} if any_folder else not_for_training(parts[folder])[0]
+    faults = [Fault(shown(str(folder / name)), None, None, problem) for name, problem in named.items()]
     total = 0
     for part, names in parts.items():
         images = [name for name in names if _suffix(name) in EXTENSIONS]
@@ -134,7 +137,9 @@ def _by_rows(
 ) -> Iterator[Uncaptioned]:
     listed: set[str] = set()
     known = set(names)
-    for record in read_jsonl(part, METADATA) if METADATA in known else ():
+    records = list(read_jsonl(part, METADATA)) if METADATA in known else []
+    as_on_disk(records, names)
+    for record in records:
         value = _value(_lines(part / METADATA)[record.row - 1]) if record.row else None
         lacks = value is not None and _lacks(value)
         unread = [pair for pair in record.problems if not (lacks and pair[0] in ("caption", "captions"))]
@@ -146,7 +151,7 @@ def _by_rows(
             continue
         problem = ""
         if os.path.normpath(record.image) not in known:
-            problem = f"{record.image}: no picture of this folder; give a path inside it, or remove the row"
+            problem = f"{record.image}: no picture of this folder; give a path inside it, with /, or remove the row"
         elif record.references:
             problem = "this row is an edit (it has references), and its caption says what to change: write it yourself"
         if problem:
@@ -166,7 +171,7 @@ def _faults(part: Path, source: str, row: int, problems: Sequence[tuple[str | No
     return [Fault(shown(str(part / source)), row or None, column, shown(problem)) for column, problem in problems]
 
 
-def check_pictures(pictures: Sequence[Uncaptioned], max_pixels: int) -> None:
+def check_pictures(pictures: Sequence[Uncaptioned], max_pixels: int, any_shape: bool = False) -> None:
     """Decode each once. Raises :class:`DataError` with everything that is wrong with them."""
     from .schema import MAX_ASPECT  # a longer picture would be captioned for nothing
 
@@ -177,8 +182,9 @@ def check_pictures(pictures: Sequence[Uncaptioned], max_pixels: int) -> None:
         except ImageError as error:
             faults.append(Fault(str(one.path), None, None, error.problem))
             continue
-        if max(width, height) > MAX_ASPECT * min(width, height):
+        if not any_shape and max(width, height) > MAX_ASPECT * min(width, height):
             problem = f"is {width} x {height} pixels, longer than {MAX_ASPECT:g} : 1; crop it"
+            problem += " (or data.allow: [long-pictures])"
             faults.append(Fault(str(one.path), None, None, problem))
     if faults:
         raise DataError(faults)
@@ -218,7 +224,7 @@ def _texts_of(picture: Uncaptioned, captions: Mapping[str, str], redo: bool) -> 
 def _rows_of(picture: Uncaptioned, captions: Mapping[str, str], redo: bool) -> bytes | None:
     lines = _lines(picture.target)
     rows = [(place, value) for place, line in enumerate(lines) if (value := _value(line)) is not None]
-    own = [(place, value) for place, value in rows if value.get("image") == picture.image]
+    own = [(place, value) for place, value in rows if _names(value, picture.image)]
     if not own:
         if lines and not lines[-1].strip():
             lines.pop()
@@ -243,6 +249,11 @@ def _value(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def _names(value: Mapping[str, Any], image: str) -> bool:
+    """Whether a row is of that picture, however its name is composed."""
+    return isinstance(name := value.get("image"), str) and composed(name) == composed(image)
 
 
 def _lacks(value: Mapping[str, Any]) -> bool:

@@ -9,7 +9,8 @@ Exactly one of three kinds::
 
 A sub-folder ``holdout/`` is a concept folder of its own (the truth that evaluation compares with) and no part of this
 table. Everything else in the folder must be mentioned by a row, apart from concept.json, train.yaml, README, LICENSE,
-NOTICE and hidden files.
+NOTICE, hidden files and what systems leave behind (Thumbs.db). A folder whose name says that it holds no training data
+is a fault (:mod:`dopsd.data.folders`).
 
 Nothing is judged here: :func:`read_table` writes what it could not read into the column ``problems``, and
 :mod:`dopsd.data.schema` turns that and all its own findings into one :class:`DataError`.
@@ -20,20 +21,31 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import OWN_SETTINGS
+from .folders import HOLDOUT, is_leftover, not_for_training
 from .images import EXTENSIONS
-from .records import Record, describe_extra, leaves, read_jsonl, read_parquet, read_texts, shown, stem_of
+from .records import (
+    Record,
+    as_on_disk,
+    describe_extra,
+    leaves,
+    read_jsonl,
+    read_parquet,
+    read_texts,
+    shown,
+    stem_of,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
 METADATA = "metadata.jsonl"
-HOLDOUT = "holdout"
 ABOUT = "concept.json"
 """What kind of concept it is, for the evaluation (dopsd/evaluation/prompts.py reads it)."""
 COLUMNS = ("source", "row", "image", "captions", "references", "problems")
@@ -90,10 +102,16 @@ class ConceptTable:
     root: Path
     rows: tuple[Row, ...]
     content_hash: str
+    warnings: tuple[Fault, ...] = field(default=(), compare=False)
+    """What is no fault, and a person should know."""
+
+    def folders(self) -> dict[str, int]:
+        """How many pictures lie in which folder, relative to ``root``; ``.`` is ``root`` itself."""
+        return dict(sorted(Counter(os.path.relpath(row.image.parent, self.root) for row in self.rows).items()))
 
 
 def hash_content(rows: Iterable[tuple[str, Iterable[tuple[str, str]], Iterable[str]]]) -> str:
-    """sha256 over (sha256 of the image, (variant, caption) pairs, sha256 of the references) of each row."""
+    """sha256 over (identity of the image, (variant, caption) pairs, identities of the references) of each row."""
     listed = [[image, [list(pair) for pair in captions], list(references)] for image, captions, references in rows]
     return hashlib.sha256(json.dumps(listed, ensure_ascii=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
@@ -107,13 +125,14 @@ def kind_hash(folder: Path) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_table(folder: Path, name: str) -> pd.DataFrame:
+def read_table(folder: Path, name: str, any_folder: bool = False) -> pd.DataFrame:
     """All rows of the concept folder ``name`` as columns ``source, row, image, captions, references, problems``.
 
     ``source``: the file that holds the row, relative; ``row``: from 1, or 0 for a fault of the file as a whole.
-    ``image``: relative path as written, ``captions``: JSON object, ``references``: JSON list; ``None`` where they
-    could not be read. ``problems``: JSON list of ``[column or null, problem]``. Rows keep the order they are written
-    in; text files that of their names. Never raises for what a folder holds.
+    ``image``: relative path as written, or as the disk spells it; ``captions``: JSON object, ``references``: JSON list;
+    ``None`` where they could not be read. ``problems``: JSON list of ``[column or null, problem]``. Rows keep the order
+    they are written in; text files that of their names. ``any_folder``: whatever its sub-folders are called, they hold
+    rows. Never raises for what a folder holds.
     """
     import pandas as pd
 
@@ -121,7 +140,7 @@ def read_table(folder: Path, name: str) -> pd.DataFrame:
         text = "no such folder; check the path" if not folder.exists() else "not a folder; give the one with the images"
         records = [Record(".", 0, problems=[(None, f"concept {name!r}: {text}")])]
     else:
-        records = _read_folder(folder)
+        records = _read_folder(folder, any_folder)
     return pd.DataFrame([record.cells() for record in records], columns=list(COLUMNS)).astype({"row": "int64"})
 
 
@@ -132,8 +151,11 @@ def concept_files(folder: Path) -> list[str]:
     return sorted(_walk(folder)[0] + held_out)
 
 
-def _read_folder(folder: Path) -> list[Record]:
+def _read_folder(folder: Path, any_folder: bool) -> list[Record]:
     files, problems = _walk(folder)
+    named, inside = ({}, set()) if any_folder else not_for_training(files)
+    files = [file for file in files if file not in inside]
+    problems += named.items()
     broken = [Record(file, 0, problems=[(None, problem)]) for file, problem in problems]
     images = [file for file in files if Path(file).suffix.lower() in EXTENSIONS]
     stems = {stem_of(file) for file in images}
@@ -141,14 +163,19 @@ def _read_folder(folder: Path) -> list[Record]:
     beside = [file for file in texts if stem_of(file) in stems]
     parquets = [file for file in files if file.lower().endswith(".parquet")]
     kinds = [*([METADATA] if METADATA in files else []), *parquets, *beside[:1]]
+    if not files and named:
+        return broken
     if len(kinds) != 1:
         return [Record(".", 0, problems=[(None, _describe_kinds(kinds, bool(images)))]), *broken]
     if beside:
-        records = read_texts(folder, images, texts)
+        # a caption beside a file that is no picture: that file alone is the fault
+        strange = {stem_of(file) for file in files if file not in images and file not in texts} - stems
+        records = read_texts(folder, images, [text for text in texts if stem_of(text) not in strange])
         expected = {*images, *texts}
     else:
         source = kinds[0]
         records = list(read_jsonl(folder, source) if source == METADATA else read_parquet(folder, source))
+        as_on_disk(records, files)
         expected = {source, *_mentioned(records)}
         if not records:
             records = [Record(source, 0, problems=[(None, "holds no rows; write one for each picture")])]
@@ -157,7 +184,7 @@ def _read_folder(folder: Path) -> list[Record]:
 
 
 def _walk(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
-    """Every file of a concept folder, relative and sorted, without the held-out part and hidden ones; and faults."""
+    """Every file of a concept folder, relative and sorted, without the held-out part and leftovers; and faults."""
     files: list[str] = []
     problems: list[tuple[str, str]] = []
 
@@ -170,8 +197,8 @@ def _walk(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
         for link in (name for name in folders if os.path.islink(os.path.join(parent, name))):
             problems.append((_join(base, link), "is a link to a folder; put the files themselves there"))
         held_out = {HOLDOUT} if base == "." else set()
-        folders[:] = [name for name in folders if name not in held_out and not name.startswith(".")]
-        for name in (name for name in names if not name.startswith(".")):
+        folders[:] = [name for name in folders if name not in held_out and not is_leftover(name)]
+        for name in (name for name in names if not is_leftover(name)):
             if leaves(folder, _join(base, name)):
                 problems.append((_join(base, name), "is a link that leaves the folder; put the file itself there"))
             else:
@@ -191,6 +218,7 @@ def _is_document(file: str) -> bool:
 
 def _mentioned(records: Sequence[Record]) -> set[str]:
     named = [name for record in records for name in (record.image, *record.references) if name]
+    named += [name.replace("\\", "/") for name in named if "\\" in name]  # its row says what is wrong with it
     return {os.path.normpath(name) for name in named if "\0" not in name}
 
 

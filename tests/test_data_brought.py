@@ -1,0 +1,432 @@
+"""What people really bring: folders of other tools, captions nearly right, other systems' names, phones' pictures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from concept_folders import SETTINGS, faults_of, make, picture, rows, write_rows
+from PIL import Image, features
+from profiles import DISPLAY_P3
+
+from dopsd.config import DataSettings, load_settings
+from dopsd.data.captions import save, uncaptioned
+from dopsd.data.images import ImageError, bucket_size, fit_image, load_image
+from dopsd.data.manifest import DataError, concept_files
+from dopsd.data.needs import Needs
+from dopsd.data.schema import validate_concept, validate_dataset
+
+LIMIT = DataSettings(resolution=32).max_pixels
+
+
+def allowing(*words: str) -> DataSettings:
+    return SETTINGS.model_copy(update={"allow": words})
+
+
+def texts(folder: Path, count: int = 4, first: int = 0, caption: str = "a fox in [V] style") -> Path:
+    """Pictures with a ``.txt`` beside each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(first, first + count):
+        picture(i).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(caption)
+    return folder
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+HELD_OUT = ["Holdout", "hold-out", "HELD_OUT", "holdouts", "val", "Valid", "validation", "val_images", "test", "Tests",
+            "test-set", "eval", "5_test", "deep/holdout"]  # fmt: skip
+REGULARISATION = ["reg", "Reg_Images", "regularization", "regularisation-images", "class_images", "reg/1_animal"]
+
+
+@pytest.mark.parametrize("name", [*HELD_OUT, *REGULARISATION])
+@pytest.mark.parametrize("captions", [True, False])
+def test_a_folder_that_says_it_is_not_for_training_is_one_fault(tmp_path, name, captions):
+    """One that names the folder, how many files, and what to do: pictures there need no captions for it."""
+    folder = texts(tmp_path / "data")
+    texts(folder / name, count=3, first=10)
+    if not captions:
+        for text in (folder / name).glob("*.txt"):
+            text.unlink()
+    ((file, row, _, problem),) = faults_of(folder)
+    assert (file, row) == (name.removesuffix("/1_animal"), None)
+    assert problem.startswith(f"{6 if captions else 3} files that would be trained on")
+    assert ("holdout/" in problem) == (name in HELD_OUT)
+    assert ("train.replay.prompts" in problem) == (name in REGULARISATION)
+    assert "data.allow: [folder-names]" in problem
+    assert "would be trained on" in _refused(lambda: uncaptioned(folder))
+    if captions:
+        assert len(validate_concept(folder, "test", allowing("folder-names")).rows) == 7
+        assert uncaptioned(folder, any_folder=True)[1] == 7
+
+
+def _refused(call) -> str:
+    with pytest.raises(DataError) as caught:
+        call()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["train", "10_fox", "animals", "protest", "class", "valentine", "regina", "images/tests-of-courage"]
+)
+def test_other_folders_are_training_data_and_are_counted(tmp_path, name):
+    folder = texts(tmp_path / "data", count=2)
+    texts(folder / name, count=3, first=10)
+    texts(folder / "holdout" / "val", count=1, first=20)  # what is held out is so whatever is in it
+    table, held_out = validate_dataset(folder, "test", SETTINGS)
+    assert held_out is not None
+    assert table.folders() == {".": 2, name: 3}
+    assert held_out.folders() == {"val": 1}
+    assert [str(warning) for warning in table.warnings if "its name" in str(warning)] == (
+        [f"{folder}/10_fox: the 10 in its name repeats nothing here; each of its pictures counts once"]
+        if name == "10_fox" else []
+    )  # fmt: skip
+
+
+def test_a_manifest_that_trains_on_another_split_is_refused(tmp_path):
+    folder = make(tmp_path)
+    (folder / "test").mkdir()
+    picture(9).save(folder / "test/0.png")
+    write_rows(folder, [*rows(), {"image": "test/0.png", "caption": "[V] there"}])
+    assert [fault[0] for fault in faults_of(folder)] == ["test"]
+
+
+LEFTOVERS = ["Thumbs.db", "thumbs.db", "desktop.ini", "Desktop.ini", ".DS_Store", "._0.png", "__MACOSX/._0.png",
+             "__MACOSX/0.png", "@eaDir/0.png/THUMB.jpg", "Icon\r", "ehthumbs.db", "sub/Thumbs.db"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "texts"])
+def test_what_systems_leave_behind_is_no_part_of_the_data(tmp_path, kind):
+    folder = make(tmp_path) if kind == "jsonl" else texts(tmp_path)
+    before, hashed = concept_files(folder), validate_concept(folder, "test", SETTINGS).content_hash
+    for name in LEFTOVERS:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    assert validate_concept(folder, "test", SETTINGS).content_hash == hashed
+    assert concept_files(folder) == before
+    assert uncaptioned(folder)[1] == (len(before) - 1 if kind == "jsonl" else len(before) // 2)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+COMPOSED, SPLIT = (unicodedata.normalize(form, "Käse é ガ") for form in ("NFC", "NFD"))
+
+
+@pytest.mark.parametrize(("written", "stored"), [(COMPOSED, SPLIT), (SPLIT, COMPOSED), (COMPOSED, COMPOSED)])
+def test_two_spellings_of_one_name_match(tmp_path, written, stored):
+    folder = make(tmp_path / "jsonl")
+    (folder / stored).mkdir()
+    (folder / "2.png").rename(folder / stored / f"{stored}.png")
+    shutil.copy(folder / stored / f"{stored}.png", tmp_path)
+    listed = rows()
+    listed[2]["image"] = f"{written}/{written}.png"
+    listed[3]["references"] = [f"{written}/{written}.png"]
+    write_rows(folder, listed)
+    table = validate_concept(folder, "test", SETTINGS)
+    assert table.rows[2].image == folder / stored / f"{stored}.png"
+    assert table.rows[3].references == (folder / stored / f"{stored}.png",)
+    # a caption that is written there goes into the row that there is
+    del listed[3]["references"]
+    write_rows(folder, listed)
+    ones = [one for one in uncaptioned(folder, redo=True)[0] if one.image.endswith(f"{stored}.png")]
+    assert [one.path.is_file() for one in ones] == [True]
+    assert save(ones[0], {"short": "new [V]"}, redo=True)
+    assert [json.loads(line)["image"] for line in (folder / "metadata.jsonl").read_text().splitlines()] == [
+        row["image"] for row in listed
+    ]
+
+    beside = texts(tmp_path / "texts", count=3)
+    picture(9).save(beside / f"{stored}.png")
+    (beside / f"{written}.txt").write_text("a fox in [V] style")
+    assert len(validate_concept(beside, "test", SETTINGS).rows) == 4
+
+
+def test_two_files_of_one_name_in_two_spellings_are_each_their_own(tmp_path):
+    folder = make(tmp_path)
+    for name, old in ((COMPOSED, "2.png"), (SPLIT, "3.png")):
+        (folder / old).rename(folder / f"{name}.png")
+    listed = rows()
+    listed[2]["image"], listed[3]["image"] = f"{COMPOSED}.png", f"{SPLIT}.png"
+    write_rows(folder, listed)
+    images = [row.image.name for row in validate_concept(folder, "test", SETTINGS).rows]
+    assert images[2:4] == [f"{COMPOSED}.png", f"{SPLIT}.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("sub\\2.png", "sub\\2.png: folders are parted by back-slashes; write sub/2.png"),
+        (".\\sub\\2.png", "write ./sub/2.png"),
+        ("C:\\pictures\\2.png", "write a path inside the folder, with /"),
+        ("..\\2.png", "write a path inside the folder, with /"),
+    ],
+)
+def test_a_path_with_back_slashes_is_named_as_that(tmp_path, name, words):
+    folder = make(tmp_path)
+    listed = rows()
+    if "sub" in name:
+        (folder / "sub").mkdir()
+        (folder / "2.png").rename(folder / "sub/2.png")
+    else:
+        (folder / "2.png").unlink()
+    listed[2]["image"] = name
+    write_rows(folder, listed)
+    ((file, row, column, problem),) = faults_of(folder)
+    assert (file, row, column) == ("metadata.jsonl", 3, "image")
+    assert words in problem
+    (folder / "sub\\2.png").write_bytes(b"")  # where that is the file's name, it is
+    listed[2]["image"] = "sub\\2.png"
+    write_rows(folder, listed)
+    assert any("sub\\2.png: is empty" in problem for *_, problem in faults_of(folder))
+
+
+# --- captions ---------------------------------------------------------------------------------------------------------
+
+NEAR = {
+    "a fox in [v] style": ("[v]", "small or large"),
+    "a fox in [ V ] style": ("[ V ]", "a blank inside"),
+    "a fox in [V\u00a0] style": ("a blank inside",),
+    "a fox in ［V］ style": ("［V］", "other characters"),
+    "a fox in 【V】 style": ("【V】", "other characters"),
+    "a fox in [Ｖ] style": ("[Ｖ]", "other characters"),
+    "a fox in \\[V\\] style": ("is escaped",),
+    "a fox in [V\\] style": ("is escaped",),
+}
+
+
+def test_every_caption_without_the_placeholder_is_named(tmp_path):
+    folder = make(tmp_path)
+    listed = rows()
+    for row in listed[1:]:
+        row["captions"]["medium"] = "a fox"
+    write_rows(folder, listed)
+    found = faults_of(folder)
+    assert [fault[:3] for fault in found] == [("metadata.jsonl", number, "captions") for number in (2, 3, 4, 5)]
+    assert all("'medium' does not hold the placeholder [V]" in fault[3] for fault in found)
+    assert all("data.allow: [captions-without-placeholder]" in fault[3] for fault in found)
+    table = validate_concept(folder, "test", allowing("captions-without-placeholder"))
+    assert len(table.rows) == 5
+    assert not table.warnings
+    write_rows(folder, [{"image": f"{i}.png", "caption": "a fox"} for i in range(5)])
+    assert len(validate_concept(folder, "test", allowing("captions-without-placeholder")).rows) == 5
+
+
+@pytest.mark.parametrize("caption", NEAR)
+@pytest.mark.parametrize("others", ["a fox in [V] style", "a fox"])
+def test_near_misses_are_named_as_what_they_are(tmp_path, caption, others):
+    folder = make(tmp_path)
+    listed = [{"image": f"{i}.png", "caption": caption if i == 2 else others} for i in range(5)]
+    write_rows(folder, listed)
+    found = {row: problem for _, row, _, problem in faults_of(folder)}
+    assert set(found) == ({3} if "[V]" in others else {1, 2, 3, 4, 5})
+    for words in (*NEAR[caption], "in place of the placeholder; write [V]"):
+        assert words in found[3]
+    # who allows captions without it is told all the same
+    (warning,) = validate_concept(folder, "test", allowing("captions-without-placeholder")).warnings
+    assert (warning.row, warning.problem) == (3, found[3])
+    # nor is it right in what is held out, whose captions need none
+    write_rows(folder, rows())
+    make(folder / "holdout", first=20)
+    write_rows(folder / "holdout", listed)
+    with pytest.raises(DataError) as caught:
+        validate_dataset(folder, "test", SETTINGS)
+    assert [fault.row for fault in caught.value.faults] == [3]
+
+
+@pytest.mark.parametrize("caption", ["a sks fox", "desk still life", "SKS fox", "a ｓｋｓ fox"])
+def test_a_placeholder_that_is_a_word(tmp_path, caption):
+    folder = make(tmp_path)
+    write_rows(folder, [{"image": f"{i}.png", "caption": caption if i == 2 else "a sks cat"} for i in range(5)])
+    settings = SETTINGS.model_copy(update={"placeholder": "sks"})
+    if "sks" in caption:
+        assert validate_concept(folder, "test", settings).rows
+        return
+    ((*_, problem),) = faults_of(folder, settings)
+    assert ("does not hold" in problem) == (caption == "desk still life")
+
+
+def test_the_teachers_own_caption_needs_no_placeholder(tmp_path):
+    folder = make(tmp_path)
+    write_rows(folder, [{"image": f"{i}.png", "captions": {"a": "[V] fox", "long": "a red fox"}} for i in range(5)])
+    validate_dataset(folder, "test", SETTINGS, Needs(teacher_variant="long"))
+    with pytest.raises(DataError, match="'long' does not hold the placeholder"):
+        validate_dataset(folder, "test", SETTINGS)
+
+
+@pytest.mark.parametrize("caption", ["[V]", " [V].", "[V] "])
+def test_a_caption_that_is_nothing_else_is_a_warning(tmp_path, caption):
+    folder = make(tmp_path)
+    write_rows(folder, [{**rows()[0], "captions": {"short": caption}}, *rows()[1:]])
+    (warning,) = validate_concept(folder, "test", SETTINGS).warnings
+    assert (warning.row, warning.column) == (1, "captions")
+    assert warning.problem == "'short' is [V] and nothing else; say what the picture shows"
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+SHAPES = [(1024, 1024), (1152, 896), (1216, 832), (1344, 768), (1536, 640), (1248, 832)]
+LARGE = DataSettings(resolution=1024)
+
+
+@pytest.mark.parametrize("size", [*SHAPES, *(size[::-1] for size in SHAPES)])
+def test_the_usual_shapes_of_one_megapixel_are_taken_as_they_are(tmp_path, size):
+    folder = make(tmp_path)
+    image = picture(2, size)
+    image.save(folder / "2.png")
+    for i in (0, 1, 3, 4):
+        picture(i, (1024, 1024)).save(folder / f"{i}.png")
+    assert validate_concept(folder, "test", LARGE).warnings == ()
+    assert bucket_size(*size, 1024) == size
+    assert np.array_equal(fit_image(image, bucket_size(*size, 1024)), image)
+
+
+@pytest.mark.parametrize(
+    ("size", "outcome"),
+    [
+        ((31, 31), ""),
+        ((31, 30), ""),
+        ((30, 29), "enlarged"),
+        ((16, 16), "enlarged"),
+        ((32, 8), "enlarged"),
+        ((16, 15), "small"),
+    ],
+)
+def test_a_smaller_picture_is_enlarged_with_a_warning_down_to_half_the_side(tmp_path, size, outcome):
+    folder = make(tmp_path)
+    picture(2, size).save(folder / "2.png")
+    settings = SETTINGS
+    if outcome == "small":
+        ((*_, problem),) = faults_of(folder)
+        assert "16 x 15 pixels, less than half the side of 32 x 32" in problem
+        assert "data.allow: [small-pictures]" in problem
+        settings = allowing("small-pictures")
+    warnings = validate_concept(folder, "test", settings).warnings
+    assert [warning.row for warning in warnings] == ([3] if outcome else [])
+    assert all(f"2.png is {size[0]} x {size[1]} pixels, and is enlarged" in warning.problem for warning in warnings)
+
+
+def test_phones_pictures_are_not_absurdly_large(tmp_path):
+    from test_data_images import png_header
+
+    for width, height in ((8160, 6144), (9248, 6936), (12000, 9000)):
+        (tmp_path / "a.png").write_bytes(png_header(width, height))  # the header is sound, the pixels are not there
+        with pytest.raises(ImageError, match="truncated"):
+            load_image(tmp_path / "a.png", LIMIT)
+    (tmp_path / "a.png").write_bytes(png_header(12000, 10001))
+    with pytest.raises(ImageError, match=r"absurdly large: 12000 x 10001 .* \(data.max_pixels\)"):
+        load_image(tmp_path / "a.png", LIMIT)
+
+
+def test_the_settings_that_are_shipped_take_them_too():
+    root = Path(__file__).parents[1]
+    for params in (root / "params.yaml", *root.glob("recipes/*.yaml")):
+        data = load_settings(params).data
+        assert data.max_pixels == LIMIT
+        assert data.allow == ()
+
+
+# --- what a file is ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "AVIF"])
+@pytest.mark.parametrize("name", ["a.png", "a.JPG", "a.webp", "a.heic", "a.gif", "a.jfif", "a.tiff"])
+def test_the_content_decides_what_a_file_is(tmp_path, kind, name):
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this build of Pillow reads no AVIF")
+    folder = texts(tmp_path, count=3)
+    with (folder / name).open("wb") as file:
+        picture(9).save(file, kind)
+    (folder / "a.txt").write_text("a fox in [V] style")
+    table = validate_concept(folder, "test", SETTINGS)
+    assert folder / name in [row.image for row in table.rows]
+    assert np.abs(np.asarray(load_image(folder / name, LIMIT), int) - np.asarray(picture(9))).mean() < 12
+
+
+HEIC = (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100), b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(100))
+UNREAD = {
+    "heic": (HEIC[0], "is a HEIC picture: `pip install -e '.[heic]'`"),
+    "heif": (HEIC[1], "is a HEIC picture: `pip install -e '.[heic]'`"),
+    "gif": (b"GIF89a" + bytes(100), "is a GIF picture, which is not read; convert it to PNG"),
+    "tif": (b"II*\0" + bytes(100), "is a TIFF or raw picture"),
+    "bmp": (b"BM" + bytes(100), "is a BMP picture"),
+    "png": (b"8BPS" + bytes(100), "is a Photoshop picture"),
+    "jpg": (b"hello", "is not a readable picture"),
+    "avif": (b"\0\0\0\x18ftypavif\0\0\0\0mif1avif" + bytes(100), ""),
+    "psd": (b"8BPS" + bytes(100), "not part of the data set"),
+    "cr2": (b"II*\0" + bytes(100), "not part of the data set"),
+}
+
+
+@pytest.mark.parametrize("suffix", UNREAD)
+@pytest.mark.parametrize("kind", ["jsonl", "texts"])
+def test_a_picture_that_cannot_be_read_is_one_fault(tmp_path, monkeypatch, suffix, kind):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as where the extra is not installed
+    content, words = UNREAD[suffix]
+    if kind == "texts":
+        folder = texts(tmp_path)
+        (folder / "x.txt").write_text("a fox in [V] style")
+    else:
+        folder = make(tmp_path)
+        write_rows(folder, [*rows(), {"image": f"x.{suffix}", "caption": "a fox in [V] style"}])
+        words = words if "not part" not in words else "picture, which is not read"
+    (folder / f"x.{suffix}").write_bytes(content)
+    ((*_, problem),) = faults_of(folder)
+    assert words in problem
+
+
+def test_heic_is_read_where_the_extra_is(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    stored = Image.new("RGB", (64, 64), DISPLAY_P3.of_srgb((200, 60, 40)))
+    file = pillow_heif.from_pillow(stored)
+    file.save(tmp_path / "a.jpg", quality=-1, chroma=444, icc_profile=DISPLAY_P3.profile())
+    assert np.abs(np.asarray(load_image(tmp_path / "a.jpg", LIMIT), int)[9, 9] - (200, 60, 40)).max() <= 4
+
+
+# --- judgements of taste ----------------------------------------------------------------------------------------------
+
+
+def _copy(folder: Path) -> None:
+    shutil.copy(folder / "0.png", folder / "2.png")
+
+
+TASTE = {
+    "copies": _copy,
+    "near-duplicates": lambda folder: picture(0, (90, 90)).save(folder / "2.png"),
+    "long-pictures": lambda folder: picture(2, (170, 40)).save(folder / "2.png"),
+    "small-pictures": lambda folder: picture(2, (8, 8)).save(folder / "2.png"),
+}
+
+
+@pytest.mark.parametrize("word", TASTE)
+def test_a_judgement_of_taste_says_the_word_that_allows_it(tmp_path, word):
+    folder = make(tmp_path)
+    TASTE[word](folder)
+    ((*_, problem),) = faults_of(folder)
+    assert problem.endswith(f"(or data.allow: [{word}])")
+    assert len(validate_concept(folder, "test", allowing(word)).rows) == 5
+    others = allowing(*(set(TASTE) - {word}))
+    assert [fault[3] for fault in faults_of(folder, others)] == [problem]
+
+
+def test_what_is_like_the_held_out_truth_can_be_allowed_and_a_copy_of_it_cannot(tmp_path):
+    folder = make(tmp_path)
+    make(folder / "holdout", count=1, first=20)
+    picture(20, (90, 90)).save(folder / "2.png")
+    with pytest.raises(DataError, match=r"held-out truth but a copy .* \(or data.allow: \[near-duplicates\]\)"):
+        validate_dataset(folder, "test", SETTINGS)
+    held_out = validate_dataset(folder, "test", allowing("near-duplicates"))[1]
+    assert held_out is not None
+    assert ["training picture 2.png" in str(warning) for warning in held_out.warnings] == [True]
+    picture(20).save(folder / "3.png")  # behind one that is only like it
+    with pytest.raises(DataError, match=r"a copy of the training picture 3.png; remove one$"):
+        validate_dataset(folder, "test", allowing("near-duplicates", "copies"))
+
+
+def test_a_word_that_allows_nothing_is_a_fault_of_the_settings():
+    with pytest.raises(ValueError, match="near-duplicates"):
+        DataSettings(resolution=32, allow=("near-duplicate",))  # type: ignore[arg-type]
