@@ -36,16 +36,11 @@ def main() -> None:
     runs: list[dict[str, Any]] = []
     for seed in given.seeds:
         runs.append({"seed": seed, "headline": headlines(seed, given.kinds)})
-        OUT.write_text(
-            json.dumps(
-                {
-                    "command": f"python benchmarks/quantization.py --kinds {' '.join(given.kinds)}",
-                    "date": date.today().isoformat(), "machine": results._machine(), "concept": CONCEPT, "runs": runs,
-                },
-                indent=1,
-            )
-            + "\n"
-        )  # fmt: skip
+        said = {
+            "command": f"python benchmarks/quantization.py --kinds {' '.join(given.kinds)}",
+            "date": date.today().isoformat(), "machine": results._machine(), "concept": CONCEPT, "runs": runs,
+        }  # fmt: skip
+        OUT.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
     print("\n".join(table(runs)))
 
 

@@ -62,7 +62,7 @@ def main() -> None:
     def one(what: str) -> dict[str, Any]:
         command = [sys.executable, __file__, "--one", what, "--steps", str(given.steps), "--batch", str(given.batch)]
         load = os.getloadavg()[0]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
         print(what, done.stdout.splitlines()[-1], flush=True)
         said = json.loads(done.stdout.splitlines()[-1])
         return said if what == "memory" else said | {"load_before": round(load, 2)}
@@ -73,7 +73,7 @@ def main() -> None:
             results[variant].append(one(variant))
     report = summarise(results, given) | {"parts": one("parts"), "memory": one("memory")}
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(report, indent=1) + "\n")
+    given.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print("\n".join(tables(report)))
 
 
@@ -135,7 +135,7 @@ def _set_up(batch: int) -> tuple[Any, ...]:
     family = load_family(settings.model, ROOT)
     adapters = add_adapters(family.transformer, LoraSettings(), family.lora_targets, seed=0)
     folder = ROOT / "data" / "concepts" / "style-ink"
-    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()][:batch]
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()][:batch]
     captions = [row["captions"]["short"] for row in rows]
     images = [Image.open(folder / row["image"]).convert("RGB") for row in rows]
     return family, adapters, captions, images, settings.data.resolution
@@ -364,10 +364,10 @@ def _memory(reset: bool = False) -> int:
         return torch.cuda.max_memory_allocated()
     clear = Path("/proc/self/clear_refs")
     if reset and clear.exists():
-        clear.write_text("5")
+        clear.write_text("5", encoding="utf-8")
     status = Path("/proc/self/status")
     if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

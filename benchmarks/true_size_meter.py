@@ -90,7 +90,7 @@ class Meter:
             return torch.cuda.memory_allocated()
         clear = Path("/proc/self/clear_refs")
         if clear.exists():
-            clear.write_text("5")
+            clear.write_text("5", encoding="utf-8")
         return _pages("VmRSS")
 
     def peak(self) -> int:
@@ -115,13 +115,13 @@ class Meter:
 def _pages(name: str) -> int:
     """A line of Linux's own account of this process; 0 elsewhere."""
     status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)
 
 
 def driver() -> str:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DRAWING = ROOT / "docs" / "images" / "house.svg"
-GROUND = ("config", "files", "versions")
+GROUND = ("params", "config", "files", "versions")
 """Used by all; drawn without arrows."""
 EDGES = ("cli", "doctor")
 """Front doors that use whatever they show."""

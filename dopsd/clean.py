@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dopsd.config import CONCEPTS, SettingsError, concept_name
-from dopsd.files import PARTIAL, read_json
+from dopsd.files import PARTIAL, read_json, shown_size, size_of
 from dopsd.lock import ConceptBusy, concept_lock
 from dopsd.project import ENCODINGS, cache_of, concept_folder, run_folder
 
@@ -43,7 +43,7 @@ def tidy(root: Path, concept: str | None = None, *, delete: bool) -> tuple[list[
 
     Raises ``SettingsError`` for a name that is none.
     """
-    concepts, skipped, free = [concept_name(concept)] if concept else _concepts(root), list[str](), list[str]()
+    concepts, skipped, free = [concept_name(concept)] if concept else concepts_in(root), list[str](), list[str]()
     with ExitStack() as held:
         for name in concepts:
             try:
@@ -68,14 +68,16 @@ def leftovers_table(found: Sequence[Leftover], root: Path, *, deleted: bool) -> 
     table = Table(show_footer=True)
     table.add_column("what", "deleted" if deleted else "in all", overflow="fold")
     table.add_column("why", min_width=15)  # paths are what may break
-    table.add_column("size", f"{_size(sum(one.size for one in found))}", justify="right", no_wrap=True)
+    table.add_column("size", f"{shown_size(sum(one.size for one in found))}", justify="right", no_wrap=True)
     for one in sorted(found, key=lambda one: (-one.size, one.paths)):
         first, *more = (path.relative_to(root) for path in one.paths)
-        table.add_row(f"{first.parent}: {len(one.paths)} files" if more else str(first), one.reason, _size(one.size))
+        table.add_row(
+            f"{first.parent}: {len(one.paths)} files" if more else str(first), one.reason, shown_size(one.size)
+        )
     return table
 
 
-def _concepts(root: Path) -> list[str]:
+def concepts_in(root: Path) -> list[str]:
     """All that have data, a run, or something of a job."""
     folders = [path for place in (root / CONCEPTS, root / "runs") if place.is_dir() for path in place.iterdir()]
     names = {path.name for path in folders if path.is_dir()} | {_job(path)[0] for path in _jobs(root)}
@@ -93,10 +95,13 @@ def _is_name(name: str) -> bool:
 
 
 def _of_concept(concept: str, root: Path) -> Iterator[Leftover]:
+    from dopsd.train.checkpoint import complete, was_set_aside
+
     run = run_folder(concept, root)
-    aside = sorted((run / "train").glob("*.previous"))
+    aside = [path for path in sorted((run / "train").glob("*")) if was_set_aside(path)]
     for path in aside:
-        yield _leftover(path, reason="set aside: settings or data changed since")
+        if not complete(path / "checkpoints"):  # others are trainings: `dopsd runs` has them
+            yield _leftover(path, reason="set aside before its first checkpoint")
     for path in sorted(run.rglob(f"*{PARTIAL}")):
         if not any(parent in aside or parent.name.endswith(PARTIAL) for parent in path.parents):
             yield _leftover(path, reason="half-written by a process that was killed")
@@ -135,10 +140,12 @@ def _job(path: Path) -> tuple[str, str]:
 def _job_is_over(run: Path, training: str, data: Path) -> bool:
     """Whether nobody would go on with it: the concept's training is another one now, is finished here, or has no data.
     Where this side lost its run folder, the job is all that there is."""
+    from dopsd.train.checkpoint import was_set_aside
+
     current = read_json(run / "train" / "training.json").get("training")
     if current is None:
         return not data.exists()
-    methods = [read_json(path) for path in run.glob("train/*/run.json") if not path.parent.name.endswith(".previous")]
+    methods = [read_json(path) for path in run.glob("train/*/run.json") if not was_set_aside(path.parent)]
     ends = [about.get("status") for about in methods if about.get("training") == training]
     return current != training or (bool(ends) and set(ends) == {"FINISHED"})
 
@@ -167,14 +174,4 @@ def _of_encodings(concepts: Sequence[str], root: Path, skipped: list[str]) -> It
 
 
 def _leftover(*paths: Path, reason: str) -> Leftover:
-    files = [file.lstat() for path in paths for file in [path, *path.rglob("*")] if not file.is_dir()]
-    # a file of several names frees its share: all of it when all of them go
-    return Leftover(paths, reason, sum(stat.st_size // stat.st_nlink for stat in files))
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
+    return Leftover(paths, reason, size_of(*paths))

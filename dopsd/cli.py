@@ -273,14 +273,14 @@ def clean(
 ) -> None:
     """List what nobody needs any more, with its size; with `--yes`, delete it.
 
-    - trainings that were set aside because settings or data changed (`*.previous`)
-    - checkpoints of finished trainings: they are known as finished without them. Of one that the clock ended
-      (`max_minutes`) the newest stays, and with more minutes it goes on from there
+    - checkpoints of finished trainings: they are known as finished without them, but more `max_steps` then start
+      afresh. Of one that the clock ended (`max_minutes`) the newest stays, and with more minutes it goes on from there
     - what a killed process left half-written (`*.partial`)
     - what Ray's jobs kept in `.cache/ray`, where they are over or their settings are no longer the concept's
     - cached encodings that the last `encode` and `evaluate` of no concept used
 
-    Adapters, results, logs, previews and exports stay. A concept that somebody works on is named and skipped. DVC's
+    Adapters, results, logs, previews and exports stay, and so do trainings that were set aside because settings or data
+    changed: `dopsd runs` lists them. A concept that somebody works on is named and skipped. DVC's
     cache is DVC's: `dvc gc --workspace` empties it of what no file here refers to.
     """
     from rich.console import Console
@@ -293,6 +293,36 @@ def clean(
         print(f"skipped: {line}")
     if found and not yes:
         print("nothing was deleted; `dopsd clean --yes` deletes what is listed")
+
+
+@app.command()
+def runs(
+    concept: Annotated[
+        str | None, typer.Option("--concept", "-c", help="Of this one alone; by itself of all.", metavar="NAME")
+    ] = None,
+    remove: Annotated[
+        list[str] | None,
+        typer.Option("--remove", help="Delete this run of the concept; may be given several times.", metavar="RUN"),
+    ] = None,
+) -> None:
+    """List the trainings, and those that were set aside, with steps, date, size and settings; remove those named.
+
+    A training is set aside, under a number, when its settings, data, base or code changed; another `max_steps` alone
+    goes on where it was. Nothing deletes it but this: `dopsd runs -c style-ink --remove d-opsd.previous-1`. Its
+    adapters are in `runs/NAME/train/RUN/adapters`. To go on with it, give it the settings that it had and move it back:
+    `mv runs/NAME/train/d-opsd.previous-1 runs/NAME/train/d-opsd`.
+    """
+    from rich.console import Console
+
+    from dopsd.config import SettingsError
+    from dopsd.runs import remove_runs, runs_in, runs_table
+
+    if remove and concept is None:
+        raise SettingsError("--remove: say of which concept, with --concept NAME")
+    if remove and concept is not None:
+        for run in remove_runs(Path(), concept, remove):
+            print(f"removed: {run.folder}, {run.steps} steps")
+    Console().print(runs_table(runs_in(Path(), concept), Path()))
 
 
 @concept_app.command("add")

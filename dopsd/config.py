@@ -9,8 +9,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from dopsd.params import AtLeastOne, Beta, EachOnce, Pattern, Positive, Rate, Share, override, read_params
+from dopsd.params import SettingsError as SettingsError
 
 Method = Literal["d-opsd", "sft", "sft-teacher", "off-policy"]
 METHODS: tuple[Method, ...] = ("d-opsd", "sft", "sft-teacher", "off-policy")
@@ -23,22 +25,12 @@ Judgement = Literal["captions-without-placeholder", "copies", "folder-names", "l
                     "small-pictures"]  # fmt: skip
 ContextName = Literal["vlm", "edit", "edit-reference", "enhanced-prompt"]
 
-Positive = Annotated[int, Field(gt=0)]
-Rate = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
 CHECKPOINT_SECONDS = 600
 """Between two checkpoints where ``train.checkpoint_steps`` does not say: at true size each is 2.5 GB."""
 CONCEPTS = Path("data") / "concepts"
 OWN_SETTINGS = "train.yaml"
 """In a concept's folder: what differs from ``train`` there."""
-MAX_BYTES = 1 << 20
-"""Of a file of settings: larger is none."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
-
-
-class SettingsError(ValueError):
-    """A person's mistake in the settings: one line saying which key, what is wrong and what is allowed."""
 
 
 def concept_name(name: str) -> str:
@@ -54,7 +46,7 @@ def _as_words(value: Any) -> Any:
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSettings(_Settings):
@@ -156,7 +148,7 @@ class LoraSettings(_Settings):
     """``None`` means ``rank`` (scale 1), which every tool reads alike."""
     init: Literal["kaiming", "gaussian"] = "kaiming"
     """How A starts (B is zero): uniform within ``1 / sqrt(fan in)``, or normal with deviation ``1 / rank``."""
-    targets: tuple[str, ...] | None = None
+    targets: Annotated[tuple[Pattern, ...], AtLeastOne] | None = None
     """Name patterns of linear layers; ``None`` means the family's own. Every pattern must match something."""
 
 
@@ -189,7 +181,7 @@ class ReplaySettings(_Settings):
 
 
 class TrainSettings(_Settings):
-    methods: tuple[Method, ...] = ("d-opsd", "sft")
+    methods: Annotated[tuple[Method, ...], AtLeastOne, EachOnce] = ("d-opsd", "sft")
     """What is trained for the before-and-after table; the first is the one that is exported."""
     seed: int = 0
     rollout_steps: Positive = 4
@@ -205,7 +197,7 @@ class TrainSettings(_Settings):
     optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
     """``adamw-8bit``: both moments in a byte per parameter, by bitsandbytes (the extra ``quantization``)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     clip_norm: Rate = 1.0
     loss: Literal["velocity", "x0"] = "velocity"
     tune: Literal["adapter", "full"] = "adapter"
@@ -250,7 +242,7 @@ class TrainSettings(_Settings):
 
 
 class EvaluationSettings(_Settings):
-    steps: tuple[Positive, ...] = (1, 2, 4, 8, 32)
+    steps: Annotated[tuple[Positive, ...], AtLeastOne, EachOnce] = (1, 2, 4, 8, 32)
     few_steps: Positive | None = None
     """The number of steps that the headline table is about, one of ``steps``; ``None``: the family's own."""
     seed: int = 1234
@@ -276,6 +268,13 @@ class EvaluationSettings(_Settings):
         if self.few_steps is not None and self.few_steps not in self.steps:
             raise ValueError(f"evaluation.few_steps ({self.few_steps}) must be one of evaluation.steps")
         return self
+
+    def missing_for(self, registry: RegistrySettings, few: int) -> str:
+        """What the registry's gate lacks where ``few`` is the number of few steps: it compares with more of them."""
+        if not registry.enabled or registry.min_retention == 0 or max(self.steps) > few:
+            return ""
+        return (f"evaluation.steps {list(self.steps)} has none above {few}, and the registry compares {few} steps with "
+                "more; add a larger number, or set registry.enabled to false")  # fmt: skip
 
 
 class ComputeSettings(_Settings):
@@ -341,7 +340,7 @@ class TrackingSettings(_Settings):
 class Settings(_Settings):
     """All of ``params.yaml``. ``concepts`` lists the folders under ``data/concepts`` that the pipeline runs over."""
 
-    concepts: tuple[Annotated[str, AfterValidator(concept_name)], ...]
+    concepts: Annotated[tuple[Annotated[str, AfterValidator(concept_name)], ...], EachOnce]
     model: ModelSettings
     data: DataSettings
     train: TrainSettings
@@ -352,6 +351,14 @@ class Settings(_Settings):
     tracking: TrackingSettings = TrackingSettings()
     overrides: Annotated[dict[str, Any], Field(exclude=True)] = {}
     """What ``--set`` says of ``train``: it holds for every concept, over the concept's own."""
+
+    @model_validator(mode="after")
+    def _gate_has_more_steps(self) -> Settings:
+        if missing := self.evaluation.missing_for(
+            self.registry, self.evaluation.few_steps or min(self.evaluation.steps)
+        ):
+            raise ValueError(missing)
+        return self
 
     @model_validator(mode="after")
     def _weights_are_plain(self) -> Settings:
@@ -374,7 +381,7 @@ class Settings(_Settings):
         """These settings for one concept: its ``train.yaml`` over ``train``. Done twice it is the same. Raises
         :class:`SettingsError` for a name that is none and for faults of that file."""
         path = root / CONCEPTS / concept_name(concept) / OWN_SETTINGS
-        own = _read_yaml(path) if path.is_file() else {}
+        own = read_params(path) if path.is_file() else {}
         merged = _merged(_merged(self.train.model_dump(), own), self.overrides)
         try:  # whole: what a concept asks for may not go with the model's settings
             return Settings.model_validate({**self.__dict__, "train": TrainSettings.model_validate(merged)})
@@ -394,13 +401,13 @@ def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def load_settings(path: Path, overrides: tuple[str, ...] = ()) -> Settings:
     """Read and check ``path``; ``overrides`` are ``a.b=value`` with YAML values. Raises :class:`SettingsError` with one
     line per fault."""
-    raw = _read_yaml(path)
+    raw = read_params(path)
     if not raw:
         raise SettingsError(f"{path}: expected keys and values, found nothing")
     given: dict[str, Any] = {}
-    for override in overrides:
-        _override(given, override)
-        _override(raw, override)
+    for said in overrides:
+        override(given, said)
+        override(raw, said)
     if "overrides" in raw:  # neither a file's nor a command line's to set
         raise SettingsError(f"{path}: overrides: unknown setting; remove it or check the spelling")
     forced = given.get("train")
@@ -408,38 +415,6 @@ def load_settings(path: Path, overrides: tuple[str, ...] = ()) -> Settings:
         return Settings.model_validate(raw | {"overrides": forced if isinstance(forced, dict) else {}})
     except ValidationError as error:
         raise SettingsError("\n".join(f"{path}: {_fault(fault)}" for fault in error.errors())) from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """Keys and values of a file; an empty one has none."""
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise SettingsError(f"{path}: larger than {MAX_BYTES >> 20} MiB, so no file of settings")
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SettingsError(f"{path}: no such file; run from the project's root or pass --params") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict | None):
-        raise SettingsError(f"{path}: expected keys and values, found {type(raw).__name__}")
-    return raw or {}
-
-
-def _override(given: dict[str, Any], override: str) -> None:
-    """Put one ``a.b=value`` into ``given``."""
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise SettingsError(f"override {override!r}: expected KEY=VALUE, for example train.max_steps=100")
-    *parents, last = key.split(".")
-    node: Any = given
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise SettingsError(f"override {override!r}: {parent} is a value, not a group of settings")
-    try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise SettingsError(f"override {override!r}: {value!r} is not a YAML value") from None
 
 
 def _fault(fault: Any) -> str:

@@ -57,6 +57,21 @@ def link_or_copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
+def size_of(*paths: Path) -> int:
+    """Bytes that deleting files and folders frees. A file of several names frees its share: all of it when all go."""
+    files = [file.lstat() for path in paths for file in [path, *path.rglob("*")] if not file.is_dir()]
+    return sum(stat.st_size // stat.st_nlink for stat in files)
+
+
+def shown_size(size: float) -> str:
+    """Bytes as a person reads them."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
 def stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
     """Size, time of change and inode of every file below ``folder``: two equal ones, and nobody wrote meanwhile."""
     found = {}

@@ -71,10 +71,15 @@ def plan_of(settings: Settings, base: Base) -> Plan:
     })  # fmt: skip
 
 
-def common_identity(plan: Plan, encoded: Encoded, replayed: bool) -> str:
-    """Hash of what all methods of a training have in common: code, base, encoded data (replay where it counts)."""
+def common_parts(plan: Plan, encoded: Encoded, replayed: bool) -> dict[str, Any]:
+    """What all methods of a training have in common, to be read: code, base, encoded data (replay where it counts)."""
     common = {key: value for key, value in plan["train"].items() if key not in ("methods", "max_minutes")}
-    return hash_of([common, encoded.identity(replayed)])
+    return {**common, "data": encoded.identity(replayed)}
+
+
+def common_identity(parts: Mapping[str, Any]) -> str:
+    """Hash of :func:`common_parts`."""
+    return hash_of([{key: value for key, value in parts.items() if key != "data"}, parts["data"]])
 
 
 def training_name(train: TrainSettings, common: str) -> str:
@@ -86,6 +91,45 @@ def training_identity(train: TrainSettings, method: Method, common: str) -> str:
     """Hash of everything that decides what ``method`` learns; two equal ones may be resumed. ``common``: from
     :func:`common_identity`."""
     return hash_of([method, _deciding(train, method), common])
+
+
+def made_of(train: TrainSettings, method: Method, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`training_identity` is of, to be read; ``parts``: from :func:`common_parts`."""
+    return _plain({"settings": _deciding(train, method), **parts})
+
+
+_WHAT_CHANGED = {"data": "the encoded data", "base": "the base", "version": "the version of the training code"}
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two :func:`made_of`, in words: settings by their keys, the rest by what it is. Data, base
+    and code come last."""
+    words = []
+    for group in ("settings", *sorted({*before, *now} - {"settings", *_WHAT_CHANGED}), *_WHAT_CHANGED):
+        was, is_now = before.get(group), now.get(group)
+        if was == is_now:
+            continue
+        if group in _WHAT_CHANGED:
+            words.append(f"{_WHAT_CHANGED[group]} changed")
+            continue
+        old, new = _flat(was, group), _flat(is_now, group)
+        for key in sorted({*old, *new}):
+            if old.get(key) != new.get(key):  # what is as it always was is left out of an identity
+                values = (_short(values[key]) if key in values else "as by default" for values in (old, new))
+                words.append(f"{key.removeprefix('settings.')} {' -> '.join(values)}")
+    return words
+
+
+def _flat(value: Any, place: str) -> dict[str, Any]:
+    """By dotted keys."""
+    if not isinstance(value, dict):
+        return {place: value}
+    return {key: leaf for name, below in value.items() for key, leaf in _flat(below, f"{place}.{name}").items()}
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def encode(concept: str, settings: Settings, root: Path) -> None:
 
 def train(concept: str, settings: Settings, root: Path) -> None:
     """``encoded/`` and the base's transformer -> ``train/<method>/`` and ``adapters/``, for each method."""
-    from dopsd.identity import training_name
+    from dopsd.identity import common_identity, training_name
     from dopsd.tracking import Sender
     from dopsd.train.job import Job
     from dopsd.train.launch import run_training
@@ -123,13 +123,15 @@ def train(concept: str, settings: Settings, root: Path) -> None:
 
     check_optimizer(settings.train)
     run = run_folder(concept, root)
-    encoded, common = _learnt_from(run, settings, root)
-    name = training_name(settings.train, common)
+    encoded, parts = _learnt_from(run, settings, root)
+    common = common_identity(parts)
+    name, before = training_name(settings.train, common), read_json(run / "train" / "training.json").get("training")
     _describe(run, name, settings, root, encoded.content_hash, images=encoded.images)
     print(f"train: {settings.train.work()}")
     job = Job(
-        f"{concept}-{name}", encoded, settings.train, settings.model, root, common, name, settings.compute.sharded
-    )
+        f"{concept}-{name}", encoded, settings.train, settings.model, root, common, name, settings.compute.sharded,
+        parts, before=f"{concept}-{before}" if before else "",
+    )  # fmt: skip
     with Sender(root, run, settings.tracking) as sender:
         watching = Terminal(sender.wake)
         results = run_training(job, settings.compute, root, run / "train", run / "adapters", watching)
@@ -272,25 +274,25 @@ def _read_validated(concept: str, settings: Settings, root: Path) -> tuple[Conce
     return table, holdout
 
 
-def _learnt_from(run: Path, settings: Settings, root: Path) -> tuple[Encoded, str]:
-    """What stage encode left, and the identity that all methods trained on it have in common."""
+def _learnt_from(run: Path, settings: Settings, root: Path) -> tuple[Encoded, dict[str, Any]]:
+    """What stage encode left, and what all methods trained on it have in common."""
     from dopsd.data.encoded import read_encoded
-    from dopsd.identity import common_identity, plan_of
+    from dopsd.identity import common_parts, plan_of
     from dopsd.models import open_base
 
     encoded = read_encoded(run / "encoded")
     plan = plan_of(settings, open_base(settings.model, root))
-    return encoded, common_identity(plan, encoded, settings.train.replay.weight > 0)
+    return encoded, common_parts(plan, encoded, settings.train.replay.weight > 0)
 
 
 def _check_trained(run: Path, method: Method, settings: Settings, root: Path) -> None:
     """Raise :class:`StageError` where the adapter was trained from other settings, data or base than today's: a version
     of it would be said to be made from those."""
-    from dopsd.identity import training_identity
+    from dopsd.identity import common_identity, training_identity
 
     trained = read_result(run / "adapters" / f"{method}.json", "train")
-    _, common = _learnt_from(run, settings, root)
-    if trained.get("fingerprint") != training_identity(settings.train, method, common):
+    _, parts = _learnt_from(run, settings, root)
+    if trained.get("fingerprint") != training_identity(settings.train, method, common_identity(parts)):
         raise StageError(
             f"{run / 'adapters' / method}.safetensors was trained from other settings, data or base than today's; "
             "run stage train first"

@@ -125,10 +125,17 @@ def test_jobs_of_other_settings_are_over_and_one_that_is_all_there_is_stays(tmp_
     assert _names(tmp_path, "blots") == {".cache/ray/blots-aaaaaaaaaaaa"}
 
 
-def test_what_was_set_aside_goes_as_a_whole(tmp_path: Path) -> None:
+def test_a_training_that_was_set_aside_stays_and_what_never_had_a_checkpoint_goes(tmp_path: Path) -> None:
     _train(tmp_path)
-    (tmp_path / "runs/blots/train/d-opsd").rename(tmp_path / "runs/blots/train/d-opsd.previous")
-    assert _names(tmp_path, delete=True) == {"runs/blots/train/d-opsd.previous"}
+    train = tmp_path / "runs/blots/train"
+    (train / "d-opsd").rename(train / "d-opsd.previous-1")
+    (train / "d-opsd.previous/checkpoints").mkdir(parents=True)
+    (train / "sft.previous-12").mkdir()
+    before = _files(train / "d-opsd.previous-1")
+    gone = {"runs/blots/train/d-opsd.previous", "runs/blots/train/sft.previous-12"}
+    assert _names(tmp_path, delete=True) == gone
+    assert _names(tmp_path) == set()
+    assert _files(train / "d-opsd.previous-1") == before
     assert (tmp_path / "runs/blots/adapters/d-opsd.safetensors").exists()
 
 

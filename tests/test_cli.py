@@ -148,7 +148,7 @@ def test_broken_files_of_a_run_stop_no_stage(inside: Path) -> None:
 def test_other_training_code_starts_afresh(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dopsd.identity.METHOD_VERSION", "another")
     _run("train", "--concept", "blots", "--set", "train.methods=[sft]")
-    assert (inside / "runs/blots/train/sft.previous").is_dir()
+    assert (inside / "runs/blots/train/sft.previous-1").is_dir()
     left = {path.stem for path in (inside / "runs/blots/adapters").iterdir()}
     assert left == {"sft", "sft-compute"}, "what is not asked for any more would stay in every table"
 

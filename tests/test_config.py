@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,10 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from dopsd.config import Settings, SettingsError, load_settings
+from dopsd.models import ModelError, family_class, resolved
 from dopsd.project import concept_folder, run_folder
 from dopsd.stages import run_stage
 
@@ -74,6 +78,18 @@ def test_the_shipped_concepts_are_there() -> None:
         ({"evaluation__few_steps": 3}, "must be one of evaluation.steps"),
         ({"data": ...}, "data: missing"),
         ({"overrides": {"max_steps": 3}}, "overrides: unknown setting"),
+        ({"train__learning_rate": float("inf")}, "train.learning_rate: "),
+        ({"train__betas": [0.9, 1.0]}, "train.betas.1: "),
+        ({"train__methods": []}, "train.methods: empty; name at least one"),
+        ({"train__methods": ["sft", "d-opsd", "sft"]}, "train.methods: sft is there twice; name each once"),
+        ({"train__lora__targets": []}, "train.lora.targets: empty"),
+        ({"train__lora__targets": ["to_(q"]}, "'to_(q' is not a regular expression"),
+        ({"evaluation__steps": []}, "evaluation.steps: empty"),
+        ({"evaluation__steps": [4, 8, 4]}, "evaluation.steps: 4 is there twice; name each once"),
+        ({"evaluation__steps": [4]}, "evaluation.steps [4] has none above 4"),
+        ({"evaluation__steps": [2, 4]}, "or set registry.enabled to false"),
+        ({"evaluation": {"steps": [8]}}, "evaluation.steps [8] has none above 8"),
+        ({"concepts": ["style-ink", "style-ink"]}, "concepts: style-ink is there twice"),
         ({"concepts": ["../../x"]}, "concepts.0: concept name '../../x': use 1 to 64 of a-z, 0-9 and -"),
     ],
 )
@@ -90,9 +106,88 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
     assert len(str(caught.value).splitlines()) == 3
 
 
+def _floats(group: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Paths of all numbers with a fraction, and of those that may be left out; a pair by its first."""
+    for name, field in type(group).model_fields.items():
+        value = getattr(group, name)
+        if isinstance(value, BaseModel):
+            yield from _floats(value, (*place, name))
+        elif re.search(r"\bfloat\b", str(field.annotation)):
+            yield (*place, name)
+
+
+SHIPPED_FLOATS = list(_floats(load_settings(SHIPPED)))
+
+
+@pytest.mark.parametrize("path", SHIPPED_FLOATS, ids=".".join)
+@pytest.mark.parametrize("word", [".inf", "-.inf", ".nan"])
+def test_no_number_may_be_infinite_or_none_at_all(path: tuple[str, ...], word: str) -> None:
+    key, value = ".".join(path), f"[{word}, 0.5]" if path[-1] == "betas" else word
+    with pytest.raises(SettingsError, match=rf"{key}[.0-9a-z\[\],]*: .*finite"):
+        load_settings(SHIPPED, (f"{key}={value}",))
+
+
+def test_the_floats_are_found() -> None:
+    named = {".".join(path) for path in SHIPPED_FLOATS}
+    assert {"train.learning_rate", "train.betas", "train.replay.weight", "compute.memory_gib"} <= named
+    assert len(named) > 15
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train: {max_steps: 1}\ndata: 1\ntrain: {}\n", "`train` is there twice (lines 1 and 3); keep one"),
+        ("train:\n  seed: 1\n  lora:\n    rank: 1\n    rank: 2\n", "`train.lora.rank` is there twice (lines 4 and 5)"),
+        ("a: [{b: 1}, {b: 1, 'b': 2}]", "`a.1.b` is there twice (lines 1 and 1)"),
+        ("a: &x {b: 1}\nc: {d: *x, d: *x}", "`c.d` is there twice (lines 2 and 2)"),
+    ],
+)
+def test_a_key_that_is_there_twice_is_named_with_its_lines(tmp_path: Path, text: str, said: str) -> None:
+    """Of two `train:` the last would win, and take all that the first says with it."""
+    (tmp_path / "params.yaml").write_text(text)
+    own = tmp_path / "data/concepts/style-ink/train.yaml"
+    _own(tmp_path, "style-ink", text)
+    for file, door in (
+        (tmp_path / "params.yaml", lambda: load_settings(tmp_path / "params.yaml")),
+        (own, lambda: load_settings(SHIPPED).of("style-ink", tmp_path)),
+    ):
+        with pytest.raises(SettingsError) as caught:
+            door()
+        assert str(caught.value).startswith(f"{file}: ")
+        assert said in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_key_twice_in_what_the_command_line_says() -> None:
+    with pytest.raises(SettingsError, match="`rank` is there twice"):
+        load_settings(SHIPPED, ("train.lora={rank: 2, rank: 4}",))
+
+
+def test_the_same_key_in_two_groups_and_what_an_anchor_repeats_is_no_fault(tmp_path: Path) -> None:
+    text = SHIPPED.read_text().replace("export:", "export: &same", 1) + "\n"
+    (tmp_path / "params.yaml").write_text(text)
+    assert load_settings(tmp_path / "params.yaml") == load_settings(SHIPPED)
+    _own(tmp_path, "style-ink", "teacher: &t {every: 2}\nlora: {rank: 2}\n")
+    assert load_settings(SHIPPED).of("style-ink", tmp_path).train.teacher.every == 2
+
+
+def test_steps_may_be_few_alone_where_no_gate_asks_for_more(tmp_path: Path) -> None:
+    for registry in ({"registry__enabled": False}, {"registry__min_retention": 0.0}):
+        assert load_settings(_write(tmp_path, evaluation__steps=[4], **registry)).evaluation.steps == (4,)
+
+
+def test_the_familys_own_number_of_few_steps_counts_for_the_gate(tmp_path: Path) -> None:
+    family = family_class(load_settings(SHIPPED).model).few_steps
+    steps = {"steps": [1, family]}
+    with pytest.raises(ModelError, match=f"has none above {family}"):
+        resolved(load_settings(_write(tmp_path, evaluation=steps)))
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
+        ("[" * 10_000, "not valid YAML"),
+        ("a: 2025-13-45", "not valid YAML"),
         (None, "no such file"),
         ("a: [1", "not valid YAML"),
         ("[1, 2]", "expected keys and values"),

@@ -51,6 +51,7 @@ def tiny_run_settings(**changes) -> Settings:
     values = {
         "concepts": ["inked"], "model": {"path": "nowhere"}, "data": {"resolution": 64},
         "train": {"max_steps": 1, "batch_size": 1, "learning_rate": 1e-3}, "evaluation": evaluation | changes,
+        "registry": {"enabled": False},
     }  # fmt: skip
     return Settings.model_validate(values)
 

@@ -18,7 +18,8 @@ PACKAGE = ROOT / "dopsd"
 
 ROOMS: dict[str, set[str]] = {
     # room: the rooms it may import from
-    "config": set(),
+    "params": set(),
+    "config": {"params"},
     "files": set(),
     "versions": set(),
     "data": {"config", "files"},
@@ -38,6 +39,7 @@ ROOMS: dict[str, set[str]] = {
     "memory": {"config"},
     "project": {"config", "data", "models", "evaluation"},
     "clean": {"config", "files", "train", "lock", "project"},
+    "runs": {"params", "files", "identity", "train", "lock", "project", "clean"},
 }
 """Arrows of house.md. The edges (stages, cli, doctor) may import from every room, and no room from them."""
 

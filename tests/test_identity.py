@@ -34,7 +34,8 @@ STANDS_FOR = {
     "METHOD_VERSION": (*MODELS, "distill/adapters.py", "distill/baselines.py", "distill/flow.py", "distill/kinds.py",
                        "distill/loss.py", "distill/pair.py", "distill/rollout.py", "distill/targets.py",
                        "distill/weights.py", "data/dataset.py", "train/gain.py", "train/job.py", "train/objective.py",
-                       "train/parallel.py", "train/student.py", "train/trainer.py"),
+                       "train/parallel.py", "train/resume.py", "train/schedule.py", "train/student.py",
+                       "train/trainer.py"),
     "SCORES_VERSION": (*MODELS, "distill/drawing.py", "distill/rollout.py", "data/colour.py", "data/images.py",
                        "data/pictures.py", "evaluation/backbones.py", "evaluation/grids.py", "evaluation/headline.py",
                        "evaluation/metrics.py", "evaluation/naming.py", "evaluation/probe.py", "evaluation/prompts.py",
@@ -138,6 +139,30 @@ def test_a_method_more_is_the_same_training_and_another_seed_is_not() -> None:
     assert identities("train.preview_prompts=[a]", "train.max_minutes=3") == same
     assert identities("train.sft_compute_factor=2")[1] == same[1], "of SFT alone"
     assert not set(identities("train.seed=1")) & set(same)
+
+
+def test_what_a_training_is_made_of_is_readable_and_its_hash_is_what_it_always_was() -> None:
+    settings, encoded = load_settings(SHIPPED), Encoded(tuple(tiny.tiny_examples(2)), (), (), 1, "")
+    parts = identity.common_parts(plan(settings), encoded, replayed=False)
+    own = {key: value for key, value in plan(settings)["train"].items() if key not in ("methods", "max_minutes")}
+    assert identity.common_identity(parts) == identity.hash_of([own, encoded.identity(False)])
+    made = identity.made_of(settings.train, "d-opsd", parts)
+    assert made["settings"]["learning_rate"] == settings.train.learning_rate
+    assert json.loads(json.dumps(made)) == made
+    assert identity.changes(made, made) == []
+    others = load_settings(SHIPPED, ("train.lora.rank=3", "train.optimizer=adamw-8bit", "train.lora.targets=null"))
+    model = {**parts["model"], "dtype": "float32"}
+    other = identity.made_of(
+        others.train, "d-opsd", {**parts, "data": "other", "version": 99, "base": {}, "model": model}
+    )
+    said = identity.changes(made, other)
+    assert said[:1] + said[2:] == [
+        "lora.rank 64 -> 3", "optimizer as by default -> adamw-8bit", "model.dtype auto -> float32",
+        "the encoded data changed", "the base changed", "the version of the training code changed",
+    ]  # fmt: skip
+    assert said[1].startswith("lora.targets ['context_refiner")
+    assert said[1].endswith("... -> null")
+    assert len(said[1]) < 100
 
 
 @pytest.mark.parametrize(

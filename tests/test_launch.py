@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from dopsd.data.encoded import read_encoded
 from dopsd.stages import STAGES
 from dopsd.train.job import Job
 from dopsd.train.launch import connect_ray, run_training
+from dopsd.train.storage import JobStorage
 from dopsd.train.trainer import TrainError
 from tests import tiny
 from tests.tiny_project import make_project
@@ -226,9 +228,42 @@ def test_a_run_of_other_settings_is_set_aside_on_this_side_too(project: Path, tm
     job = _job(project, "other", "train.max_steps=1", "train.learning_rate=1e-3")
     _train(job, tmp_path, cpus_per_worker=1)
     assert [row["step"] for row in _rows(tmp_path)] == [0, 1]
-    assert (tmp_path / "train/d-opsd.previous/log.jsonl").read_text() == old
+    assert (tmp_path / "train/d-opsd.previous-1/log.jsonl").read_text() == old
     names = {path.name for path in (tmp_path / "train/d-opsd/previews").glob("student-*")}
     assert names == {"student-000000.webp", "student-000001.webp"}
+
+
+@pytest.mark.parametrize("launcher", ["ray", "local"])
+@pytest.mark.parametrize("override", ["train.max_steps=8", "train.learning_rate=1e-3"])
+def test_what_a_killed_job_of_other_settings_left_in_its_storage_is_not_lost(
+    project: Path, tmp_path: Path, launcher: str, override: str
+) -> None:
+    """It has another name: nobody would look there. More steps go on from it; else it is set aside whole."""
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    def job(name: str, *overrides: str) -> Job:
+        return replace(_job(project, name, *overrides), parts={"data": "x"}, before="killed")
+
+    with pytest.raises(KeyboardInterrupt):
+        _train(job("killed", "train.max_steps=6"), tmp_path, _Watcher(5, stop), launcher="local")
+    run = tmp_path / "train/d-opsd"
+    JobStorage(str(tmp_path / "storage"), "killed").save(run.parent, ["d-opsd"])
+    shutil.rmtree(run / "checkpoints")  # on this side there are log and pictures alone
+    rows = (run / "log.jsonl").read_text()
+    watcher = _Watcher()
+    _train(job("other", override), tmp_path, watcher, launcher=launcher, cpus_per_worker=1)
+    assert not [path for path in (tmp_path / "storage").rglob("*") if path.is_file() and "killed" in str(path)]
+    if "max_steps" in override:
+        assert watcher.steps == [5, 6, 7, 8]
+        assert [row["step"] for row in _rows(tmp_path)] == list(range(9))
+    else:
+        assert watcher.steps == list(range(13))
+        aside = tmp_path / "train/d-opsd.previous-1"
+        assert (aside / "checkpoints/step-00000004/tensors.safetensors").exists()
+        assert (aside / "log.jsonl").read_text() == rows, "and not the one of its checkpoint"
+        assert any("learning_rate 0.01 -> 0.001, max_steps 6 -> 12 since" in text for text in watcher.messages)
 
 
 def test_jobs_that_do_not_fit_side_by_side_queue(

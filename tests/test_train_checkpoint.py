@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, the last two kept, and exact."""
 
+import shutil
 import weakref
 
 import pytest
@@ -110,15 +111,21 @@ def test_a_run_that_did_all_its_steps_is_known_by_its_state_alone(tmp_path):
     assert (again.steps, again.messages) == ([], [])
 
 
-def test_setting_aside_replaces_what_was_set_aside_before(tmp_path):
-    run = tmp_path / "d-opsd"
-    for content in ("first", "second"):
+def test_setting_aside_counts_on_and_replaces_nothing(tmp_path):
+    run, places = tmp_path / "d-opsd", []
+    (tmp_path / "d-opsd.previous").mkdir()
+    for number in range(11):
         run.mkdir()
-        (run / "log.jsonl").write_text(content)
-        place = ckpt.set_aside(run)
-    assert place == tmp_path / "d-opsd.previous"
-    assert not run.exists()
-    assert (place / "log.jsonl").read_text() == "second"
+        (run / "log.jsonl").write_text(str(number))
+        places.append(ckpt.set_aside(run))
+        assert not run.exists()
+    assert [place.name for place in places] == [f"d-opsd.previous-{number}" for number in range(1, 12)]
+    assert [(place / "log.jsonl").read_text() for place in places] == [str(number) for number in range(11)]
+    assert all(ckpt.was_set_aside(place) for place in (*places, tmp_path / "d-opsd.previous"))
+    assert not ckpt.was_set_aside(run)
+    shutil.rmtree(places[4])
+    run.mkdir()
+    assert ckpt.set_aside(run).name == "d-opsd.previous-12", "a number is not given again"
 
 
 def test_a_run_holds_no_checkpoint_while_it_trains(tmp_path, monkeypatch):

@@ -1,10 +1,12 @@
 """A run killed at any moment resumes where it was and ends bit for bit where the unbroken run ends."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -129,18 +131,183 @@ def test_a_finished_run_called_again_returns_at_once_and_restores_its_adapters(t
     assert {label: path.read_bytes() for label, path in again.adapters.items()} == contents
 
 
-def test_other_settings_or_data_start_afresh_and_set_the_old_run_aside(tmp_path):
-    tiny.run_tiny("d-opsd", tmp_path, tiny.tiny_settings(max_steps=2))
-    for settings, examples in (
-        (tiny.tiny_settings(max_steps=2, learning_rate=2e-2), None),
-        (tiny.tiny_settings(max_steps=2, learning_rate=2e-2), tiny.tiny_examples(seed=1)),
-    ):
-        old = (tmp_path / "train" / "log.jsonl").read_text()
+def _says(seen, *words):
+    return [text for text in seen.messages if all(word in text for word in words)]
+
+
+def test_other_settings_or_data_start_afresh_and_nothing_that_was_set_aside_is_lost(tmp_path):
+    tiny.run_tiny("d-opsd", tmp_path, tiny.tiny_settings(max_steps=3))
+    (tmp_path / "train.previous").mkdir()  # of a version that did not count them
+    old, place = {}, tmp_path / "train"
+    other = tiny.tiny_examples(seed=1)
+    faster = tiny.tiny_settings(max_steps=2, learning_rate=2e-2)
+    for number, (settings, examples, what) in enumerate((
+        (faster, None, "learning_rate 0.01 -> 0.02, max_steps 3 -> 2 since"),
+        (faster, other, "the encoded data changed since"),
+        (tiny.tiny_settings(max_steps=2), other, "learning_rate 0.02 -> 0.01 since"),
+        (tiny.tiny_settings(max_steps=1), other, "max_steps 2 -> 1, which it is past since"),
+    ), 1):  # fmt: skip
+        old[f"train.previous-{number}"] = (place / "log.jsonl").read_text()
         seen = tiny.Recorder()
         tiny.run_tiny("d-opsd", tmp_path, settings, seen, examples)
-        assert seen.steps == [0, 1, 2]
-        assert any("differ from the run at step 2" in text and "train.previous" in text for text in seen.messages)
-        assert (tmp_path / "train.previous" / "log.jsonl").read_text() == old
+        assert seen.steps == list(range(settings.max_steps + 1))
+        assert _says(seen, f"train: {what} the run at step", "set aside", "`dopsd runs`"), seen.messages
+    kept = {path.name: (path / "log.jsonl").read_text() for path in tmp_path.glob("train.previous-*")}
+    assert kept == old
+    assert (tmp_path / "train.previous").is_dir()
+
+
+def test_of_many_differences_a_handful_is_named(tmp_path):
+    tiny.run_tiny("d-opsd", tmp_path, tiny.tiny_settings(max_steps=2))
+    seen = tiny.Recorder()
+    others = {"lora": {"rank": 2, "kind": "dora"}, "betas": [0.8, 0.9], "clip_norm": 0.5, "loss": "x0",
+              "optimizer": "adamw", "seed": 4, "schedule": "linear"}  # fmt: skip
+    tiny.run_tiny("d-opsd", tmp_path, tiny.tiny_settings(max_steps=2, **others), seen)
+    (said,) = _says(seen, "since the run at step 2")
+    assert "betas [0.9, 0.999] -> [0.8, 0.9], clip_norm 1 -> 0.5, lora.kind as by default -> dora, " in said
+    assert "and 2 more since" in said
+
+
+@pytest.mark.parametrize("lost", ["state.json", "tensors.safetensors"])
+def test_a_run_whose_checkpoints_cannot_be_read_is_set_aside_and_not_written_over(tmp_path, lost):
+    tiny.run_tiny("d-opsd", tmp_path, tiny.tiny_settings(max_steps=4))
+    for path in (tmp_path / "train/checkpoints").glob(f"*/{lost}"):
+        path.write_bytes(b"")
+    old = (tmp_path / "train/adapters/d-opsd.safetensors").read_bytes()
+    seen = tiny.Recorder()
+    tiny.run_tiny("d-opsd", tmp_path, tiny.tiny_settings(max_steps=6), seen)
+    assert seen.steps == list(range(7))
+    assert _says(seen, "unreadable checkpoint")
+    assert (tmp_path / "train.previous-1/adapters/d-opsd.safetensors").read_bytes() == old
+
+
+def test_a_run_without_a_checkpoint_is_not_kept(tmp_path):
+    class Breaks(tiny.Recorder):
+        def metrics(self, at, values):
+            super().metrics(at, values)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny.run_tiny("d-opsd", tmp_path, tiny.tiny_settings(), Breaks())
+    tiny.run_tiny("d-opsd", tmp_path, tiny.tiny_settings(learning_rate=1.0))
+    assert not list(tmp_path.glob("*.previous*"))
+
+
+LENGTHS = {
+    "d-opsd": {"teacher": {"guidance": 1.5, "decay": 0.9, "every": 3}, "warmup_steps": 2},
+    "sft": {"warmup_steps": 6},
+    "sft-teacher": {},
+}
+
+
+@pytest.mark.parametrize("method", LENGTHS)
+@pytest.mark.parametrize("killed", [False, True])
+def test_more_steps_go_on_where_the_run_is_and_end_bit_for_bit_as_an_unbroken_longer_run(tmp_path, method, killed):
+    def settings(steps):
+        return tiny.tiny_settings(max_steps=steps, checkpoint_steps=2, sft_compute_factor=1.5, **LENGTHS[method])
+
+    class Breaks(tiny.Recorder):
+        def metrics(self, at, values):
+            super().metrics(at, values)
+            if killed and at == 3:
+                raise KeyboardInterrupt
+
+    with suppress(KeyboardInterrupt):
+        tiny.run_tiny(method, tmp_path / "a", settings(4), Breaks())
+    at = 2 if killed else 6 if method == "sft" else 4
+    seen = tiny.Recorder()
+    tiny.run_tiny(method, tmp_path / "a", settings(8), seen)
+    assert seen.steps[0] == at + 1
+    assert _says(seen, f"max_steps 4 -> 8; going on from step {at}")
+    assert not _says(seen, "schedule")
+    whole = tiny.run_tiny(method, tmp_path / "b", settings(8))
+    _assert_same_end(tmp_path / "a", tmp_path / "b")
+    for label in whole.adapters:
+        mine, theirs = (json.loads((tmp_path / x / f"adapters/{label}.json").read_text()) for x in "ab")
+        assert mine.pop("lengthened") == [{"step": at, "max_steps": 4}]
+        assert theirs.pop("lengthened") == []
+        assert mine == theirs
+    again = tiny.Recorder()
+    tiny.run_tiny(method, tmp_path / "a", settings(8), again)
+    assert (again.steps, again.messages) == ([], [])
+
+
+@pytest.mark.parametrize(("method", "steps"), [("d-opsd", 6), ("d-opsd", 4), ("sft", 4)])
+def test_fewer_steps_that_are_not_behind_go_on_too(tmp_path, method, steps):
+    """At step 4 there is a checkpoint, and with 4 steps nothing more to do but to write the adapter."""
+
+    class Breaks(tiny.Recorder):
+        def metrics(self, at, values):
+            if at == 5:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny.run_tiny(method, tmp_path / "a", tiny.tiny_settings(max_steps=20), Breaks())
+    seen = tiny.Recorder()
+    mine = tiny.run_tiny(method, tmp_path / "a", tiny.tiny_settings(max_steps=steps), seen)
+    assert _says(seen, f"max_steps 20 -> {steps}; going on from step 4")
+    theirs = tiny.run_tiny(method, tmp_path / "b", tiny.tiny_settings(max_steps=steps))
+    assert (mine.steps, mine.stopped, set(mine.adapters)) == (theirs.steps, theirs.stopped, set(theirs.adapters))
+    _assert_same_end(tmp_path / "a", tmp_path / "b")
+
+
+def test_more_steps_where_the_clock_has_run_out_already(tmp_path):
+    """Nothing is trained, and what is there is this run's: its adapter says so, else it could not be registered."""
+    result = tiny.run_tiny("d-opsd", tmp_path, tiny.tiny_settings(max_steps=4, max_minutes=1e-9))
+    before = result.adapters["d-opsd"].read_bytes()
+    longer = tiny.tiny_settings(max_steps=8, max_minutes=1e-9)
+    result = tiny.run_tiny("d-opsd", tmp_path, longer)
+    assert (result.steps, result.stopped) == (1, "max_minutes")
+    assert result.adapters["d-opsd"].read_bytes() == before
+    fingerprint = json.loads((tmp_path / "adapters/d-opsd.json").read_text())["fingerprint"]
+    assert fingerprint == tiny.tiny_identity(longer, "d-opsd", tiny.tiny_examples(), tiny.tiny_prompts())
+
+
+def test_a_decaying_schedule_is_the_new_lengths_from_there_on_and_says_so(tmp_path):
+    def settings(steps):
+        return tiny.tiny_settings(max_steps=steps, schedule="cosine")
+
+    tiny.run_tiny("d-opsd", tmp_path, settings(4))
+    seen = tiny.Recorder()
+    tiny.run_tiny("d-opsd", tmp_path, settings(8), seen)
+    assert _says(
+        seen, "max_steps 4 -> 8; going on from step 4; from there on the rate is that of a cosine schedule of 8"
+    )
+    rates = [values["train/learning_rate"] for values in seen.values]
+    assert rates == [pytest.approx(1e-2 * 0.5 * (1 + math.cos(math.pi * step / 8))) for step in range(4, 8)]
+
+
+def test_more_steps_than_sft_is_past_start_it_afresh(tmp_path):
+    """Its first adapter is due at a step that lies behind its last checkpoint."""
+    tiny.run_tiny("sft", tmp_path, tiny.tiny_settings(max_steps=4))
+    seen = tiny.Recorder()
+    tiny.run_tiny("sft", tmp_path, tiny.tiny_settings(max_steps=5), seen)
+    assert _says(seen, "max_steps 4 -> 5, which it is past since the run at step 6; starting afresh")
+    assert (tmp_path / "train.previous-1/checkpoints/step-00000006").is_dir()
+
+
+def test_what_a_shorter_run_ended_with_stays_beside_the_longer_ones(tmp_path):
+    def settings(steps, **more):
+        return tiny.tiny_settings(max_steps=steps, **more)
+
+    tiny.run_tiny("sft", tmp_path, settings(2))
+    old = {path.stem: path.read_bytes() for path in (tmp_path / "train/adapters").glob("*.safetensors")}
+    result = tiny.run_tiny("sft", tmp_path, settings(6, max_minutes=1e-9))  # ends where it is: before `sft-compute`
+    assert set(result.adapters) == {"sft"}, "and not what the shorter one ended with"
+    kept = {path.stem: path.read_bytes() for path in (tmp_path / "train/adapters").glob("*-[0-9].safetensors")}
+    assert kept == {"sft-2": old["sft"], "sft-compute-3": old["sft-compute"]}
+
+
+def test_a_run_without_tensors_is_not_made_longer(tmp_path):
+    """`dopsd clean` deletes those of a finished one; it is set aside whole."""
+    tiny.run_tiny("d-opsd", tmp_path, tiny.tiny_settings(max_steps=2))
+    for path in (tmp_path / "train/checkpoints").glob("*/tensors.safetensors"):
+        path.unlink()
+    seen = tiny.Recorder()
+    tiny.run_tiny("d-opsd", tmp_path, tiny.tiny_settings(max_steps=3), seen)
+    assert seen.steps == [0, 1, 2, 3]
+    assert _says(seen, "`dopsd clean` deletes those of a finished training")
+    assert (tmp_path / "train.previous-1/adapters/d-opsd.safetensors").exists()
 
 
 def test_settings_that_change_no_step_do_not_start_afresh(tmp_path):
@@ -149,4 +316,4 @@ def test_settings_that_change_no_step_do_not_start_afresh(tmp_path):
     changed = tiny.tiny_settings(max_steps=2, preview_steps=1, checkpoint_steps=1, methods=["d-opsd"], max_minutes=60)
     tiny.run_tiny("d-opsd", tmp_path, changed, seen)
     assert not seen.steps
-    assert not (tmp_path / "train.previous").exists()
+    assert not list(tmp_path.glob("train.previous*"))

@@ -20,7 +20,7 @@ from diffusers.models import AutoencoderKL, ZImageTransformer2DModel
 from dopsd.config import Method, TrainSettings
 from dopsd.data.dataset import Example, Preview
 from dopsd.data.encoded import Encoded
-from dopsd.identity import training_identity
+from dopsd.identity import made_of, training_identity
 from dopsd.models.base import Conditioning, Parts, Teaching
 from dopsd.models.loading import Blocks, place, use_plain_attention
 from dopsd.models.z_image import ZImage
@@ -168,7 +168,9 @@ def run_tiny(
         place(family.transformer, family.device, "none", blocks)
     examples = examples if examples is not None else tiny_examples()
     identity = tiny_identity(settings, method, examples, prompts)
-    training = Training(method, settings, examples, identity, prompts, [Preview("a fox", prompts[0], SIDE, SIDE)])
+    previews = [Preview("a fox", prompts[0], SIDE, SIDE)]
+    parts = tiny_made_of(settings, method, examples, prompts)
+    training = Training(method, settings, examples, identity, prompts, previews, made_of=parts)
     return train(family, training, Place(folder / "train", folder / "adapters", observer or Recorder()))
 
 
@@ -176,8 +178,15 @@ def tiny_identity(
     settings: TrainSettings, method: Method, examples: Sequence[Example], replay: Sequence[Conditioning] = ()
 ) -> str:
     """Of a training on the tiny family."""
+    return training_identity(settings, method, tiny_made_of(settings, method, examples, replay)["data"])
+
+
+def tiny_made_of(
+    settings: TrainSettings, method: Method, examples: Sequence[Example], replay: Sequence[Conditioning] = ()
+) -> dict[str, Any]:
+    """What :func:`tiny_identity` is of, to be read."""
     encoded = Encoded(tuple(examples), (), tuple(("", prompt) for prompt in replay), 1, "")
-    return training_identity(settings, method, encoded.identity(settings.replay.weight > 0))
+    return made_of(settings, method, {"data": encoded.identity(settings.replay.weight > 0)})
 
 
 class _Teller(Recorder):

@@ -73,6 +73,8 @@ def resolved(settings: Settings) -> Settings:
     few = evaluation.few_steps or family.few_steps
     if few not in evaluation.steps:
         raise ModelError(f"evaluation.few_steps ({few}) must be one of evaluation.steps")
+    if missing := evaluation.missing_for(settings.registry, few):
+        raise ModelError(missing)
     # a teacher that only reads more has nothing to follow
     kind = settings.train.teacher.kind or ("frozen" if context == "enhanced-prompt" else "ema")
     teacher = settings.train.teacher.model_copy(update={"kind": kind})

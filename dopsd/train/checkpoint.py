@@ -3,8 +3,8 @@
 A checkpoint is a folder ``step-00000050/`` with ``tensors.safetensors`` (student, optimizer, the state of the run's
 random generator, and where the teacher is an EMA its float32 weights: four times the adapter, 2.5 GB at true size; with
 full tuning four times the model in float32, and little host memory, for they are written one by one) and
-``state.json`` (step, sampler position, seconds, fingerprint, why the run is over if it is). It is written beside its
-place, synced to disk and renamed, so a kill at any moment leaves the previous one; the last two are kept.
+``state.json`` (step, sampler position, seconds, what the run is made of, why it is over if it is). It is written beside
+its place, synced to disk and renamed, so a kill at any moment leaves the previous one; the last two are kept.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ class Checkpoint:
     step: int
     """Optimizer steps done."""
     tensors: dict[str, Tensor]
-    """Empty where the run did all its steps: nothing goes on from there."""
+    """Empty where nothing goes on from there."""
     state: dict[str, Any]
-    """JSON values: fingerprint, sampler position, seconds so far, teacher gain, ``stopped`` (why it is over, or "")."""
+    """JSON values: fingerprint and what it is of (``made_of``), sampler position, seconds so far, teacher gain,
+    ``stopped`` (why it is over, or ""), ``lengthened`` (:mod:`dopsd.train.resume`)."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -66,12 +67,21 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     return final
 
 
-def load_checkpoint(folder: Path, log: Callable[[str], object] = print) -> Checkpoint | None:
-    """The newest readable checkpoint below ``folder``, or ``None``; one that cannot be read is a line to ``log``."""
+def load_checkpoint(
+    folder: Path, log: Callable[[str], object] = print, wanted: Callable[[int, Mapping[str, Any]], bool] | None = None
+) -> Checkpoint | None:
+    """The newest readable checkpoint below ``folder``, or ``None``; one that cannot be read is a line to ``log``.
+
+    ``wanted`` says of a step and its state whether the tensors are read too; by itself where the run is not over.
+    """
     for path in reversed(complete(folder)):
         try:
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
-            return Checkpoint(state.pop("step"), {} if is_over(state) else load_file(path / TENSORS), state)
+            step = state.pop("step")
+            read = wanted(step, state) if wanted else not is_over(state)
+            if read and is_over(state) and not (path / TENSORS).exists():
+                raise ValueError("its tensors are gone: `dopsd clean` deletes those of a finished training")
+            return Checkpoint(step, load_file(path / TENSORS) if read else {}, state)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             log(f"{path}: unreadable checkpoint ({error}); going back to the one before it, or to the start")
     return None
@@ -102,13 +112,20 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+_ASIDE = ".previous"
+
+
 def set_aside(folder: Path) -> Path:
-    """Move a run's folder to ``<folder>.previous``, replacing what was set aside before; returns the new place."""
-    previous = folder.with_name(folder.name + ".previous")
-    if previous.exists():
-        shutil.rmtree(previous)
-    folder.rename(previous)
-    return previous
+    """Move a run's folder to ``<folder>.previous-1``, or the next number that was not given yet; returns the new place.
+    What was set aside before stays."""
+    taken = [found.name.rpartition("-")[2] for found in folder.parent.glob(f"{folder.name}{_ASIDE}-*")]
+    number = 1 + max((int(text) for text in taken if text.isdecimal()), default=0)
+    return folder.rename(folder.with_name(f"{folder.name}{_ASIDE}-{number}"))
+
+
+def was_set_aside(folder: Path) -> bool:
+    """Whether a run's folder is one that :func:`set_aside` moved."""
+    return _ASIDE in folder.name
 
 
 # --- optimizer --------------------------------------------------------------------------------------------------------

@@ -5,13 +5,14 @@ What a job is made of can be sent to another machine: settings, encoded examples
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dopsd.config import Method, ModelSettings, TrainSettings
 from dopsd.data.encoded import Encoded
-from dopsd.identity import training_identity
+from dopsd.identity import made_of, training_identity
 from dopsd.models import load_family
 from dopsd.sizing.runs import Checkpointing
 from dopsd.train.device_memory import checkpointing_for, counted, out_of_memory, ran_out
@@ -35,6 +36,11 @@ class Job:
     """The training's name alone; every run says in its folder which one it belongs to."""
     sharded: bool = False
     """Whether its workers divide the transformer among them."""
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    """What ``common`` is of, to be read (:func:`dopsd.identity.common_parts`)."""
+    before: str = ""
+    """The name of the concept's job before this one: where a worker's death left it, its checkpoints are in its storage
+    alone."""
 
 
 def run_job(
@@ -55,7 +61,8 @@ def run_job(
     replay = [conditioning for _, conditioning in encoded.replay]
     for method in job.train.methods:
         identity = training_identity(how, method, job.common)
-        training = Training(method, how, encoded.examples, identity, replay, encoded.previews, job.training)
+        training = Training(method, how, encoded.examples, identity, replay, encoded.previews, job.training,
+                            made_of(how, method, job.parts))  # fmt: skip
         try:
             result = train(family, training, Place(folder / method, adapters, observer, on_saved))
         except RuntimeError as error:

@@ -18,7 +18,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from dopsd.config import ComputeSettings, Method
-from dopsd.files import append_line, whole_file
+from dopsd.files import append_line, is_disk_full, whole_file
 from dopsd.train import worker
 from dopsd.train.checkpoint import set_aside
 from dopsd.train.errors import LaunchError
@@ -67,6 +67,7 @@ def run_training(
     machines are and ``compute.max_failures`` did not suffice.
     """
     with disk_full_said(folder):
+        _bring_back(job, compute, root, folder)
         if compute.launcher == "local":
             return run_job(job, folder, adapters, observer)
         return _run_on_ray(job, compute, root, folder, adapters, observer)
@@ -213,7 +214,7 @@ def _run_on_ray(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     requested = resources(compute, job.model.device)
-    storage = JobStorage(compute.storage or str((root / ".cache" / "ray").resolve()), job.name)
+    storage = _storage(job.name, compute, root)
     try:
         storage.offer(folder, job.train.methods)
     except OSError as error:
@@ -258,19 +259,50 @@ def _run_on_ray(
     }
 
 
+def _storage(name: str, compute: ComputeSettings, root: Path) -> JobStorage:
+    return JobStorage(compute.storage or str((root / ".cache" / "ray").resolve()), name)
+
+
+def _bring_back(job: Job, compute: ComputeSettings, root: Path, folder: Path) -> None:
+    """Fetch the checkpoints that a job on Ray which did not end left in its storage, where no job will look for them:
+    this one has another name, or runs in this process. So they are gone on from, or set aside with their run."""
+    local = compute.launcher == "local"
+    for name in {job.before, job.name if local else job.before} - {"", "" if local else job.name}:
+        storage = _storage(name, compute, root)
+        if local and not Path(storage.place, name).is_dir():
+            continue
+        try:
+            if further := storage.further_than(folder):
+                _fetch(storage, folder, further, ("checkpoints", "adapters"))
+                storage.delete()
+        except OSError as error:
+            if is_disk_full(error):
+                raise
+            raise LaunchError(f"{name}: cannot read the storage {_shown(storage.place)} ({error})") from None
+
+
 def _bring_home(storage: JobStorage, folder: Path, adapters: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
     """Add to the run folders what did not come through the queue: checkpoints and adapters."""
+    _fetch(storage, folder, list(results))
+    for method, found in results.items():
+        publish(folder / method / "adapters", adapters, dict(enumerate(found["adapters"])))
+
+
+def _fetch(storage: JobStorage, folder: Path, methods: Sequence[str], replaced: Sequence[str] | None = None) -> None:
+    """Move the runs of ``methods`` from the storage into ``folder``. ``replaced``: what of them takes the place of what
+    is here; the rest only where there is nothing (``None``: all of it)."""
     place = folder / "arriving.partial"
     shutil.rmtree(place, ignore_errors=True)
     storage.load(place)
-    for method, found in results.items():
-        (folder / method).mkdir(exist_ok=True)
+    for method in methods:
+        (folder / method).mkdir(parents=True, exist_ok=True)
         for arrived in sorted((place / method).iterdir()):
             target = folder / method / arrived.name
+            if target.exists() and replaced is not None and arrived.name not in replaced:
+                continue
             if target.is_dir():
                 shutil.rmtree(target)
             arrived.replace(target)
-        publish(folder / method / "adapters", adapters, dict(enumerate(found["adapters"])))
     shutil.rmtree(place)
 
 

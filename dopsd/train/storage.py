@@ -96,6 +96,13 @@ class JobStorage:
         with system.open_input_stream(f"{path}/{_REFUSAL}") as file:
             return file.read().decode()
 
+    def further_than(self, folder: Path) -> list[str]:
+        """The methods whose runs are further there than in ``folder``."""
+        names = self._files()
+        methods = sorted({name.partition("/")[0] for name in names if name != _REFUSAL})
+        there = {method: _newest([name for name in names if name.startswith(f"{method}/")]) for method in methods}
+        return [method for method, step in there.items() if step > _newest(needed(folder / method))]
+
     def delete(self) -> None:
         """Remove all of it."""
         system, path = self._opened

@@ -2,7 +2,8 @@
 
 A run's folder holds ``checkpoints/``, ``adapters/``, ``previews/``, ``log.jsonl`` and ``run.json``. Calling
 :func:`train` again with the same settings and data resumes it, and on a CPU ends bit for bit where the unbroken run
-ends; a finished run returns at once; other settings or data start afresh and set the old folder aside.
+ends; a finished run returns at once; other settings or data start afresh and set the old folder aside
+(:mod:`dopsd.train.resume`).
 
 Under several processes (a Ray Train job, ``torchrun``) every one of them calls :func:`train` with a folder of its own.
 All draw the same random numbers, each works on its share of the batch, and gradients are added up once per optimizer
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from dopsd.config import CHECKPOINT_SECONDS, Method, TrainSettings
-from dopsd.data.dataset import BucketSampler, Example, Preview
+from dopsd.config import CHECKPOINT_SECONDS
+from dopsd.data.dataset import BucketSampler
 from dopsd.files import whole_file, write_json
-from dopsd.models.base import Conditioning, Family
+from dopsd.models.base import Family
 from dopsd.train import checkpoint as ckpt
 from dopsd.train.gain import choose, described, helps, teacher_gain, teacher_samples
 from dopsd.train.machine import MachineLoad
@@ -34,6 +35,8 @@ from dopsd.train.objective import Objective
 from dopsd.train.observer import Observer, Previews, Progress, RunLog
 from dopsd.train.optimizer import make_optimizer
 from dopsd.train.parallel import exchange, share
+from dopsd.train.resume import Training, find_saved
+from dopsd.train.schedule import learning_rate, milestones, why_stopped
 from dopsd.train.status import adopt, running
 from dopsd.train.student import description, make_pair, save_student
 
@@ -76,49 +79,6 @@ class TrainResult:
     """``max_steps`` or ``max_minutes``."""
 
 
-def milestones(settings: TrainSettings, method: Method) -> dict[int, str]:
-    """At which step which adapter is written; the last one ends the run.
-
-    ``sft`` is shown at an equal number of images drawn and, continued, at equal compute.
-    """
-    if method != "sft":
-        return {settings.max_steps: method}
-    return {
-        settings.max_steps: "sft",
-        max(settings.max_steps + 1, settings.sft_steps_at_equal_compute()): "sft-compute",
-    }
-
-
-def learning_rate(settings: TrainSettings, step: int, ends: Sequence[int]) -> float:
-    """The rate of optimizer step ``step`` (0-based): warm-up, then the schedule down to each of ``ends`` in turn.
-
-    A decaying schedule starts again after a milestone, so that each adapter written comes from a whole schedule.
-    """
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    end = next(e for e in ends if step < e)
-    start = max([settings.warmup_steps, *[e for e in ends if e <= step]])
-    progress = (step - start) / (end - start)
-    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-    return settings.learning_rate * factor[settings.schedule]
-
-
-@dataclass(frozen=True)
-class Training:
-    """What a run is: all that decides what is learnt, and what is shown meanwhile."""
-
-    method: Method
-    settings: TrainSettings
-    examples: Sequence[Example]
-    identity: str
-    """Of all that decides what is learnt (:func:`dopsd.identity.training_identity`)."""
-    replay: Sequence[Conditioning] = ()
-    """Encoded prompts of the base's own domain."""
-    previews: Sequence[Preview] = ()
-    name: str = ""
-    """Of the training that the run is part of, for the tracker."""
-
-
 @dataclass(frozen=True)
 class Place:
     """Where a run happens."""
@@ -140,9 +100,10 @@ def train(family: Family, training: Training, place: Place) -> TrainResult:
     """
     _check(training)
     settings, method, folder = training.settings, training.method, place.folder
-    saved = _find_saved(folder, training.identity, place.observer)
+    saved = find_saved(folder, training, place.observer)
     done = _Done.of(saved) if saved else None
-    if done is None or not _stopped(settings, method, done.step, done.seconds):
+    lengthened = saved is not None and saved.state["fingerprint"] != training.identity
+    if done is None or lengthened or not why_stopped(settings, method, done.step, done.seconds):
         with running(folder, place.observer, training.name), MachineLoad(folder, place.observer):
             run = _Run(family, training, place, saved)
             del saved  # its tensors are in the run now: two copies of them would be held to the end
@@ -159,7 +120,7 @@ def train(family: Family, training: Training, place: Place) -> TrainResult:
         images=done.step * settings.batch_size * settings.accumulation,
         seconds=done.seconds,
         teacher_gain=done.gain,
-        stopped=_stopped(settings, method, done.step, done.seconds),
+        stopped=why_stopped(settings, method, done.step, done.seconds),
     )
 
 
@@ -174,30 +135,6 @@ def _check(training: Training) -> None:
         raise TrainError(f"method {method} needs the clean latents of every target image, and some examples have none")
     if training.settings.replay.weight > 0 and not training.replay:
         raise TrainError("replay.weight is above 0 but no replay prompts were encoded; set replay.prompts")
-
-
-def _find_saved(folder: Path, identity: str, observer: Observer) -> ckpt.Checkpoint | None:
-    """The checkpoint to go on from. A run of other settings or data is set aside, and said to be."""
-    ckpt.remove_unfinished(folder / "checkpoints")
-    saved = ckpt.load_checkpoint(folder / "checkpoints", observer.message)
-    if saved is not None and saved.state["fingerprint"] != identity:
-        place = ckpt.set_aside(folder)
-        observer.wrote(folder)
-        observer.message(f"{folder.name}: settings, data or base differ from the run at step {saved.step}; "
-                         f"starting afresh, the old run is now {place}")  # fmt: skip
-        saved = None
-    if saved is None:  # an adapter that a run without a checkpoint left must not pass for one of this run
-        shutil.rmtree(folder / "adapters", ignore_errors=True)
-    return saved
-
-
-def _stopped(settings: TrainSettings, method: Method, step: int, seconds: float) -> str:
-    """Why a run that is at ``step`` after ``seconds`` is over; empty while it is not."""
-    if step >= max(milestones(settings, method)):
-        return "max_steps"
-    if settings.max_minutes is not None and seconds >= 60 * settings.max_minutes:
-        return "max_minutes"
-    return ""
 
 
 def publish(source: Path, target: Path, labels: Mapping[int, str]) -> dict[str, Path]:
@@ -239,7 +176,9 @@ class _Run:
         self.step = saved.step if saved else 0
         self.seconds: float = saved.state["seconds"] if saved else 0.0
         self.saved_at = self.seconds
-        self.labels = milestones(settings, method)
+        self.labels, self.made_of = milestones(settings, method), dict(training.made_of)
+        self.lengthened: list[dict[str, int]] = saved.state.get("lengthened", []) if saved else []
+        self.was_another = saved is not None and saved.state["fingerprint"] != self.identity
         self.log = RunLog(self.folder / "log.jsonl", self.step if saved else -1, self.observer)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.sampler = BucketSampler(
@@ -334,6 +273,14 @@ class _Run:
         bar = Progress(self.method, max(self.labels), self.step)
         if self.step == 0:
             self._show(previews)
+        stopped = why_stopped(self.settings, self.method, self.step, self.seconds)
+        if self.was_another and (stopped or self.step in self.labels):  # what ends just here was not written
+            self._write_adapter(stopped)
+            self._save(stopped)
+            on_saved()
+            if stopped:
+                bar.close()
+                return _Done(self.step, self.seconds, self.gain)
         started = time.monotonic() - self.seconds  # as if all steps so far had run without a pause
         try:
             while True:
@@ -345,7 +292,7 @@ class _Run:
                 values |= {"train/images_per_second": rate, "train/seconds": self.seconds}
                 self.log.append(self.step, values)
                 bar.update(values["train/loss"], rate)
-                stopped = _stopped(self.settings, self.method, self.step, self.seconds)
+                stopped = why_stopped(self.settings, self.method, self.step, self.seconds)
                 if stopped or self.step % self.settings.preview_steps == 0:
                     self._show(previews)
                 if stopped or self.step in self.labels:
@@ -403,6 +350,7 @@ class _Run:
             "label": label, "method": self.method, "steps": self.step, "stopped": stopped or "continued",
             "images": self.step * self.settings.batch_size * self.settings.accumulation, "teacher_gain": self.gain,
             "fingerprint": self.identity, "settings": self.settings.model_dump(mode="json"),
+            "lengthened": self.lengthened,
         }  # fmt: skip
         write_json(path.with_suffix(".json"), metadata)
 
@@ -421,6 +369,7 @@ class _Run:
         tensors["random/generator"] = self.generator.get_state()
         state = {
             "fingerprint": self.identity, "seconds": self.seconds, "teacher_gain": self.gain,
-            "sampler": self.sampler.state_dict(), "stopped": stopped,
+            "sampler": self.sampler.state_dict(), "stopped": stopped, "made_of": self.made_of,
+            "lengthened": self.lengthened,
         }  # fmt: skip
         ckpt.save_checkpoint(self.folder / "checkpoints", ckpt.Checkpoint(self.step, tensors, state))

@@ -1,0 +1,120 @@
+"""What settings are made of: a file of keys and values, one ``a.b=value`` of a command line, and the kinds of values.
+Which ones there are is :mod:`dopsd.config`'s to say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import AfterValidator, Field
+
+MAX_BYTES = 1 << 20
+"""Of a file of settings: larger is none."""
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+_Values = TypeVar("_Values", bound=tuple[Hashable, ...])
+
+
+def _each_once(values: _Values) -> _Values:
+    if twice := next((value for number, value in enumerate(values) if value in values[:number]), None):
+        raise ValueError(f"{twice} is there twice; name each once")
+    return values
+
+
+def _not_empty(values: _Values) -> _Values:
+    if not values:
+        raise ValueError("empty; name at least one")
+    return values
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is not a regular expression: {error}") from None
+    return text
+
+
+EachOnce = AfterValidator(_each_once)
+AtLeastOne = AfterValidator(_not_empty)  # not Field(min_length): it counts the valid ones, and adds a second fault
+Pattern = Annotated[str, AfterValidator(_pattern)]
+Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+class SettingsError(ValueError):
+    """A person's mistake in the settings: one line saying which key, what is wrong and what is allowed."""
+
+
+def read_params(path: Path) -> dict[str, Any]:
+    """Keys and values of a file; an empty one has none. Raises :class:`SettingsError` where it is no such file."""
+    if not path.exists():
+        raise SettingsError(f"{path}: no such file; run from the project's root or pass --params")
+    if path.stat().st_size > MAX_BYTES:
+        raise SettingsError(f"{path}: larger than {MAX_BYTES >> 20} MiB, so no file of settings")
+    try:
+        raw = _yaml(path.read_text(encoding="utf-8"))
+    except _KeyTwice as error:
+        raise SettingsError(f"{path}: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no date, say, and brackets in a thousand brackets
+        raise SettingsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict | None):
+        raise SettingsError(f"{path}: expected keys and values, found {type(raw).__name__}")
+    return raw or {}
+
+
+class _KeyTwice(ValueError):
+    """A key that stands twice in one group of a text."""
+
+
+def _yaml(text: str) -> Any:
+    """The value of a YAML text. Of a key that is there twice the library takes the last, and with it drops all that was
+    under the first; here it is :class:`_KeyTwice`."""
+    _check_keys(yaml.compose(text, yaml.SafeLoader), "", set())
+    return yaml.safe_load(text)
+
+
+def _check_keys(node: yaml.Node | None, place: str, seen: set[int]) -> None:
+    if node is None or id(node) in seen:  # an alias names a node again, maybe from within it
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            _check_keys(item, f"{place}{number}.", seen)
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            line, name = key.start_mark.line + 1, str(key.value)
+            if name in lines:
+                raise _KeyTwice(f"`{place}{name}` is there twice (lines {lines[name]} and {line}); keep one")
+            lines[name] = line
+            _check_keys(value, f"{place}{name}.", seen)
+
+
+def override(given: dict[str, Any], said: str) -> None:
+    """Put one ``a.b=value`` into ``given``. Raises :class:`SettingsError` where it is none."""
+    key, equals, value = said.partition("=")
+    if not equals or not key:
+        raise SettingsError(f"override {said!r}: expected KEY=VALUE, for example train.max_steps=100")
+    *parents, last = key.split(".")
+    node: Any = given
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise SettingsError(f"override {said!r}: {parent} is a value, not a group of settings")
+    try:
+        node[last] = _yaml(value)
+    except _KeyTwice as error:
+        raise SettingsError(f"override {said!r}: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise SettingsError(f"override {said!r}: {value!r} is not a YAML value") from None
