@@ -42,5 +42,5 @@ def test_the_check_sees_the_loaders() -> None:
 def test_the_card_tells_to_load_safetensors() -> None:
     text = (ROOT / "dopsd" / "card.md.j2").read_text()
     calls = re.findall(r"\.(?:from_pretrained|load_lora_weights)\((.*?)\)\n", text, re.DOTALL)
-    assert len(calls) == 2
+    assert len(calls) == 4, "of an adapter two, and two of a transformer"
     assert all("use_safetensors=True" in call for call in calls)
