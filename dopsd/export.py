@@ -158,6 +158,7 @@ def _write_diffusers(folder: Path, tensors: Mapping[str, Tensor], rank: int) -> 
     refused."""
     modules, kind = sorted(set(map(module_of, tensors))), kind_of(list(tensors))
     config = {"r": rank, "lora_alpha": rank, "target_modules": modules, "lora_dropout": 0.0, "bias": "none"}
+    config |= {"rank_pattern": {}, "alpha_pattern": {}}  # diffusers 0.36 to 0.38 load no file without
     if kind == "dora":
         config["use_dora"] = True
     header = {"format": "pt"}

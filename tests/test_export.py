@@ -95,6 +95,8 @@ def test_files_name_their_scale(family: Family, tmp_path: Path) -> None:
     with safe_open(out / DIFFUSERS_FILE, framework="pt") as file:
         config = json.loads(file.metadata()["lora_adapter_metadata"])
     assert config["transformer.r"] == config["transformer.lora_alpha"] == 4
+    # what diffusers 0.36 looks up in it, before any layer (benchmarks/exports.py)
+    assert config["transformer.rank_pattern"] == config["transformer.alpha_pattern"] == {}
     module = next(m for m in sorted(modules) if m.endswith("feed_forward.w1"))  # alike in both
     product = 8 / 4 * trained[f"{module}.lora_B.weight"] @ trained[f"{module}.lora_A.weight"]
     for tensors, prefix in ((diffusers, "transformer"), (comfyui, "diffusion_model")):

@@ -117,7 +117,8 @@ def klein_comfyui(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]
     adapted, B block-diagonal, zero in the rows of the others. The last modulation is (shift, scale) natively and
     (scale, shift) in diffusers, so B of ``norm_out.linear`` changes its halves. diffusers 0.42.1 changes them back when
     it converts a checkpoint but not when it loads a LoRA: **with norm_out adapted this file is right in ComfyUI alone**
-    and diffusers needs its own. Everything else loads alike in both.
+    and diffusers needs its own. Everything else loads alike in both from diffusers 0.40 on; older ones scale the fused
+    layer by a share of what it was trained with (benchmarks/exports.py).
 
     Raises :class:`LoraFileError` for a layer without a native name, an A without its B, or another rank.
     """
