@@ -395,7 +395,9 @@ def test_a_broken_picture_is_named_before_anything_is_loaded(
     models: Path, pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (pictures / "1.png").write_bytes(b"GIF89a")
-    assert "1.png: is not a readable" in _refused(capsys, monkeypatch, pictures, "--model", models / "owl")
+    assert "1.png: is a GIF picture, which is not read" in _refused(
+        capsys, monkeypatch, pictures, "--model", models / "owl"
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from concept_folders import SETTINGS, make, picture
+from concept_folders import SETTINGS, make, picture, write_rows
 from typer.testing import CliRunner
 
 from dopsd import cli
 from dopsd.config import SettingsError
 from dopsd.data.concept import ConceptError, add_concept, list_concept
 from dopsd.data.manifest import DataError
+from dopsd.data.needs import Needs
 from dopsd.data.schema import validate_concept
 
 
@@ -171,3 +172,10 @@ def test_what_was_added_is_said_by_folder_and_what_to_know_of_it_too(tmp_path, p
     assert done.exit_code == 0
     assert [line for line in done.stdout.splitlines() if line.startswith("warning: ")] == warnings
     assert "mine has 5 images, 5 captions and 2 held-out images; no faults" in done.stdout
+
+
+def test_what_the_context_asks_of_the_data_holds_for_the_copy_too(tmp_path, project):
+    folder = make(tmp_path / "mine")
+    write_rows(folder, [{"image": f"{i}.png", "captions": {"a": "[V] fox", "long": "a red fox"}} for i in range(5)])
+    table, _ = add_concept(folder, "mine", project, SETTINGS, needs=Needs(teacher_variant="long"))
+    assert len(table.rows) == 5

@@ -377,6 +377,7 @@ def test_a_picture_that_cannot_be_read_is_one_fault(tmp_path, monkeypatch, suffi
     (folder / f"x.{suffix}").write_bytes(content)
     ((*_, problem),) = faults_of(folder)
     assert words in problem
+    assert ("HEIC" in problem) == (suffix in ("heic", "heif") or "not part" in words)
 
 
 def test_heic_is_read_where_the_extra_is(tmp_path):

@@ -234,7 +234,7 @@ def test_a_way_that_the_base_lacks_the_eyes_for_is_left_out(folders, tmp_path):
 def test_a_context_too_long_for_the_model_is_left_out_unless_it_is_the_one_that_is_set(folders, tmp_path):
     folder = write_concept(tmp_path, long=True)
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    lines[1]["captions"]["long"] = "blot " * 600
+    lines[1]["captions"]["long"] = "[V] " + "blot " * 600
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report, _ = report_gain("blots", settings("z-image", folders), tmp_path, images=2, seeds=1)
     assert [m.way.context for m in report.measured] == ["vlm", "vlm"]
