@@ -13,6 +13,8 @@ plainly with our adapters: what the other differences make alone.
 All draw the same noise and end with the same gradients (their norm is in the output). Each measurement is a process of
 its own, they alternate, and what is compared are ratios of one run. Two more processes say what a step of ours is made
 of (``parts``), and what memory it takes for K = 1 to 8: every tensor that is alive is counted (``memory``).
+
+On a machine that others use too, ``--cpu-time`` with one thread measures the process's own time instead of the clock's.
 """
 
 from __future__ import annotations
@@ -51,16 +53,20 @@ def main() -> None:
     arguments.add_argument("--runs", type=int, default=3, help="processes per variant (default 3)")
     arguments.add_argument("--steps", type=int, default=5, help="timed steps in each, after one untimed (default 5)")
     arguments.add_argument("--batch", type=int, default=8)
+    arguments.add_argument("--cpu-time", action="store_true", help="of the process, in one thread, not of the clock")
     arguments.add_argument("--out", type=Path, default=OUT)
     arguments.add_argument("--one", choices=(*VARIANTS, "parts", "memory"), help=argparse.SUPPRESS)
     given = arguments.parse_args()
+    if given.cpu_time and os.environ.get("OMP_NUM_THREADS") != "1":
+        arguments.error("--cpu-time counts threads that wait for each other: set OMP_NUM_THREADS=1")
     if given.one:
         work = {"parts": parts, "memory": memory}.get(given.one)
-        print(json.dumps(work(given) if work else measure(given.one, given.steps, given.batch)))
+        print(json.dumps(work(given) if work else measure(given)))
         return
 
     def one(what: str) -> dict[str, Any]:
         command = [sys.executable, __file__, "--one", what, "--steps", str(given.steps), "--batch", str(given.batch)]
+        command += ["--cpu-time"] * given.cpu_time
         load = os.getloadavg()[0]
         done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
         print(what, done.stdout.splitlines()[-1], flush=True)
@@ -86,7 +92,8 @@ def summarise(results: dict[str, list[dict[str, Any]]], given: argparse.Namespac
     threads = os.environ.get("OMP_NUM_THREADS")
     return {
         "command": (f"OMP_NUM_THREADS={threads} " if threads else "")
-        + f"python benchmarks/step.py --runs {given.runs} --steps {given.steps} --batch {given.batch}",
+        + f"python benchmarks/step.py --runs {given.runs} --steps {given.steps} --batch {given.batch}"
+        + " --cpu-time" * given.cpu_time,
         "date": date.today().isoformat(),
         "machine": {"cores": os.cpu_count(), "architecture": platform.machine(), "torch": torch.__version__,
                     "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
@@ -141,10 +148,15 @@ def _set_up(batch: int) -> tuple[Any, ...]:
     return family, adapters, captions, images, settings.data.resolution
 
 
-def measure(variant: str, steps: int, batch: int) -> dict[str, float]:
+def _clock(given: argparse.Namespace) -> Callable[[], float]:
+    return time.process_time if given.cpu_time else time.perf_counter
+
+
+def measure(given: argparse.Namespace) -> dict[str, float]:
     """Seconds per step, peak memory growth over the loaded model, and the gradient norm, in this process."""
     import torch
 
+    variant, steps, batch, clock = given.one, given.steps, given.batch, _clock(given)
     family, adapters, captions, images, side = _set_up(batch)
     parameters = adapters.student_parameters()
     sigmas = family.sigmas(4, side, side).to(family.device)
@@ -157,14 +169,14 @@ def measure(variant: str, steps: int, batch: int) -> dict[str, float]:
     norms = []
     for number in range(steps + 1):
         if number == 1:
-            started = time.perf_counter()
+            started = clock()
         noise = family.initial_latents(batch, side, side, generator)
         step(noise)
         norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in parameters])))
         for parameter in parameters:
             parameter.grad = None
     return {
-        "seconds_per_step": (time.perf_counter() - started) / steps,
+        "seconds_per_step": (clock() - started) / steps,
         "peak_growth_mib": (_memory() - before) / 2**20,
         "gradient_norm": norms[-1],
     }
@@ -174,7 +186,8 @@ def parts(given: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of an optimizer step of ours: by kind of work, over its floor, and by phase.
 
     The floor is what the counted operations of teacher's forward, student's forward and backward take at the rate of
-    large products. Kinds are from the profiler, less what it costs itself; phases are timed without it.
+    large products. Kinds are from the profiler; phases and the whole are timed without it. The fastest of the steps
+    counts, because others on the machine only make it slower.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -185,14 +198,15 @@ def parts(given: argparse.Namespace) -> dict[str, Any]:
     family, adapters, captions, images, side = _set_up(given.batch)
     parameters, sigmas = adapters.student_parameters(), family.sigmas(4, side, side).to(family.device)
     settings = TrainSettings(max_steps=1, batch_size=given.batch, learning_rate=1e-4)
+    clock = _clock(given)
     optimizer = make_optimizer(settings, parameters, family.device)
     noise = family.initial_latents(given.batch, side, side, torch.Generator().manual_seed(0))
     phases: dict[str, float] = {}
 
     def timed(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
-        started = time.perf_counter()
+        started = clock()
         made = work(*arguments)
-        phases[name] = phases.get(name, 0.0) + 1e3 * (time.perf_counter() - started)
+        phases[name] = phases.get(name, 0.0) + 1e3 * (clock() - started)
         return made
 
     def predict(*arguments: Any) -> torch.Tensor:
@@ -218,19 +232,15 @@ def parts(given: argparse.Namespace) -> dict[str, Any]:
     found: list[tuple[float, dict[str, float]]] = []
     for _ in range(given.steps):
         phases = {}
-        started = time.perf_counter()
+        started = clock()
         step()
-        found.append((1e3 * (time.perf_counter() - started), phases))
-    whole, by_phase = sorted(found, key=lambda entry: entry[0])[len(found) // 2]
+        found.append((1e3 * (clock() - started), phases))
+    phases = {}
+    whole, by_phase = min(found, key=lambda entry: entry[0])
     with FlopCounterMode(display=False) as counter:
         roll(noise)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        step()
-    kinds = dict.fromkeys((name for name, _ in _KERNELS), 0.0)
-    for event in profiler.key_averages():
-        name = event.key.removeprefix("aten::")
-        if event.key.startswith("aten::") and (kind := next((k for k, p in _KERNELS if re.search(p, name)), None)):
-            kinds[kind] += event.self_cpu_time_total / 1e3
+    optimizer.zero_grad(set_to_none=True)
+    kinds = _kinds(step, given.steps)
     rate = _product_rate()
     floor = 1e3 * counter.get_total_flops() / rate
     products = kinds.pop("matrix products")
@@ -242,13 +252,33 @@ def parts(given: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _product_rate(size: int = 1024) -> float:
+def _kinds(step: Callable[[], None], steps: int) -> dict[str, float]:
+    """Milliseconds of a step by kind of work. All steps make the same operations: of each the fastest one counts."""
+    import torch
+
+    seen: list[dict[str, list[float]]] = []
+    for _ in range(steps):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            step()
+        seen.append({})
+        for event in sorted(profiler.events(), key=lambda event: event.time_range.start):
+            seen[-1].setdefault(event.name, []).append(event.self_cpu_time_total / 1e3)
+    kinds = dict.fromkeys((name for name, _ in _KERNELS), 0.0)
+    for name in seen[0]:
+        operator = name.removeprefix("aten::")
+        kind = next((kind for kind, pattern in _KERNELS if re.search(pattern, operator)), None)
+        if kind is not None and operator != name:
+            kinds[kind] += sum(map(min, zip(*(step[name] for step in seen), strict=True)))
+    return kinds
+
+
+def _product_rate(size: int = 512) -> float:
     """Operations per second of a product of large matrices in float32, the fastest of many."""
     import torch
 
     a, b = torch.randn(size, size), torch.randn(size, size)
     seconds = []
-    for _ in range(30):
+    for _ in range(300):
         started = time.perf_counter()
         a @ b
         seconds.append(time.perf_counter() - started)
