@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.filesize import decimal
+
 from dopsd.config import CONCEPTS, SettingsError, concept_name
-from dopsd.files import PARTIAL, read_json, shown_size, size_of
+from dopsd.files import PARTIAL, read_json, size_of
 from dopsd.lock import ConceptBusy, concept_lock
 from dopsd.project import ENCODINGS, cache_of, concept_folder, run_folder
 
@@ -68,12 +70,10 @@ def leftovers_table(found: Sequence[Leftover], root: Path, *, deleted: bool) -> 
     table = Table(show_footer=True)
     table.add_column("what", "deleted" if deleted else "in all", overflow="fold")
     table.add_column("why", min_width=15)  # paths are what may break
-    table.add_column("size", f"{shown_size(sum(one.size for one in found))}", justify="right", no_wrap=True)
+    table.add_column("size", decimal(sum(one.size for one in found)), justify="right", no_wrap=True)
     for one in sorted(found, key=lambda one: (-one.size, one.paths)):
         first, *more = (path.relative_to(root) for path in one.paths)
-        table.add_row(
-            f"{first.parent}: {len(one.paths)} files" if more else str(first), one.reason, shown_size(one.size)
-        )
+        table.add_row(f"{first.parent}: {len(one.paths)} files" if more else str(first), one.reason, decimal(one.size))
     return table
 
 
@@ -110,7 +110,7 @@ def _of_concept(concept: str, root: Path) -> Iterator[Leftover]:
             yield from _checkpoints(method.parent)
     for path in _jobs(root):
         name, training = _job(path)
-        if name == concept and _job_is_over(run, training, concept_folder(concept, root)):
+        if name == concept and _job_is_over(path, run, training, concept_folder(concept, root)):
             yield _leftover(path, reason="kept for a Ray job that is over")
 
 
@@ -137,16 +137,19 @@ def _job(path: Path) -> tuple[str, str]:
     return concept, training
 
 
-def _job_is_over(run: Path, training: str, data: Path) -> bool:
+def _job_is_over(job: Path, run: Path, training: str, data: Path) -> bool:
     """Whether nobody would go on with it: the concept's training is another one now, is finished here, or has no data.
-    Where this side lost its run folder, the job is all that there is."""
+    Where this side lost its run folder, or not all of it came here, the job is all that there is."""
     from dopsd.train.checkpoint import was_set_aside
+    from dopsd.train.storage import JobStorage
 
     current = read_json(run / "train" / "training.json").get("training")
     if current is None:
         return not data.exists()
     methods = [read_json(path) for path in run.glob("train/*/run.json") if not was_set_aside(path.parent)]
     ends = [about.get("status") for about in methods if about.get("training") == training]
+    if JobStorage(str(job.parent.resolve()), job.name).further_than(run / "train"):
+        return False
     return current != training or (bool(ends) and set(ends) == {"FINISHED"})
 
 

@@ -304,23 +304,24 @@ def runs(
         list[str] | None,
         typer.Option("--remove", help="Delete this run of the concept; may be given several times.", metavar="RUN"),
     ] = None,
+    params: Params = PARAMS,
 ) -> None:
     """List the trainings, and those that were set aside, with steps, date, size and settings; remove those named.
 
     A training is set aside, under a number, when its settings, data, base or code changed; another `max_steps` alone
     goes on where it was. Nothing deletes it but this: `dopsd runs -c style-ink --remove d-opsd.previous-1`. Its
-    adapters are in `runs/NAME/train/RUN/adapters`. To go on with it, give it the settings that it had and move it back:
-    `mv runs/NAME/train/d-opsd.previous-1 runs/NAME/train/d-opsd`.
+    adapters are in `runs/NAME/train/RUN/adapters`. To go on with it, give it the settings that it had, remove the run
+    that took its place (or move that aside), then `mv runs/NAME/train/d-opsd.previous-1 runs/NAME/train/d-opsd`.
     """
     from rich.console import Console
 
     from dopsd.config import SettingsError
     from dopsd.runs import remove_runs, runs_in, runs_table
 
-    if remove and concept is None:
-        raise SettingsError("--remove: say of which concept, with --concept NAME")
-    if remove and concept is not None:
-        for run in remove_runs(Path(), concept, remove):
+    if remove:
+        if concept is None:
+            raise SettingsError("--remove: say of which concept, with --concept NAME")
+        for run in remove_runs(Path(), concept, remove, _settings(params, None).compute):
             print(f"removed: {run.folder}, {run.steps} steps")
     Console().print(runs_table(runs_in(Path(), concept), Path()))
 

@@ -117,7 +117,7 @@ def train(concept: str, settings: Settings, root: Path) -> None:
     from dopsd.identity import common_identity, training_name
     from dopsd.tracking import Sender
     from dopsd.train.job import Job
-    from dopsd.train.launch import run_training
+    from dopsd.train.launch import bring_back, run_training
     from dopsd.train.observer import Terminal
     from dopsd.train.optimizer import check_optimizer
 
@@ -126,11 +126,14 @@ def train(concept: str, settings: Settings, root: Path) -> None:
     encoded, parts = _learnt_from(run, settings, root)
     common = common_identity(parts)
     name, before = training_name(settings.train, common), read_json(run / "train" / "training.json").get("training")
+    if before and (before != name or settings.compute.launcher == "local"):  # on Ray the same job finds its own
+        # first of all: whoever fails here must find the old name again
+        bring_back(f"{concept}-{before}", settings.compute, root, run / "train")
     _describe(run, name, settings, root, encoded.content_hash, images=encoded.images)
     print(f"train: {settings.train.work()}")
     job = Job(
         f"{concept}-{name}", encoded, settings.train, settings.model, root, common, name, settings.compute.sharded,
-        parts, before=f"{concept}-{before}" if before else "",
+        parts,
     )  # fmt: skip
     with Sender(root, run, settings.tracking) as sender:
         watching = Terminal(sender.wake)

@@ -115,6 +115,17 @@ def test_a_killed_training_keeps_all_that_it_goes_on_from(tmp_path: Path) -> Non
     assert f".cache/ray/blots-{'0' * 12}" in _names(tmp_path), "now that job is over"
 
 
+def test_a_finished_job_that_did_not_come_here_yet_stays(tmp_path: Path) -> None:
+    """A run says by a message that it is over, and its checkpoints come later: the disk may be full then."""
+    _train(tmp_path)
+    runs = tmp_path / "runs/blots/train"
+    JobStorage(str(tmp_path / ".cache/ray"), f"blots-{'0' * 12}").save(runs, ["d-opsd"])
+    assert f".cache/ray/blots-{'0' * 12}" in _names(tmp_path)
+    for path in sorted((runs / "d-opsd/checkpoints").iterdir()):
+        path.rename(tmp_path / path.name)
+    assert f".cache/ray/blots-{'0' * 12}" not in _names(tmp_path)
+
+
 def test_jobs_of_other_settings_are_over_and_one_that_is_all_there_is_stays(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         _train(tmp_path, observer=Kills())

@@ -38,9 +38,6 @@ class Job:
     """Whether its workers divide the transformer among them."""
     parts: Mapping[str, Any] = field(default_factory=dict)
     """What ``common`` is of, to be read (:func:`dopsd.identity.common_parts`)."""
-    before: str = ""
-    """The name of the concept's job before this one: where a worker's death left it, its checkpoints are in its storage
-    alone."""
 
 
 def run_job(

@@ -67,7 +67,6 @@ def run_training(
     machines are and ``compute.max_failures`` did not suffice.
     """
     with disk_full_said(folder):
-        _bring_back(job, compute, root, folder)
         if compute.launcher == "local":
             return run_job(job, folder, adapters, observer)
         return _run_on_ray(job, compute, root, folder, adapters, observer)
@@ -214,7 +213,7 @@ def _run_on_ray(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     requested = resources(compute, job.model.device)
-    storage = _storage(job.name, compute, root)
+    storage = storage_of(job.name, compute, root)
     try:
         storage.offer(folder, job.train.methods)
     except OSError as error:
@@ -259,18 +258,21 @@ def _run_on_ray(
     }
 
 
-def _storage(name: str, compute: ComputeSettings, root: Path) -> JobStorage:
+def storage_of(name: str, compute: ComputeSettings, root: Path) -> JobStorage:
+    """Of the job ``name``, where the settings say, or in the project."""
     return JobStorage(compute.storage or str((root / ".cache" / "ray").resolve()), name)
 
 
-def _bring_back(job: Job, compute: ComputeSettings, root: Path, folder: Path) -> None:
-    """Fetch the checkpoints that a job on Ray which did not end left in its storage, where no job will look for them:
-    this one has another name, or runs in this process. So they are gone on from, or set aside with their run."""
-    local = compute.launcher == "local"
-    for name in {job.before, job.name if local else job.before} - {"", "" if local else job.name}:
-        storage = _storage(name, compute, root)
-        if local and not Path(storage.place, name).is_dir():
-            continue
+def bring_back(name: str, compute: ComputeSettings, root: Path, folder: Path) -> None:
+    """Fetch into ``folder`` the checkpoints that job ``name``, which ran on Ray and did not end, left in its storage:
+    the one to come looks elsewhere. So they are gone on from, or set aside with their run.
+
+    Raises :class:`LaunchError` where the storage cannot be read.
+    """
+    storage = storage_of(name, compute, root)
+    if compute.launcher == "local" and not Path(storage.place, name).is_dir():
+        return
+    with disk_full_said(folder):
         try:
             if further := storage.further_than(folder):
                 _fetch(storage, folder, further, ("checkpoints", "adapters"))

@@ -103,6 +103,12 @@ class JobStorage:
         there = {method: _newest([name for name in names if name.startswith(f"{method}/")]) for method in methods}
         return [method for method, step in there.items() if step > _newest(needed(folder / method))]
 
+    def drop(self, method: str) -> None:
+        """Remove one run of it."""
+        system, path = self._opened
+        if any(name.startswith(f"{method}/") for name in self._files()):
+            system.delete_dir(f"{path}/{method}")
+
     def delete(self) -> None:
         """Remove all of it."""
         system, path = self._opened
