@@ -16,6 +16,7 @@ from dopsd.doctor import Finding, findings_table
 from dopsd.evaluation.naming import NAMES, SCORES
 from dopsd.evaluation.table import headline_tables
 from dopsd.gain_report import GainReport, Measured, Way, gain_table
+from dopsd.runs import Run, runs_table
 from emoji_turbo.check import Line
 from emoji_turbo.cli import check_table
 from infra.local import services
@@ -73,10 +74,15 @@ FINDINGS = [
 ]  # fmt: skip
 ROOT = Path("/project")
 LEFTOVERS = [
-    Leftover((ROOT / "runs/wolf/train/sft-compute.previous",), "set aside: settings or data changed since", 10**9),
+    Leftover((ROOT / "runs/wolf/train/sft.previous-1",), "set aside before its first checkpoint", 10**9),
     Leftover((ROOT / "runs/x/train/d-opsd.partial",), "half-written by a process that was killed", 999_900_000),
     Leftover((ROOT / ".cache/encodings/a", ROOT / ".cache/encodings/b"), "encodings that no concept uses", 5),
 ]  # fmt: skip
+MADE_OF = {"settings": {"max_steps": 2000, "batch_size": 1, "learning_rate": 1e-4, "lora": {"rank": 64}}}
+RUNS = [
+    Run(ROOT / "runs/a-concept-of-mine/train" / name, ".previous" in name, 2000, "interrupted", 10**12, 5 * 10**9, made)
+    for name, made in (("d-opsd", MADE_OF), ("d-opsd.previous-12", {}), ("off-policy", MADE_OF))
+]
 
 TABLES = {
     "show, the demo": lambda: headline_tables(metrics(DEMO, tuple(SCORES))),
@@ -84,6 +90,7 @@ TABLES = {
     "show, no probe": lambda: headline_tables(metrics(EVERY, tuple(SCORES), style="train_similarity")),
     "doctor": lambda: [findings_table(FINDINGS)],
     "clean": lambda: [leftovers_table(LEFTOVERS, ROOT, deleted=False)],
+    "runs": lambda: [runs_table(RUNS, ROOT)],
     "gain": lambda: [gain_table(gain())],
     "emoji-turbo check": lambda: [
         check_table([Line("D-OPSD teacher, style blobs: 4 steps minus 32 steps", -0.9912, 0.0123, "within 0.1", True)])
