@@ -317,7 +317,8 @@ class ExportSettings(_Settings):
     """The files that are given away. The adapter they are made from, in ``runs/NAME/adapters``, is float32."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """A bfloat16 pipeline draws the same pictures from either; float32 files are twice as large."""
+    """A bfloat16 pipeline draws the same pictures from either; float32 files are twice as large. Of a full tuning the
+    base's own type is kept."""
 
 
 class RegistrySettings(_Settings):

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import numpy as np
@@ -27,10 +27,10 @@ from PIL.Image import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from dopsd.config import Offload, Quantization
+from dopsd.config import AdapterKind, Offload, Quantization
 from dopsd.distill.adapters import adapter_applied, read_adapter
 from dopsd.distill.drawing import draw
-from dopsd.distill.kinds import kind_of, module_of
+from dopsd.distill.kinds import NAMES, kind_of, module_of
 from dopsd.distill.weights import holds_weights, weights_applied
 from dopsd.files import whole_folder, write_tensors
 from dopsd.models.base import Family, Request
@@ -123,7 +123,7 @@ def export_weights(weights: Path, out: Path, card: Card, base: Path) -> Path:
         # the base's own: the library's names the folder that it was loaded from
         shutil.copyfile(base / WEIGHTS / "config.json", partial / WEIGHTS / "config.json")
         (partial / CARD_FILE).write_text(
-            render_card(card, rank=0, scale=1.0, dtype=dtype, comfyui=False, whole=True), encoding="utf-8"
+            render_card(card, rank=0, scale=1.0, dtype=dtype, kind="full"), encoding="utf-8"
         )
     return out
 
@@ -135,11 +135,11 @@ def export_adapter(
     tensors, rank, scale = _scaled(adapter, dtype)
     with whole_folder(out) as partial:
         _write_diffusers(partial, tensors, rank)
-        comfyui = kind_of(list(tensors)) == "lora"  # of other kinds no name is known to load there
-        if comfyui:
+        kind = kind_of(list(tensors))
+        if kind == "lora":  # of other kinds no name is known to load there
             write_tensors(partial / COMFYUI_FILE, family.comfyui_lora(tensors, rank), {"format": "pt"})
         (partial / CARD_FILE).write_text(
-            render_card(card, rank=rank, scale=scale, dtype=dtype, comfyui=comfyui), encoding="utf-8"
+            render_card(card, rank=rank, scale=scale, dtype=dtype, kind=kind), encoding="utf-8"
         )
     return out
 
@@ -169,10 +169,10 @@ def _write_diffusers(folder: Path, tensors: Mapping[str, Tensor], rank: int) -> 
 
 
 def render_card(
-    card: Card, *, rank: int, scale: float, dtype: torch.dtype, comfyui: bool = True, whole: bool = False
+    card: Card, *, rank: int, scale: float, dtype: torch.dtype, kind: AdapterKind | Literal["full"] = "lora"
 ) -> str:
-    """The model card as Markdown with YAML front matter. ``dtype``: of the files; ``comfyui``: whether there
-    is one for it; ``whole``: whether they hold a transformer and no adapter."""
+    """The model card as Markdown with YAML front matter. ``dtype`` and ``kind``: of the files; ``full`` is a
+    transformer."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
@@ -180,7 +180,7 @@ def render_card(
     environment.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)
     return environment.get_template("card.md.j2").render(
         card=card, diffusers_file=DIFFUSERS_FILE, comfyui_file=COMFYUI_FILE, rank=rank, scale=scale,
-        dtype=str(dtype).removeprefix("torch."), comfyui=comfyui, whole=whole,
+        dtype=str(dtype).removeprefix("torch."), kind=kind, named=NAMES.get(kind, ""),
     )  # fmt: skip
 
 
@@ -249,7 +249,7 @@ def _load_adapter(pipeline: Any, export: Path, file: str, device: torch.device |
     pipeline.load_lora_weights(export, weight_name=file, use_safetensors=True)
     if device is not None:
         for name, parameter in pipeline.transformer.named_parameters():
-            if "lora_" in name:  # diffusers puts them where the block waits
+            if "lora_" in name or "lokr_" in name:  # diffusers puts them where the block waits
                 parameter.data = parameter.data.to(device)
     if not pipeline.get_active_adapters():
         raise ExportError(

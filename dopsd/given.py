@@ -25,6 +25,7 @@ from dopsd.distill.weights import FORMAT
 from dopsd.export import DIFFUSERS_FILE, WEIGHTS
 from dopsd.files import write_tensors
 from dopsd.models.base import Family
+from dopsd.models.folder import ModelError, Source, tensors_of
 from dopsd.models.lora_files import LoraFileError
 
 _TRAINED: Final = "dopsd-lora"
@@ -117,6 +118,11 @@ def _read_header(path: Path) -> _Header:
 
 
 def _shards(folder: Path) -> list[Path]:
+    """The files of a transformer. Raises :class:`AdapterError` unless they are all there and whole."""
+    try:
+        tensors_of(Source(folder), "", shown=str(folder))
+    except ModelError as error:
+        raise AdapterError(str(error)) from None
     return sorted(folder.glob("*.safetensors"))
 
 
@@ -235,6 +241,8 @@ def _halves(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor
     for key, value in tensors.items():
         if match := _HALF.fullmatch(key):
             halves.setdefault(match["layer"], {})["A" if match["a"] else "B"] = value.float()
+        elif not key.endswith(".alpha"):
+            raise AdapterError(f"{path}: {key} is no part of a plain LoRA; the rest would be something else without it")
     for layer, pair in halves.items():
         if len(pair) < 2:
             raise AdapterError(f"{path}: {layer} has one half of a LoRA alone; fetch or export it again")

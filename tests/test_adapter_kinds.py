@@ -80,7 +80,9 @@ def test_a_file_loads_to_the_same_answer_here_and_in_plain_diffusers(folders, tm
     found = check_export(folders[name], export, drawn, type(family))
     assert found["difference"] < 0.25 < found["change"]
     assert not (export / COMFYUI_FILE).exists()
-    assert "ComfyUI" not in (export / "README.md").read_text()
+    card = (export / "README.md").read_text()
+    assert "ComfyUI" not in card
+    assert f"A {'DoRA' if kind == 'dora' else 'LoKr'} (rank 4) for" in card
 
 
 @pytest.mark.parametrize("kind", ["dora", "lokr"])

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dopsd.config import AdapterKind, LoraSettings
 from dopsd.distill.adapters import adapter_applied, adapter_parameters, add_adapters, read_adapter, save_adapter
 from dopsd.distill.targets import AdapterError
-from dopsd.export import COMFYUI_FILE, DIFFUSERS_FILE, Card, export_adapter
+from dopsd.export import COMFYUI_FILE, DIFFUSERS_FILE, WEIGHTS, Card, export_adapter
 from dopsd.given import as_trained, find_given
 from dopsd.models import Family, family_class, load_family
 from dopsd.models.sizes import configurations, skeleton
@@ -156,6 +158,10 @@ FOREIGN = {
         {"diffusion_model.blocks.0.wq.lora_A.weight": (2, 9), "diffusion_model.blocks.0.wq.lora_B.weight": (8, 2)}
     ),
     "has one half of a LoRA alone": _file({f"transformer.{LAYER}.lora_A.weight": (2, 9)}),
+    "1.norm.weight is no part of a plain LoRA": _file(
+        {f"transformer.{LAYER}.lora_A.weight": (2, 8), f"transformer.{LAYER}.lora_B.weight": (8, 2),
+         "transformer.1.norm.weight": (8,)}
+    ),
     "its layers differ in scale": _file(
         {f"transformer.{LAYER}.lora_A.weight": (2, 9)},
         lora_adapter_metadata=json.dumps({"transformer.alpha_pattern": {"x": 1}}),
@@ -203,3 +209,20 @@ def test_another_familys_export_is_one_line(folders: Any, tmp_path: Path) -> Non
         with pytest.raises(AdapterError, match="it was made for another base"):
             as_trained(out / file, tmp_path / "b.safetensors", *bare("z-image", folders))
     assert load_file(out / COMFYUI_FILE)
+
+
+def test_a_transformer_that_is_not_whole_is_one_line(folders: Any, tmp_path: Path) -> None:
+    """Else what is missing would be the base's."""
+    out, own = tmp_path / "export" / WEIGHTS, folders["z-image"] / "transformer"
+    out.mkdir(parents=True)
+    shutil.copy(own / "config.json", out)
+    (out / "diffusion_pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch opened'\ntR.")
+    with pytest.raises(AdapterError, match=r"has only diffusion_pytorch_model\.bin"):
+        as_trained(find_given(out.parent), tmp_path / "b.safetensors", *bare("z-image", folders))
+    model = AutoModel.from_pretrained(str(own), use_safetensors=True)
+    model.save_pretrained(out, max_shard_size="20KB")
+    assert len(list(out.glob("*.safetensors"))) > 2
+    as_trained(find_given(out.parent), tmp_path / "b.safetensors", *bare("z-image", folders))
+    next(out.glob("*.safetensors")).unlink()
+    with pytest.raises(AdapterError, match="is missing"):
+        as_trained(find_given(out.parent), tmp_path / "b.safetensors", *bare("z-image", folders))

@@ -21,6 +21,8 @@ from dopsd.config import AdapterKind
 
 _KEY: Final = re.compile(r"(?P<module>.+)\.(lora|lokr)_\w+(\.weight)?")
 _ZERO: Final = ("lora_B", "lokr_w1", "lokr_w1_a")
+NAMES: Final[dict[str, str]] = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr"}
+"""As people write them."""
 MAGNITUDE: Final = "lora_magnitude_vector"
 """DoRA's lengths, which begin as those of the base's own weights."""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dopsd.config import TrainSettings
 from dopsd.distill.adapters import add_adapters, save_adapter
+from dopsd.distill.kinds import NAMES
 from dopsd.distill.pair import STUDENT, Pair, TeacherKind
 from dopsd.distill.weights import WeightPair, train_weights
 from dopsd.models.base import Family
@@ -24,7 +25,7 @@ def description(settings: TrainSettings, pair: Pair) -> str:
     if isinstance(pair, WeightPair):
         count = sum(parameter.numel() for parameter in pair.student_parameters())
         return f"the transformer's own weights, {count:,} of them: {counts}"
-    return f"LoRA rank {settings.lora.rank} on {counts}"
+    return f"{NAMES[settings.lora.kind]} rank {settings.lora.rank} on {counts}"
 
 
 def save_student(path: Path, settings: TrainSettings, pair: Pair) -> Path:
