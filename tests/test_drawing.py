@@ -14,6 +14,7 @@ from dopsd.distill.adapters import adapted_layers, add_adapters
 from dopsd.distill.drawing import batch_of, draw, pictures
 from dopsd.distill.rollout import rollout, sample
 from dopsd.models.z_image import ZImage
+from dopsd.train.observer import Previews
 from dopsd.train.trainer import Place, Training, train
 from tests import tiny
 
@@ -253,3 +254,18 @@ def test_where_no_autocast_is_active_pefts_casts_stay(family, dtype):
     }
     with pair.select("student"):
         assert torch.isfinite(sample(family, tiny.tiny_prompts(1), 1, SIDE, SIDE, _noise(family, 1))).all()
+
+
+def test_where_processes_draw_in_step_nothing_is_tried_again_and_no_preview_is_skipped(tmp_path):
+    """The others would wait for this one: the error ends the training, as any out of memory."""
+    family = Cramped.of("transformer", 1)
+    family.transformer.sharded = True
+    with pytest.raises(torch.OutOfMemoryError):
+        draw(family, tiny.tiny_prompts(2), 1, _noise(family, 2), SIDE, SIDE, most=2)
+    assert [count for _, count in family.seen] == [2]
+    family = Cramped.of("decoder", 0)
+    family.transformer.sharded = True
+    shown = [tiny.Preview("a fox", tiny.tiny_prompts(1)[0], SIDE, SIDE)]
+    pair = add_adapters(family.transformer, LoraSettings(rank=4), family.lora_targets, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        Previews(family, shown, tiny.tiny_examples(), 1, 1, 0).show(0, pair, False, tmp_path, tiny.Recorder())

@@ -118,6 +118,8 @@ class Previews:
                 with pair.select(selection):
                     images = self._draw(prompts)
             except torch.OutOfMemoryError:
+                if getattr(self._family.transformer, "sharded", False):  # the others go on drawing, and would wait
+                    raise
                 observer.message(f"step {step}: no memory to preview a picture of the {name}; skipped")
                 return
             captions, strip = folder / f"{name}.captions.txt", folder / f"{name}-{step:06d}.webp"
