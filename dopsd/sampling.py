@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from dopsd.distill.adapters import adapter_applied
 from dopsd.distill.drawing import draw as draw_pictures
 from dopsd.given import as_trained, find_given
 from dopsd.models import ModelError, family_class
-from dopsd.models.base import Request
+from dopsd.models.base import Configs, Request
 from dopsd.models.sizes import configurations, skeleton
 from dopsd.project import load_base
 
@@ -64,28 +63,24 @@ def seeds_of(given: Sequence[int], prompts: int) -> list[int]:
     return list(given)
 
 
-@contextmanager
-def _form_of_training(adapter: Path | None, settings: Settings, root: Path) -> Iterator[Path | None]:
-    """The adapter as training leaves one, checked against the base's configuration before any weight is loaded."""
-    if adapter is None:
-        yield None
-        return
-    found, configs = find_given(adapter), configurations(settings.model, root)
-    with tempfile.TemporaryDirectory(prefix="dopsd-given-") as place:
-        if configs is not None:  # else the base itself is not here, which loading says
-            family = family_class(settings.model)
-            found = as_trained(found, Path(place) / "a.safetensors", skeleton("transformer", configs, family), family)
-        yield found
-
-
 def draw(
     prompts: Sequence[str], references: tuple[Image, ...], settings: Settings, root: Path, adapter: Path | None,
     width: int, height: int, steps: int, seeds: Sequence[int],
 ) -> Iterator[Image]:  # fmt: skip
     """A picture per prompt and its seed, each with the same references, by the base or base + adapter: ours, an export
-    of ours, or trained weights. Raises :class:`~dopsd.distill.targets.AdapterError` for what cannot be taken."""
-    with _form_of_training(adapter, settings, root) as file:
-        family = load_base(settings, root, use="draw")
+    of ours, or trained weights. Raises :class:`~dopsd.distill.targets.AdapterError` for what cannot be taken, before
+    any weight is loaded, and before the base is fetched where its configuration is known."""
+    given, kind = adapter and find_given(adapter), family_class(settings.model)
+    known = configurations(settings.model, root) if given else None
+    with tempfile.TemporaryDirectory(prefix="dopsd-given-") as place:
+
+        def as_ours(configs: Configs) -> Path | None:
+            out = Path(place) / "a.safetensors"
+            return given and as_trained(given, out, skeleton("transformer", configs, kind), kind)
+
+        file = as_ours(known) if known else None
+        family = load_base(settings, root, use="draw")  # its files are here now, and nothing of it is in memory
+        file = file or as_ours(family.parts.configs)
         encoded = [family.encode_prompt([Request(prompt, references)])[0] for prompt in prompts]
         family.release_encoders()
         with adapter_applied(family.transformer, file):
