@@ -12,6 +12,7 @@ from concept_folders import picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dopsd.data import captions
 from dopsd.data.captions import Uncaptioned, check_pictures, keep_as_before, save, uncaptioned
 from dopsd.data.manifest import DataError
 from dopsd.data.records import is_text
@@ -423,3 +424,15 @@ def test_every_picture_that_cannot_be_read_is_named(folder: Path) -> None:
     assert "a.png: is not a readable" in first
     assert "b.jpg: is 100 x 20 pixels, longer than 4 : 1" in second
     assert "far/c.png: is absurdly large" in third
+
+
+def test_a_file_of_captions_is_not_read_again_for_each_of_its_rows(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [json.dumps({"image": name}) for name in ("a.png", "b.jpg", "far/c.png")]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    read: list[Path] = []
+    lines = captions._lines
+    monkeypatch.setattr(captions, "_lines", lambda path: [read.append(path), lines(path)][1])
+    assert [one.image for one in uncaptioned(folder)[0]] == ["a.png", "b.jpg", "far/c.png", "d.png"]
+    assert read == [folder / "metadata.jsonl"]

@@ -145,8 +145,9 @@ def _by_rows(
     known, noted = set(names), read_json(_notes(part / METADATA))
     records = list(read_jsonl(part, METADATA)) if METADATA in known else []
     as_on_disk(records, names)
+    lines = _lines(part / METADATA) if METADATA in known else []
     for record in records:
-        value = _value(_lines(part / METADATA)[record.row - 1]) if record.row else None
+        value = _value(lines[record.row - 1]) if record.row else None
         lacks = value is not None and _lacks(value)
         unread = [pair for pair in record.problems if not (lacks and pair[0] in ("caption", "captions"))]
         faults += _faults(part, METADATA, record.row, unread)
