@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from concept_folders import picture
+from concept_folders import SETTINGS, picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +16,7 @@ from dopsd.data import captions
 from dopsd.data.captions import Uncaptioned, check_pictures, keep_as_before, save, uncaptioned
 from dopsd.data.manifest import DataError
 from dopsd.data.records import is_text
+from dopsd.data.schema import validate_dataset
 from dopsd.data.wording import (
     AGAIN,
     MOST_WORDS,
@@ -436,3 +437,26 @@ def test_a_file_of_captions_is_not_read_again_for_each_of_its_rows(
     monkeypatch.setattr(captions, "_lines", lambda path: [read.append(path), lines(path)][1])
     assert [one.image for one in uncaptioned(folder)[0]] == ["a.png", "b.jpg", "far/c.png", "d.png"]
     assert read == [folder / "metadata.jsonl"]
+
+
+def test_a_text_of_a_pictures_name_is_its_caption_and_any_other_of_that_name_a_document(folder: Path) -> None:
+    """For whoever captions and for whoever reads, from one function."""
+    for name in ("notice.png", "copying.png"):
+        picture(len(name) + 40).save(folder / name)
+    (folder / "LICENSE.txt").write_text("mine alone")
+    (folder / "README.md").write_text("about it")
+    for name in ("a", "b", "far/c", "notice"):
+        (folder / f"{name}.txt").write_text(f"{name} [V]")
+    (folder / "holdout" / "d.txt").write_text("d [V]")
+    (missing,) = uncaptioned(folder)[0]
+    assert (missing.image, missing.source) == ("copying.png", "copying.txt")
+    save(missing, {"medium": "copying [V]"})
+    assert uncaptioned(folder) == ([], 6)
+    rows = validate_dataset(folder, "test", SETTINGS)[0].rows
+    assert {row.image.stem: row.captions[0][1] for row in rows} == {
+        name: f"{'far/c' if name == 'c' else name} [V]" for name in ("a", "b", "c", "notice", "copying")
+    }
+    (folder / "metadata.jsonl").write_text("")
+    with pytest.raises(DataError) as caught:
+        validate_dataset(folder, "test", SETTINGS)
+    assert str(caught.value).splitlines()[0] in _faults(folder)

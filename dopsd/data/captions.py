@@ -21,8 +21,8 @@ from typing import Any
 from ..files import read_json, whole_file, write_json
 from .folders import not_for_training
 from .images import EXTENSIONS, ImageError, load_image
-from .manifest import HOLDOUT, METADATA, DataError, Fault, concept_files
-from .records import as_on_disk, composed, is_text, read_jsonl, read_texts, shown, stem_of
+from .manifest import HOLDOUT, METADATA, DataError, Fault, Layout, concept_files, describe_kinds, layout_of
+from .records import BAD_NAME, as_on_disk, composed, is_text, read_jsonl, read_texts, shown, stem_of
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -78,9 +78,9 @@ def uncaptioned(folder: Path, redo: bool = False, any_folder: bool = False) -> t
     faults = [Fault(shown(str(folder / name)), None, None, problem) for name, problem in named.items()]
     total, empty = 0, True
     for part, names in parts.items():
-        images = [name for name in names if _suffix(name) in EXTENSIONS]
-        if images:
-            more, count = _of_part(part, names, images, redo, faults)
+        layout = layout_of(names)
+        if layout.images:
+            more, count = _of_part(part, names, layout, redo, faults)
             found, total, empty = found + more, total + count, False
     if empty:
         faults.append(Fault(str(folder), None, None, f"no pictures there ({', '.join(EXTENSIONS)}); check the path"))
@@ -93,24 +93,20 @@ def uncaptioned(folder: Path, redo: bool = False, any_folder: bool = False) -> t
 
 
 def _of_part(
-    part: Path, names: Sequence[str], images: Sequence[str], redo: bool, faults: list[Fault]
+    part: Path, names: Sequence[str], layout: Layout, redo: bool, faults: list[Fault]
 ) -> tuple[list[Uncaptioned], int]:
-    stems = {stem_of(image) for image in images}
-    beside = [name for name in names if _suffix(name) == ".txt" and stem_of(name) in stems]
-    tables = [name for name in names if _suffix(name) == ".parquet"]
-    kinds = [*([METADATA] if METADATA in names else []), *tables, *beside[:1]]
-    if len(kinds) > 1:
-        problem = f"captions are given in more than one way ({', '.join(map(shown, kinds))}); keep only one"
-        faults.append(Fault(str(part), None, None, problem))
+    source = next(iter(layout.kinds), METADATA)
+    if len(layout.kinds) > 1:
+        faults.append(Fault(str(part), None, None, describe_kinds(layout)))
         return [], 0
-    if tables:
+    if source != METADATA and not layout.beside:
         problem = f"captions are not written into parquet; write them there yourself, or give {METADATA} instead"
-        faults.append(Fault(str(part / tables[0]), None, None, problem))
+        faults.append(Fault(str(part / source), None, None, problem))
         return [], 0
-    if beside:
-        found, count = list(_by_texts(part, images, beside, redo, faults)), len(images)
+    if layout.beside:
+        found, count = list(_by_texts(part, layout, redo, faults)), len(layout.images)
     else:
-        found, count = _by_rows(part, names, images, redo, faults)
+        found, count = _by_rows(part, names, layout.images, redo, faults)
     twins = Counter(one.source for one in found if one.single)
     for source in (source for source, pictures in twins.items() if pictures > 1):
         problem = "two pictures share this one caption file; give each a name of its own"
@@ -124,10 +120,8 @@ def _of_part(
     return found, count
 
 
-def _by_texts(
-    part: Path, images: Sequence[str], texts: Sequence[str], redo: bool, faults: list[Fault]
-) -> Iterator[Uncaptioned]:
-    for record in read_texts(part, images, texts):
+def _by_texts(part: Path, layout: Layout, redo: bool, faults: list[Fault]) -> Iterator[Uncaptioned]:
+    for record in read_texts(part, layout.images, layout.beside):
         blank = record.captions is not None and not _any_text(record.captions)
         if record.row == 0 and record.image is not None:
             yield Uncaptioned(part, record.image, f"{stem_of(record.image)}.txt")
@@ -171,8 +165,7 @@ def _by_rows(
             found.setdefault(image, Uncaptioned(part, record.image, METADATA, left))
     for image in (image for image in images if image not in listed | references):
         if not is_text(image):
-            problem = "the file's name holds control characters or is not valid UTF-8; rename it"
-            faults += _faults(part, image, 0, [("image", problem)])
+            faults += _faults(part, image, 0, [("image", BAD_NAME)])
         else:
             found[image] = Uncaptioned(part, image, METADATA)
     return list(found.values()), len(set(images) - (references - listed))
@@ -192,7 +185,7 @@ def _faults(part: Path, source: str, row: int, problems: Sequence[tuple[str | No
 
 def check_pictures(pictures: Sequence[Uncaptioned], max_pixels: int, any_shape: bool = False) -> None:
     """Decode each once. Raises :class:`DataError` with everything that is wrong with them."""
-    from .schema import MAX_ASPECT  # a longer picture would be captioned for nothing
+    from .schema import MAX_ASPECT, describe_long  # a longer picture would be captioned for nothing
 
     faults = []
     for one in pictures:
@@ -202,9 +195,7 @@ def check_pictures(pictures: Sequence[Uncaptioned], max_pixels: int, any_shape: 
             faults.append(Fault(str(one.path), None, None, error.problem))
             continue
         if not any_shape and max(width, height) > MAX_ASPECT * min(width, height):
-            problem = f"is {width} x {height} pixels, longer than {MAX_ASPECT:g} : 1; crop it"
-            problem += " (or data.allow: [long-pictures])"
-            faults.append(Fault(str(one.path), None, None, problem))
+            faults.append(Fault(str(one.path), None, None, describe_long(f"{width} x {height}")))
     if faults:
         raise DataError(faults)
 
@@ -304,7 +295,3 @@ def _lacks(value: Mapping[str, Any]) -> bool:
 def _any_text(given: str | Mapping[str, Any]) -> bool:
     texts = [given] if isinstance(given, str) else list(given.values())
     return any(not isinstance(text, str) or text.strip() for text in texts)
-
-
-def _suffix(name: str) -> str:
-    return Path(name).suffix.lower()

@@ -346,9 +346,9 @@ def _describe_small(cells: Mapping[str, Any], settings: DataSettings) -> _Proble
     return [("image", f"{problem}give a larger one{_unless('small-pictures')}")]
 
 
-def _describe_long(cells: Mapping[str, Any], _: DataSettings) -> _Problems:
-    problem = f"{cells['image']} is {cells['size']} pixels, longer than {MAX_ASPECT:g} : 1; crop it"
-    return [("image", problem + _unless("long-pictures"))]
+def describe_long(size: str) -> str:
+    """What to say of a picture that is longer than :data:`MAX_ASPECT`; ``size``: ``WIDTH x HEIGHT``."""
+    return f"is {size} pixels, longer than {MAX_ASPECT:g} : 1; crop it{_unless('long-pictures')}"
 
 
 # Check of the schema -> the (column, problem) pairs that it means for the row that failed it; also the faults' order.
@@ -356,7 +356,7 @@ _MESSAGES: dict[str, Callable[[Mapping[str, Any], DataSettings], _Problems]] = {
     "unreadable": lambda cells, _: [(column, problem) for column, problem in json.loads(cells["problems"])],
     "bad_image": lambda cells, _: [("image", cells["image_problem"])],
     "too_small": _describe_small,
-    "too_long": _describe_long,
+    "too_long": lambda cells, _: [("image", f"{cells['image']} {describe_long(cells['size'])}")],
     "duplicate": lambda cells, _: [("image", cells["copy_of"])],
     "no_caption": lambda cells, _: [("captions", "is empty; write at least one caption")],
     "empty_caption": lambda cells, _: [
