@@ -20,6 +20,7 @@ from dopsd.given import as_trained, find_given
 from dopsd.models import ModelError, family_class
 from dopsd.models.base import Configs, Request
 from dopsd.models.sizes import configurations, skeleton
+from dopsd.params import MAX_SEED
 from dopsd.project import load_base
 
 MAX_SIDE = 4096
@@ -55,12 +56,13 @@ def _warn(path: Path, remark: str) -> None:
 
 def seeds_of(given: Sequence[int], prompts: int) -> list[int]:
     """A seed for each prompt: those given, or from the one that is given (or 0) on. Raises :class:`ModelError`."""
-    if len(given) <= 1:
-        first = given[0] if given else 0
-        return list(range(first, first + prompts))
-    if len(given) != prompts:
+    if len(given) > 1 and len(given) != prompts:
         raise ModelError(f"--seed: {len(given)} seeds for {prompts} prompts; give one for each, or one alone")
-    return list(given)
+    first = given[0] if given else 0
+    seeds = list(given) if len(given) > 1 else list(range(first, first + prompts))
+    if wrong := [seed for seed in seeds if not 0 <= seed <= MAX_SEED]:
+        raise ModelError(f"--seed: {wrong[0]}: expected a number from 0 to {MAX_SEED}")
+    return seeds
 
 
 def draw(
