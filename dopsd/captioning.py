@@ -8,12 +8,11 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dopsd.config import CONCEPTS, Settings, SettingsError, concept_name
+from dopsd.config import CONCEPTS, Settings, is_concept_name
 from dopsd.data.captions import Uncaptioned, check_pictures, keep_as_before, save, uncaptioned
 from dopsd.data.manifest import ABOUT, DataError, Fault
 from dopsd.data.wording import VARIANTS, Caption, Kind, Naming, Variant, caption, naming_of
@@ -50,7 +49,7 @@ def folder_of(place: str, root: Path) -> tuple[Path, str | None]:
     Raises :class:`CaptionError` where there is none, and where both a folder and a concept have that name.
     """
     folder, concept = Path(place).expanduser(), root / CONCEPTS / place
-    named = _is_name(place) and concept.is_dir()
+    named = is_concept_name(place) and concept.is_dir()
     if named and folder.is_dir() and not folder.samefile(concept):
         raise CaptionError(f"{place}: a folder here and a concept; say ./{place} or {concept}")
     if named:
@@ -59,12 +58,6 @@ def folder_of(place: str, root: Path) -> tuple[Path, str | None]:
         raise CaptionError(f"{place}: no such folder, and no concept of that name in {root / CONCEPTS}; check it")
     inside = folder.resolve().parent == (root / CONCEPTS).resolve()
     return folder, folder.resolve().name if inside else None
-
-
-def _is_name(text: str) -> bool:
-    with suppress(SettingsError):
-        return bool(concept_name(text))
-    return False
 
 
 def naming_for(folder: Path, kind: Kind | None, subject: str | None, placeholder: str) -> Naming:
@@ -184,5 +177,5 @@ def _keep(
 def next_command(folder: Path, concept: str | None) -> str:
     """What a person types when the captions are as they should be."""
     guess = re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-")[:64]
-    name = concept or (guess if _is_name(guess) else "my-concept")
+    name = concept or (guess if is_concept_name(guess) else "my-concept")
     return f"dopsd concept add {shlex.quote(str(folder))} --name {name}"

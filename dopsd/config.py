@@ -15,8 +15,6 @@ from dopsd.params import AtLeastOne, Beta, EachOnce, Pattern, Positive, Rate, Se
 from dopsd.params import SettingsError as SettingsError
 
 Method = Literal["d-opsd", "sft", "sft-teacher", "off-policy"]
-METHODS: tuple[Method, ...] = ("d-opsd", "sft", "sft-teacher", "off-policy")
-
 Quantization = Literal["none", "int8", "fp8", "nf4"]
 Offload = Literal["none", "model", "group"]
 Checkpointing = Literal["none", "every", "every-second", "auto"]
@@ -35,9 +33,14 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 
 def concept_name(name: str) -> str:
     """``name``, where it may name a concept: it becomes folders, stages and models. Raises :class:`SettingsError`."""
-    if not _NAME.fullmatch(name):
+    if not is_concept_name(name):
         raise SettingsError(f"concept name {name!r}: use 1 to 64 of a-z, 0-9 and -, not beginning with -")
     return name
+
+
+def is_concept_name(name: str) -> bool:
+    """Whether ``name`` may name a concept."""
+    return _NAME.fullmatch(name) is not None
 
 
 def _as_words(value: Any) -> Any:

@@ -13,12 +13,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dopsd.clean import concepts_in
 from dopsd.files import read_json, shown_size, size_of
 from dopsd.identity import changes
 from dopsd.lock import concept_lock
 from dopsd.params import SettingsError
-from dopsd.project import run_folder
+from dopsd.project import concepts_in, run_folder
 
 if TYPE_CHECKING:
     from rich.table import Table

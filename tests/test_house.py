@@ -39,7 +39,7 @@ ROOMS: dict[str, set[str]] = {
     "memory": {"config"},
     "project": {"config", "data", "models", "evaluation"},
     "clean": {"config", "files", "train", "lock", "project"},
-    "runs": {"params", "files", "identity", "train", "lock", "project", "clean"},
+    "runs": {"params", "files", "identity", "train", "lock", "project"},
 }
 """Arrows of house.md. The edges (stages, cli, doctor) may import from every room, and no room from them."""
 
