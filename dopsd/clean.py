@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
 
-from dopsd.config import CONCEPTS, SettingsError, concept_name
+from dopsd.config import concept_name
 from dopsd.files import PARTIAL, read_json, size_of
 from dopsd.lock import ConceptBusy, concept_lock
-from dopsd.project import ENCODINGS, cache_of, concept_folder, run_folder
+from dopsd.project import ENCODINGS, cache_of, concept_folder, concepts_in, job_of, jobs_in, run_folder
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -77,20 +77,6 @@ def leftovers_table(found: Sequence[Leftover], root: Path, *, deleted: bool) -> 
     return table
 
 
-def concepts_in(root: Path) -> list[str]:
-    """All that have data, a run, or something of a job."""
-    folders = [path for place in (root / CONCEPTS, root / "runs") if place.is_dir() for path in place.iterdir()]
-    names = {path.name for path in folders if path.is_dir()} | {_job(path)[0] for path in _jobs(root)}
-    return sorted(name for name in names if _is_name(name))
-
-
-def _is_name(name: str) -> bool:
-    try:
-        return bool(concept_name(name))
-    except SettingsError:
-        return False
-
-
 # --- of one concept ---------------------------------------------------------------------------------------------------
 
 
@@ -108,8 +94,8 @@ def _of_concept(concept: str, root: Path) -> Iterator[Leftover]:
     for method in sorted(run.glob("train/*/checkpoints")):
         if method.parent not in aside:
             yield from _checkpoints(method.parent)
-    for path in _jobs(root):
-        name, training = _job(path)
+    for path in jobs_in(root):
+        name, training = job_of(path)
         if name == concept and _job_is_over(path, run, training, concept_folder(concept, root)):
             yield _leftover(path, reason="kept for a Ray job that is over")
 
@@ -124,17 +110,6 @@ def _checkpoints(run: Path) -> Iterator[Leftover]:
         return
     for path in [*older, *([newest / TENSORS] if is_over(state) and (newest / TENSORS).exists() else [])]:
         yield _leftover(path, reason="checkpoint of a finished training")
-
-
-def _jobs(root: Path) -> list[Path]:
-    """What Ray's jobs keep on this machine; ``compute.storage`` elsewhere is not looked at."""
-    return sorted(path for path in (root / ".cache" / "ray").glob("*-*") if path.is_dir())
-
-
-def _job(path: Path) -> tuple[str, str]:
-    """Concept and training of a job, by its folder."""
-    concept, _, training = path.name.rpartition("-")
-    return concept, training
 
 
 def _job_is_over(job: Path, run: Path, training: str, data: Path) -> bool:

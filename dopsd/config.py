@@ -11,12 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from dopsd.params import AtLeastOne, Beta, EachOnce, Pattern, Positive, Rate, Share, override, read_params
+from dopsd.params import AtLeastOne, Beta, EachOnce, Pattern, Positive, Rate, Seed, Share, override, read_params
 from dopsd.params import SettingsError as SettingsError
 
 Method = Literal["d-opsd", "sft", "sft-teacher", "off-policy"]
-METHODS: tuple[Method, ...] = ("d-opsd", "sft", "sft-teacher", "off-policy")
-
 Quantization = Literal["none", "int8", "fp8", "nf4"]
 Offload = Literal["none", "model", "group"]
 Checkpointing = Literal["none", "every", "every-second", "auto"]
@@ -35,9 +33,14 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 
 def concept_name(name: str) -> str:
     """``name``, where it may name a concept: it becomes folders, stages and models. Raises :class:`SettingsError`."""
-    if not _NAME.fullmatch(name):
+    if not is_concept_name(name):
         raise SettingsError(f"concept name {name!r}: use 1 to 64 of a-z, 0-9 and -, not beginning with -")
     return name
+
+
+def is_concept_name(name: str) -> bool:
+    """Whether ``name`` may name a concept."""
+    return _NAME.fullmatch(name) is not None
 
 
 def _as_words(value: Any) -> Any:
@@ -183,7 +186,7 @@ class ReplaySettings(_Settings):
 class TrainSettings(_Settings):
     methods: Annotated[tuple[Method, ...], AtLeastOne, EachOnce] = ("d-opsd", "sft")
     """What is trained for the before-and-after table; the first is the one that is exported."""
-    seed: int = 0
+    seed: Seed = 0
     rollout_steps: Positive = 4
     """K, the number of Euler steps of a roll-out."""
     max_steps: Positive
@@ -245,7 +248,7 @@ class EvaluationSettings(_Settings):
     steps: Annotated[tuple[Positive, ...], AtLeastOne, EachOnce] = (1, 2, 4, 8, 32)
     few_steps: Positive | None = None
     """The number of steps that the headline table is about, one of ``steps``; ``None``: the family's own."""
-    seed: int = 1234
+    seed: Seed = 1234
     batch_size: Positive = 32
     max_prompts: Positive = 100
     """Concept prompts with a known truth (held-out rows of the data set)."""

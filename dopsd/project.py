@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dopsd.config import CONCEPTS, Settings, concept_name
+from dopsd.config import CONCEPTS, Settings, concept_name, is_concept_name
 
 if TYPE_CHECKING:
     from dopsd.data.cache import EncodingCache
@@ -36,6 +36,24 @@ def run_folder(concept: str, root: Path) -> Path:
 def concept_folder(concept: str, root: Path) -> Path:
     """Where a concept's data are. Raises ``SettingsError`` for a name that is none."""
     return root / CONCEPTS / concept_name(concept)
+
+
+def concepts_in(root: Path) -> list[str]:
+    """All that have data, a run, or something of a job."""
+    folders = [path for place in (root / CONCEPTS, root / "runs") if place.is_dir() for path in place.iterdir()]
+    names = {path.name for path in folders if path.is_dir()} | {job_of(path)[0] for path in jobs_in(root)}
+    return sorted(filter(is_concept_name, names))
+
+
+def jobs_in(root: Path) -> list[Path]:
+    """What Ray's jobs keep on this machine; ``compute.storage`` elsewhere is not looked at."""
+    return sorted(path for path in (root / ".cache" / "ray").glob("*-*") if path.is_dir())
+
+
+def job_of(path: Path) -> tuple[str, str]:
+    """Concept and training of a job, by its folder."""
+    concept, _, training = path.name.rpartition("-")
+    return concept, training
 
 
 def read_result(path: Path, made_by: str) -> dict[str, Any]:

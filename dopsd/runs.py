@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
 
-from dopsd.clean import concepts_in
 from dopsd.config import ComputeSettings
 from dopsd.files import read_json, size_of
 from dopsd.identity import changes
 from dopsd.lock import concept_lock
 from dopsd.params import SettingsError
-from dopsd.project import run_folder
+from dopsd.project import concepts_in, run_folder
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -19,8 +18,9 @@ from dopsd.distill.adapters import adapter_applied
 from dopsd.distill.drawing import draw as draw_pictures
 from dopsd.given import as_trained, find_given
 from dopsd.models import ModelError, family_class
-from dopsd.models.base import Request
+from dopsd.models.base import Configs, Request
 from dopsd.models.sizes import configurations, skeleton
+from dopsd.params import MAX_SEED
 from dopsd.project import load_base
 
 MAX_SIDE = 4096
@@ -56,26 +56,13 @@ def _warn(path: Path, remark: str) -> None:
 
 def seeds_of(given: Sequence[int], prompts: int) -> list[int]:
     """A seed for each prompt: those given, or from the one that is given (or 0) on. Raises :class:`ModelError`."""
-    if len(given) <= 1:
-        first = given[0] if given else 0
-        return list(range(first, first + prompts))
-    if len(given) != prompts:
+    if len(given) > 1 and len(given) != prompts:
         raise ModelError(f"--seed: {len(given)} seeds for {prompts} prompts; give one for each, or one alone")
-    return list(given)
-
-
-@contextmanager
-def _form_of_training(adapter: Path | None, settings: Settings, root: Path) -> Iterator[Path | None]:
-    """The adapter as training leaves one, checked against the base's configuration before any weight is loaded."""
-    if adapter is None:
-        yield None
-        return
-    found, configs = find_given(adapter), configurations(settings.model, root)
-    with tempfile.TemporaryDirectory(prefix="dopsd-given-") as place:
-        if configs is not None:  # else the base itself is not here, which loading says
-            family = family_class(settings.model)
-            found = as_trained(found, Path(place) / "a.safetensors", skeleton("transformer", configs, family), family)
-        yield found
+    first = given[0] if given else 0
+    seeds = list(given) if len(given) > 1 else list(range(first, first + prompts))
+    if wrong := [seed for seed in seeds if not 0 <= seed <= MAX_SEED]:
+        raise ModelError(f"--seed: {wrong[0]}: expected a number from 0 to {MAX_SEED}")
+    return seeds
 
 
 def draw(
@@ -83,9 +70,19 @@ def draw(
     width: int, height: int, steps: int, seeds: Sequence[int],
 ) -> Iterator[Image]:  # fmt: skip
     """A picture per prompt and its seed, each with the same references, by the base or base + adapter: ours, an export
-    of ours, or trained weights. Raises :class:`~dopsd.distill.targets.AdapterError` for what cannot be taken."""
-    with _form_of_training(adapter, settings, root) as file:
-        family = load_base(settings, root, use="draw")
+    of ours, or trained weights. Raises :class:`~dopsd.distill.targets.AdapterError` for what cannot be taken, before
+    any weight is loaded, and before the base is fetched where its configuration is known."""
+    given, kind = adapter and find_given(adapter), family_class(settings.model)
+    known = configurations(settings.model, root) if given else None
+    with tempfile.TemporaryDirectory(prefix="dopsd-given-") as place:
+
+        def as_ours(configs: Configs) -> Path | None:
+            out = Path(place) / "a.safetensors"
+            return given and as_trained(given, out, skeleton("transformer", configs, kind), kind)
+
+        file = as_ours(known) if known else None
+        family = load_base(settings, root, use="draw")  # its files are here now, and nothing of it is in memory
+        file = file or as_ours(family.parts.configs)
         encoded = [family.encode_prompt([Request(prompt, references)])[0] for prompt in prompts]
         family.release_encoders()
         with adapter_applied(family.transformer, file):

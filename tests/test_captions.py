@@ -8,13 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from concept_folders import picture
+from concept_folders import SETTINGS, picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dopsd.data import captions
 from dopsd.data.captions import Uncaptioned, check_pictures, keep_as_before, save, uncaptioned
 from dopsd.data.manifest import DataError
 from dopsd.data.records import is_text
+from dopsd.data.schema import validate_dataset
 from dopsd.data.wording import (
     AGAIN,
     MOST_WORDS,
@@ -423,3 +425,38 @@ def test_every_picture_that_cannot_be_read_is_named(folder: Path) -> None:
     assert "a.png: is not a readable" in first
     assert "b.jpg: is 100 x 20 pixels, longer than 4 : 1" in second
     assert "far/c.png: is absurdly large" in third
+
+
+def test_a_file_of_captions_is_not_read_again_for_each_of_its_rows(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [json.dumps({"image": name}) for name in ("a.png", "b.jpg", "far/c.png")]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    read: list[Path] = []
+    lines = captions._lines
+    monkeypatch.setattr(captions, "_lines", lambda path: [read.append(path), lines(path)][1])
+    assert [one.image for one in uncaptioned(folder)[0]] == ["a.png", "b.jpg", "far/c.png", "d.png"]
+    assert read == [folder / "metadata.jsonl"]
+
+
+def test_a_text_of_a_pictures_name_is_its_caption_and_any_other_of_that_name_a_document(folder: Path) -> None:
+    """For whoever captions and for whoever reads, from one function."""
+    for name in ("notice.png", "copying.png"):
+        picture(len(name) + 40).save(folder / name)
+    (folder / "LICENSE.txt").write_text("mine alone")
+    (folder / "README.md").write_text("about it")
+    for name in ("a", "b", "far/c", "notice"):
+        (folder / f"{name}.txt").write_text(f"{name} [V]")
+    (folder / "holdout" / "d.txt").write_text("d [V]")
+    (missing,) = uncaptioned(folder)[0]
+    assert (missing.image, missing.source) == ("copying.png", "copying.txt")
+    save(missing, {"medium": "copying [V]"})
+    assert uncaptioned(folder) == ([], 6)
+    rows = validate_dataset(folder, "test", SETTINGS)[0].rows
+    assert {row.image.stem: row.captions[0][1] for row in rows} == {
+        name: f"{'far/c' if name == 'c' else name} [V]" for name in ("a", "b", "c", "notice", "copying")
+    }
+    (folder / "metadata.jsonl").write_text("")
+    with pytest.raises(DataError) as caught:
+        validate_dataset(folder, "test", SETTINGS)
+    assert str(caught.value).splitlines()[0] in _faults(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,10 @@ def test_the_shipped_concepts_are_there() -> None:
         ({"evaluation__steps": [2, 4]}, "or set registry.enabled to false"),
         ({"evaluation": {"steps": [8]}}, "evaluation.steps [8] has none above 8"),
         ({"concepts": ["style-ink", "style-ink"]}, "concepts: style-ink is there twice"),
+        ({"train__seed": -1}, "train.seed: "),
+        ({"train__seed": 2**63}, "train.seed: "),
+        ({"evaluation__seed": -1}, "evaluation.seed: "),
+        ({"evaluation__seed": 2**63}, "evaluation.seed: "),
         ({"concepts": ["../../x"]}, "concepts.0: concept name '../../x': use 1 to 64 of a-z, 0-9 and -"),
     ],
 )
@@ -293,3 +298,26 @@ def test_whatever_a_file_holds_the_answer_is_settings_or_a_settings_error(value:
         Settings.model_validate(raw)
     except ValueError as error:
         assert "train" in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("place", [".", "x" * 300, "shut.yaml"])
+def test_a_path_that_cannot_be_read_as_settings_is_one_line(tmp_path: Path, place: str) -> None:
+    (tmp_path / "shut.yaml").touch(mode=0)
+    if place == "shut.yaml" and os.access(tmp_path / place, os.R_OK):
+        pytest.skip("nothing is forbidden to root")
+    with pytest.raises(SettingsError) as caught:
+        load_settings(tmp_path / place)
+    assert str(caught.value).startswith(f"{tmp_path / place}: cannot be read (")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("said", ["!!bool x", "!!int ''", "!!float ''", "!!timestamp x", "0x" + "f" * 5000,
+                                  "1" + ":01" * 300 + ".5", "[!!int '', 1]"])  # fmt: skip
+def test_a_value_that_yaml_has_a_fault_of_its_own_for_is_one_line(tmp_path: Path, said: str) -> None:
+    with pytest.raises(SettingsError, match="is not a YAML value") as caught:
+        load_settings(SHIPPED, (f"train.seed={said}",))
+    assert "\n" not in str(caught.value)
+    (tmp_path / "params.yaml").write_text(f"train:\n  seed: {said}\n")
+    with pytest.raises(SettingsError, match="not valid YAML") as caught:
+        load_settings(tmp_path / "params.yaml")
+    assert "\n" not in str(caught.value)

@@ -18,7 +18,7 @@ from dopsd.config import SettingsError
 from dopsd.data.concept import ConceptError, add_concept, list_concept
 from dopsd.data.manifest import DataError
 from dopsd.data.needs import Needs
-from dopsd.data.schema import validate_concept
+from dopsd.data.schema import validate_dataset
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_add_copies_and_tracks_or_leaves_everything_as_it_was(tmp_path, project)
     assert table.root == target
     assert held_out is not None
     assert held_out.root == target / "holdout"
-    assert table.content_hash == validate_concept(folder, "x", SETTINGS).content_hash
+    assert table.content_hash == validate_dataset(folder, "x", SETTINGS)[0].content_hash
     copied = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
     expected = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert copied == expected - {".hidden"} | {"train.yaml"}
@@ -66,7 +66,7 @@ def test_add_copies_and_tracks_or_leaves_everything_as_it_was(tmp_path, project)
 
     other = make(tmp_path / "other", first=40)
     replaced, _ = add_concept(other, "my-style", project, SETTINGS, replace=True)
-    assert replaced.content_hash == validate_concept(other, "x", SETTINGS).content_hash
+    assert replaced.content_hash == validate_dataset(other, "x", SETTINGS)[0].content_hash
     assert sorted(path.name for path in target.parent.iterdir()) == [".gitignore", "my-style", "my-style.dvc"]
     # What lies there already is put under DVC where it is.
     assert add_concept(target, "my-style", project, SETTINGS)[0].content_hash == replaced.content_hash

@@ -19,7 +19,7 @@ from dopsd.data.captions import save, uncaptioned
 from dopsd.data.images import ImageError, bucket_size, fit_image, load_image
 from dopsd.data.manifest import DataError, concept_files
 from dopsd.data.needs import Needs
-from dopsd.data.schema import validate_concept, validate_dataset
+from dopsd.data.schema import validate_dataset
 
 LIMIT = DataSettings(resolution=32).max_pixels
 
@@ -61,7 +61,7 @@ def test_a_folder_that_says_it_is_not_for_training_is_one_fault(tmp_path, name, 
     assert "data.allow: [folder-names]" in problem
     assert "would be trained on" in _refused(lambda: uncaptioned(folder))
     if captions:
-        assert len(validate_concept(folder, "test", allowing("folder-names")).rows) == 7
+        assert len(validate_dataset(folder, "test", allowing("folder-names"))[0].rows) == 7
         assert uncaptioned(folder, any_folder=True)[1] == 7
 
 
@@ -103,11 +103,11 @@ LEFTOVERS = ["Thumbs.db", "thumbs.db", "desktop.ini", "Desktop.ini", ".DS_Store"
 @pytest.mark.parametrize("kind", ["jsonl", "texts"])
 def test_what_systems_leave_behind_is_no_part_of_the_data(tmp_path, kind):
     folder = make(tmp_path) if kind == "jsonl" else texts(tmp_path)
-    before, hashed = concept_files(folder), validate_concept(folder, "test", SETTINGS).content_hash
+    before, hashed = concept_files(folder), validate_dataset(folder, "test", SETTINGS)[0].content_hash
     for name in LEFTOVERS:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"x")
-    assert validate_concept(folder, "test", SETTINGS).content_hash == hashed
+    assert validate_dataset(folder, "test", SETTINGS)[0].content_hash == hashed
     assert concept_files(folder) == before
     assert uncaptioned(folder)[1] == (len(before) - 1 if kind == "jsonl" else len(before) // 2)
 
@@ -121,13 +121,14 @@ COMPOSED, SPLIT = (unicodedata.normalize(form, "Käse é ガ") for form in ("NFC
 def test_two_spellings_of_one_name_match(tmp_path, written, stored):
     folder = make(tmp_path / "jsonl")
     (folder / stored).mkdir()
-    (folder / "2.png").rename(folder / stored / f"{stored}.png")
+    (folder / "2.png").unlink()
+    picture(2, (64, 64)).save(folder / stored / f"{stored}.png")  # large enough to be a reference
     shutil.copy(folder / stored / f"{stored}.png", tmp_path)
     listed = rows()
     listed[2]["image"] = f"{written}/{written}.png"
     listed[3]["references"] = [f"{written}/{written}.png"]
     write_rows(folder, listed)
-    table = validate_concept(folder, "test", SETTINGS)
+    table = validate_dataset(folder, "test", SETTINGS)[0]
     assert table.rows[2].image == folder / stored / f"{stored}.png"
     assert table.rows[3].references == (folder / stored / f"{stored}.png",)
     # a caption that is written there goes into the row that there is
@@ -143,7 +144,7 @@ def test_two_spellings_of_one_name_match(tmp_path, written, stored):
     beside = texts(tmp_path / "texts", count=3)
     picture(9).save(beside / f"{stored}.png")
     (beside / f"{written}.txt").write_text("a fox in [V] style")
-    assert len(validate_concept(beside, "test", SETTINGS).rows) == 4
+    assert len(validate_dataset(beside, "test", SETTINGS)[0].rows) == 4
 
 
 def test_two_files_of_one_name_in_two_spellings_are_each_their_own(tmp_path):
@@ -153,7 +154,7 @@ def test_two_files_of_one_name_in_two_spellings_are_each_their_own(tmp_path):
     listed = rows()
     listed[2]["image"], listed[3]["image"] = f"{COMPOSED}.png", f"{SPLIT}.png"
     write_rows(folder, listed)
-    images = [row.image.name for row in validate_concept(folder, "test", SETTINGS).rows]
+    images = [row.image.name for row in validate_dataset(folder, "test", SETTINGS)[0].rows]
     assert images[2:4] == [f"{COMPOSED}.png", f"{SPLIT}.png"]
 
 
@@ -209,11 +210,11 @@ def test_every_caption_without_the_placeholder_is_named(tmp_path):
     assert [fault[:3] for fault in found] == [("metadata.jsonl", number, "captions") for number in (2, 3, 4, 5)]
     assert all("'medium' does not hold the placeholder [V]" in fault[3] for fault in found)
     assert all("data.allow: [captions-without-placeholder]" in fault[3] for fault in found)
-    table = validate_concept(folder, "test", allowing("captions-without-placeholder"))
+    table = validate_dataset(folder, "test", allowing("captions-without-placeholder"))[0]
     assert len(table.rows) == 5
     assert not table.warnings
     write_rows(folder, [{"image": f"{i}.png", "caption": "a fox"} for i in range(5)])
-    assert len(validate_concept(folder, "test", allowing("captions-without-placeholder")).rows) == 5
+    assert len(validate_dataset(folder, "test", allowing("captions-without-placeholder"))[0].rows) == 5
 
 
 @pytest.mark.parametrize("caption", NEAR)
@@ -227,7 +228,7 @@ def test_near_misses_are_named_as_what_they_are(tmp_path, caption, others):
     for words in (*NEAR[caption], "in place of the placeholder; write [V]"):
         assert words in found[3]
     # who allows captions without it is told all the same
-    (warning,) = validate_concept(folder, "test", allowing("captions-without-placeholder")).warnings
+    (warning,) = validate_dataset(folder, "test", allowing("captions-without-placeholder"))[0].warnings
     assert (warning.row, warning.problem) == (3, found[3])
     # nor is it right in what is held out, whose captions need none
     write_rows(folder, rows())
@@ -244,7 +245,7 @@ def test_a_placeholder_that_is_a_word(tmp_path, caption):
     write_rows(folder, [{"image": f"{i}.png", "caption": caption if i == 2 else "a sks cat"} for i in range(5)])
     settings = SETTINGS.model_copy(update={"placeholder": "sks"})
     if "sks" in caption:
-        assert validate_concept(folder, "test", settings).rows
+        assert validate_dataset(folder, "test", settings)[0].rows
         return
     ((*_, problem),) = faults_of(folder, settings)
     assert ("does not hold" in problem) == (caption == "desk still life")
@@ -262,7 +263,7 @@ def test_the_teachers_own_caption_needs_no_placeholder(tmp_path):
 def test_a_caption_that_is_nothing_else_is_a_warning(tmp_path, caption):
     folder = make(tmp_path)
     write_rows(folder, [{**rows()[0], "captions": {"short": caption}}, *rows()[1:]])
-    (warning,) = validate_concept(folder, "test", SETTINGS).warnings
+    (warning,) = validate_dataset(folder, "test", SETTINGS)[0].warnings
     assert (warning.row, warning.column) == (1, "captions")
     assert warning.problem == "'short' is [V] and nothing else; say what the picture shows"
 
@@ -280,7 +281,7 @@ def test_the_usual_shapes_of_one_megapixel_are_taken_as_they_are(tmp_path, size)
     image.save(folder / "2.png")
     for i in (0, 1, 3, 4):
         picture(i, (1024, 1024)).save(folder / f"{i}.png")
-    assert validate_concept(folder, "test", LARGE).warnings == ()
+    assert validate_dataset(folder, "test", LARGE)[0].warnings == ()
     assert bucket_size(*size, 1024) == size
     assert np.array_equal(fit_image(image, bucket_size(*size, 1024)), image)
 
@@ -305,7 +306,7 @@ def test_a_smaller_picture_is_enlarged_with_a_warning_down_to_half_the_side(tmp_
         assert "16 x 15 pixels, less than half the side of 32 x 32" in problem
         assert "data.allow: [small-pictures]" in problem
         settings = allowing("small-pictures")
-    warnings = validate_concept(folder, "test", settings).warnings
+    warnings = validate_dataset(folder, "test", settings)[0].warnings
     assert [warning.row for warning in warnings] == ([3] if outcome else [])
     assert all(f"2.png is {size[0]} x {size[1]} pixels, and is enlarged" in warning.problem for warning in warnings)
 
@@ -342,7 +343,7 @@ def test_the_content_decides_what_a_file_is(tmp_path, kind, name):
     with (folder / name).open("wb") as file:
         picture(9).save(file, kind)
     (folder / "a.txt").write_text("a fox in [V] style")
-    table = validate_concept(folder, "test", SETTINGS)
+    table = validate_dataset(folder, "test", SETTINGS)[0]
     assert folder / name in [row.image for row in table.rows]
     assert np.abs(np.asarray(load_image(folder / name, LIMIT), int) - np.asarray(picture(9))).mean() < 12
 
@@ -409,7 +410,7 @@ def test_a_judgement_of_taste_says_the_word_that_allows_it(tmp_path, word):
     TASTE[word](folder)
     ((*_, problem),) = faults_of(folder)
     assert problem.endswith(f"(or data.allow: [{word}])")
-    assert len(validate_concept(folder, "test", allowing(word)).rows) == 5
+    assert len(validate_dataset(folder, "test", allowing(word))[0].rows) == 5
     others = allowing(*(set(TASTE) - {word}))
     assert [fault[3] for fault in faults_of(folder, others)] == [problem]
 

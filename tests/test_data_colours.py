@@ -17,7 +17,7 @@ from profiles import ADOBE_RGB, DISPLAY_P3, PROPHOTO, SRGB, cmyk_profile, grey_p
 
 from dopsd.data.images import content_identity, load_image
 from dopsd.data.pictures import Picture
-from dopsd.data.schema import validate_concept
+from dopsd.data.schema import validate_dataset
 
 LIMIT = 100_000
 P3_PLAIN = replace(DISPLAY_P3, gamma=2.2)
@@ -125,7 +125,7 @@ def test_the_hash_of_a_data_set_says_how_it_is_read(tmp_path):
         listed = [[hashlib.sha256((folder / row["image"]).read_bytes()).hexdigest(),
                    [list(pair) for pair in row["captions"].items()], []] for row in rows()]  # fmt: skip
         earlier = hashlib.sha256(json.dumps(listed, separators=(",", ":")).encode()).hexdigest()
-        hashes[name] = validate_concept(folder, "test", SETTINGS).content_hash == earlier
+        hashes[name] = validate_dataset(folder, "test", SETTINGS)[0].content_hash == earlier
     assert hashes == {"plain": True, "tagged": False}
 
 
@@ -143,7 +143,7 @@ def test_a_profile_that_cannot_be_applied_is_left_aside_and_said(tmp_path, name)
     folder = make(tmp_path)
     picture(2).save(folder / "2.png", icc_profile=profile)
     assert np.array_equal(load_image(folder / "2.png", LIMIT), picture(2))
-    (warning,) = validate_concept(folder, "test", SETTINGS).warnings
+    (warning,) = validate_dataset(folder, "test", SETTINGS)[0].warnings
     assert str(warning).startswith(f"{folder}/metadata.jsonl, row 3, image: 2.png: its colour profile ")
     assert words in warning.problem
 

@@ -484,3 +484,10 @@ def test_the_batch_size_is_a_bound_and_the_pictures_pixels_choose(run, world, tm
         cache = EncodingCache(tmp_path / "cache")
         evaluate(family, table, None, None, [Subject("base", None)], settings, cache, tmp_path / "out")
         assert max(count for _, count in family.seen) == most
+
+
+def test_the_largest_seed_is_one_too(run):
+    """The networks' libraries take 64 bits of a seed, or 32, and here it is multiplied."""
+    _, metrics, again, _ = run
+    assert again("largest", seed=2**63 - 1)["seed"] == 2**63 - 1
+    assert metrics["seed"] == 1234

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from dopsd import cli, gain_report
 from dopsd.config import Settings, load_settings
 from dopsd.data.cache import EncodingCache
-from dopsd.data.schema import validate_concept
+from dopsd.data.schema import validate_dataset
 from dopsd.gain_report import GainReport, Measured, as_json, beyond_chance, gain_table, report_gain, verdict, ways_of
 from dopsd.models import load_family
 from dopsd.models.base import ENCODERS
@@ -77,7 +77,7 @@ def directly(one: Settings, folder: Path, count: int, seeds: int, drop: str | No
     ``drop``: a caption variant that this data set is taken not to have.
     """
     one = one.of("blots", folder.parents[2])
-    table = validate_concept(folder, "blots", one.data)
+    table = validate_dataset(folder, "blots", one.data)[0]
     table = replace(table, rows=tuple(
         replace(row, captions=tuple(pair for pair in row.captions if pair[0] != drop)) for row in table.rows
     ))  # fmt: skip

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,7 +26,10 @@ from dopsd.export import COMFYUI_FILE, DIFFUSERS_FILE, WEIGHTS, Card, export_ada
 from dopsd.given import as_trained, find_given
 from dopsd.models import Family, family_class, load_family
 from dopsd.models.sizes import configurations, skeleton
+from tests.fake_hub import FakeHub, Repository
 from tests.family_folders import NAMES, settings_of, write_families
+
+ROOT = Path(__file__).parent.parent
 
 CARD = Card(
     concept="c", base="b", method="d-opsd", steps=4, placeholder="[V]", prompt="p", call={}, images=1, data_hash="",
@@ -226,3 +233,47 @@ def test_a_transformer_that_is_not_whole_is_one_line(folders: Any, tmp_path: Pat
     next(out.glob("*.safetensors")).unlink()
     with pytest.raises(AdapterError, match="is missing"):
         as_trained(find_given(out.parent), tmp_path / "b.safetensors", *bare("z-image", folders))
+
+
+# --- a base that only the hub has, under a name that nobody wrote down ------------------------------------------------
+
+_DRAW = """
+import json, sys
+from pathlib import Path
+from dopsd import sampling
+from dopsd.config import load_settings
+from dopsd.distill.targets import AdapterError
+from dopsd.models import resolved
+settings = resolved(load_settings(Path("params.yaml"), tuple(sys.argv[1].split())))
+for adapter in map(Path, sys.argv[2:]):
+    try:
+        (image,) = sampling.draw(["a fox"], (), settings, Path(), adapter, 64, 64, 2, [0])
+        image.save(adapter.with_suffix(".png"))
+    except AdapterError as error:
+        print(error)
+"""
+
+
+def test_an_export_is_taken_by_a_fine_tune_on_the_hub_too(folders: Any, tmp_path: Path) -> None:
+    family = load_family(settings_of("z-image", folders))
+    own = trained(tmp_path / "own.safetensors", family)
+    out = export_adapter(own, tmp_path / "export", CARD, type(family), torch.float32)
+    strange = export_adapter(
+        trained(tmp_path / "k.safetensors", load_family(settings_of("krea-2", folders))), tmp_path / "strange", CARD,
+        family_class(settings_of("krea-2", folders)),
+    )  # fmt: skip
+    given = [own, out / DIFFUSERS_FILE, out / COMFYUI_FILE, strange / DIFFUSERS_FILE]
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    base = folders["z-image"]
+    files = {path.relative_to(base).as_posix(): path.read_bytes() for path in base.rglob("*") if path.is_file()}
+    with FakeHub({"somebody/z-image-finetune": Repository(files)}) as hub:
+        done = subprocess.run(
+            [sys.executable, "-c", _DRAW, "model.path=somebody/z-image-finetune model.device=cpu", *map(str, given)],
+            cwd=tmp_path, env=hub.environment(tmp_path / "home", PYTHONPATH=str(ROOT)), capture_output=True, text=True,
+        )  # fmt: skip
+    assert not done.returncode, done.stderr
+    first, *others = (np.asarray(Image.open(path.with_suffix(".png")), int) for path in given[:3])
+    assert [int(np.abs(other - first).max()) <= 1 for other in others] == [True, True], "but for rounding"
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stdout.startswith(f"{given[3]}: ")
+    assert "it was made for another base" in done.stdout

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,13 +12,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dopsd.config import METHODS, TrainSettings
+from dopsd.config import Method, TrainSettings
 from dopsd.distill.adapters import adapter_applied, add_adapters
 from dopsd.train import checkpoint as ckpt
 from dopsd.train.objective import Objective
 from dopsd.train.observer import save_strip
 from dopsd.train.trainer import Place, TrainError, Training, learning_rate, milestones, train
 from tests import tiny
+
+METHODS = get_args(Method)
 
 REPLAY = {"weight": 0.5, "prompts": ["a fox"]}
 

@@ -151,35 +151,62 @@ def concept_files(folder: Path) -> list[str]:
     return sorted(_walk(folder)[0] + held_out)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """The files of a folder by what they are in it. ``texts``: all ``.txt`` but documents, ``beside``: those of a
+    picture's name. ``kinds``: the files that say how captions are given; one, if all is well."""
+
+    images: list[str]
+    texts: list[str]
+    beside: list[str]
+    documents: set[str]
+    kinds: list[str]
+
+
+def layout_of(files: Sequence[str]) -> Layout:
+    """Of a folder's files, its held-out part apart. A text of a picture's name is a caption, whatever it is called."""
+    images = [file for file in files if _suffix(file) in EXTENSIONS]
+    pictured = {stem_of(file) for file in images}
+    documents = {
+        file for file in files if _is_document(file) and not (_suffix(file) == ".txt" and stem_of(file) in pictured)
+    }
+    texts = [file for file in files if _suffix(file) == ".txt" and file not in documents]
+    beside = [file for file in texts if stem_of(file) in pictured]
+    tables = [file for file in files if _suffix(file) == ".parquet"]
+    kinds = [*([METADATA] if METADATA in files else []), *tables, *beside[:1]]
+    return Layout(images, texts, beside, documents, kinds)
+
+
+def _suffix(file: str) -> str:
+    return Path(file).suffix.lower()
+
+
 def _read_folder(folder: Path, any_folder: bool) -> list[Record]:
     files, problems = _walk(folder)
     named, inside = ({}, set()) if any_folder else not_for_training(files)
     files = [file for file in files if file not in inside]
     problems += named.items()
     broken = [Record(file, 0, problems=[(None, problem)]) for file, problem in problems]
-    images = [file for file in files if Path(file).suffix.lower() in EXTENSIONS]
-    stems = {stem_of(file) for file in images}
-    texts = [file for file in files if file.lower().endswith(".txt") and not _is_document(file)]
-    beside = [file for file in texts if stem_of(file) in stems]
-    parquets = [file for file in files if file.lower().endswith(".parquet")]
-    kinds = [*([METADATA] if METADATA in files else []), *parquets, *beside[:1]]
+    layout = layout_of(files)
     if not files and named:
         return broken
-    if len(kinds) != 1:
-        return [Record(".", 0, problems=[(None, _describe_kinds(kinds, bool(images)))]), *broken]
-    if beside:
+    if len(layout.kinds) != 1:
+        return [Record(".", 0, problems=[(None, describe_kinds(layout))]), *broken]
+    images, texts = layout.images, layout.texts
+    if layout.beside:
         # a caption beside a file that is no picture: that file alone is the fault
-        strange = {stem_of(file) for file in files if file not in images and file not in texts} - stems
+        pictured = {stem_of(file) for file in images}
+        strange = {stem_of(file) for file in files if file not in images and file not in texts} - pictured
         records = read_texts(folder, images, [text for text in texts if stem_of(text) not in strange])
         expected = {*images, *texts}
     else:
-        source = kinds[0]
+        source = layout.kinds[0]
         records = list(read_jsonl(folder, source) if source == METADATA else read_parquet(folder, source))
         as_on_disk(records, files)
         expected = {source, *_mentioned(records)}
         if not records:
             records = [Record(source, 0, problems=[(None, "holds no rows; write one for each picture")])]
-    extra = [file for file in files if file not in expected and not _is_document(file)]
+    extra = [file for file in files if file not in expected and file not in layout.documents]
     return [*records, *(Record(file, 0, problems=[(None, describe_extra(file))]) for file in extra), *broken]
 
 
@@ -212,7 +239,7 @@ def _join(base: str, name: str) -> str:
 
 def _is_document(file: str) -> bool:
     return file in (ABOUT, OWN_SETTINGS) or (
-        Path(file).name.split(".")[0].upper() in _DOCUMENTS and Path(file).suffix.lower() in ("", ".md", ".txt")
+        Path(file).name.split(".")[0].upper() in _DOCUMENTS and _suffix(file) in ("", ".md", ".txt")
     )
 
 
@@ -222,13 +249,15 @@ def _mentioned(records: Sequence[Record]) -> set[str]:
     return {os.path.normpath(name) for name in named if "\0" not in name}
 
 
-def _describe_kinds(kinds: Sequence[str], any_images: bool) -> str:
+def describe_kinds(layout: Layout) -> str:
+    """What to say of captions that are given in no way, or in several."""
     expected = f"{METADATA}, or a .txt beside each picture, or one .parquet file"
-    if kinds:
-        return f"captions are given in more than one way ({', '.join(map(shown, kinds))}); keep only one: {expected}"
+    if layout.kinds:
+        given = ", ".join(map(shown, layout.kinds))
+        return f"captions are given in more than one way ({given}); keep only one: {expected}"
     made = " (`dopsd concept caption FOLDER` makes some to start from)"
     return (
         f"no captions found; write {expected}{made}"
-        if any_images
+        if layout.images
         else f"no pictures and no captions; expected {expected}"
     )

@@ -135,11 +135,11 @@ def leaked(
         # after a small edit a truth is like what it was made of: that this was seen in training says nothing
         own = {facts.sha256 for _, facts in row.references if facts is not None}
         seen = known if len(known) + index in near else []
-        same = [what for what, facts in seen if facts.sha256 == truth.sha256]
-        alike = [what for what, facts in seen if facts.sha256 not in own
-                 and near_duplicates([facts.fingerprint, truth.fingerprint], max_bits)]  # fmt: skip
-        if same or alike:
-            problem = f"{row.name} is held-out truth but a copy of the {(same or alike)[0]}; remove one"
+        same = next((what for what, facts in seen if facts.sha256 == truth.sha256), None)
+        alike = (what for what, facts in seen if facts.sha256 not in own
+                 and near_duplicates([facts.fingerprint, truth.fingerprint], max_bits))  # fmt: skip
+        if found := same or next(alike, None):
+            problem = f"{row.name} is held-out truth but a copy of the {found}; remove one"
             fault = Fault(f"{folder}/{row.source}", row.line or None, "image", problem)
             faults[0 if same else 1].append(fault)
     return faults

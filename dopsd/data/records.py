@@ -17,6 +17,8 @@ from .images import EXTENSIONS
 
 SINGLE_VARIANT = "caption"
 """The variant name of a caption that was given alone."""
+BAD_NAME = "the file's name holds control characters or is not valid UTF-8; rename it"
+"""What to say of a picture whose name is no text."""
 _KEYS = ("image", "caption", "captions", "references")
 _SHOWN = 80
 _MAX_TEXT_BYTES = 64 << 10
@@ -81,8 +83,7 @@ def read_texts(folder: Path, images: Sequence[str], texts: Sequence[str]) -> lis
         stem = stem_of(image)
         beside = by_stem.get(stem)
         if not is_text(image):
-            problem = "the file's name holds control characters or is not valid UTF-8; rename it"
-            records.append(Record(image, 0, problems=[("image", problem)]))
+            records.append(Record(image, 0, problems=[("image", BAD_NAME)]))
         elif beside is None:
             problem = f"has no caption: write {shown(stem)}.txt beside it"
             records.append(Record(image, 0, image, problems=[("captions", problem)]))

@@ -31,23 +31,6 @@ MAX_ASPECT = 4.0
 """A longer strip would lose most of itself when it is cropped to a bucket."""
 
 
-def validate_concept(
-    folder: Path,
-    name: str,
-    settings: DataSettings,
-    require_placeholder: bool = True,
-    min_images: int | None = None,
-) -> ConceptTable:
-    """Check one concept folder, its held-out part left aside.
-
-    ``min_images``: ``None`` means the settings' own. Raises :class:`DataError` with every fault that was found.
-    """
-    part = _validate(folder, name, settings, require_placeholder, min_images)
-    if part.faults:
-        raise DataError(part.faults)
-    return part.table()
-
-
 def validate_dataset(
     folder: Path, name: str, settings: DataSettings, needs: Needs = ANY
 ) -> tuple[ConceptTable, ConceptTable | None]:
@@ -56,9 +39,9 @@ def validate_dataset(
     ``needs``: what the teacher's context asks of the rows. A picture that is in both parts would make the evaluation
     worthless: that is a fault too, for near copies as well. Raises :class:`DataError` with the faults of both parts.
     """
-    parts = [_validate(folder, name, settings, True, None, needs)]
+    parts = [_validate(folder, name, settings, needs, held_out=False)]
     if os.path.lexists(folder / HOLDOUT):
-        parts.append(_validate(folder / HOLDOUT, f"{name}/{HOLDOUT}", settings, False, 1, needs))
+        parts.append(_validate(folder / HOLDOUT, f"{name}/{HOLDOUT}", settings, needs, held_out=True))
     faults = [fault for part in parts for fault in part.faults]
     if len(parts) == 2:
         train, held_out = parts
@@ -104,16 +87,10 @@ def _identity(facts: ImageFacts | None) -> str:
     return facts.identity if facts else ""
 
 
-def _validate(
-    folder: Path,
-    name: str,
-    settings: DataSettings,
-    require_placeholder: bool,
-    min_images: int | None,
-    needs: Needs | None = None,
-) -> _Part:
+def _validate(folder: Path, name: str, settings: DataSettings, needs: Needs, *, held_out: bool) -> _Part:
+    """``held_out``: one picture is enough there, its captions need not name the concept, and folders mean nothing."""
     root = Path(os.path.abspath(folder))
-    frame = read_table(root, name, any_folder=not require_placeholder or "folder-names" in settings.allow)
+    frame = read_table(root, name, any_folder=held_out or "folder-names" in settings.allow)
     facts = _measure(frame, root, settings)
     cells = frame.to_dict("records")
     rows = tuple(_seen(row, facts) for row in cells)
@@ -122,15 +99,14 @@ def _validate(
     near = [{variant: found for variant, found in row.items() if found} for row in lacks]
     allowed = "captions-without-placeholder" in settings.allow
     texts = [text for row in captions for text in row.values()]
-    named = allowed or not require_placeholder or not texts or any(settings.placeholder in text for text in texts)
+    named = allowed or held_out or not texts or any(settings.placeholder in text for text in texts)
     named = named or any(near)  # where no caption holds it, that is one fault of the table
-    wrong = [{} for _ in rows] if allowed else lacks if require_placeholder and named else near
+    wrong = [{} for _ in rows] if allowed else near if held_out or not named else lacks
     frame["unmet"] = [
         json.dumps(_unmet(row, cell, needs) + _describe_lacking(found, settings))
         for row, cell, found in zip(rows, cells, wrong, strict=True)
     ]
-    needed = settings.min_images if min_images is None else min_images
-    faults = _judge(frame, folder, settings, named, needed)
+    faults = _judge(frame, folder, settings, named, min_images=1 if held_out else settings.min_images)
     warnings = [
         Fault(str(folder / row.source), row.line or None, column, shown(problem))
         for row, texts, found in zip(rows, captions, near, strict=True)
@@ -146,10 +122,10 @@ def _validate(
     return _Part(folder, name, frame, rows, tuple(faults), tuple(warnings))
 
 
-def _student_captions(cells: Mapping[str, Any], needs: Needs | None) -> dict[str, str]:
+def _student_captions(cells: Mapping[str, Any], needs: Needs) -> dict[str, str]:
     """By variant, those that must name the concept: not the teacher's own."""
     captions = json.loads(cells["captions"]) if isinstance(cells["captions"], str) else {}
-    return {variant: text for variant, text in captions.items() if needs is None or variant != needs.teacher_variant}
+    return {variant: text for variant, text in captions.items() if variant != needs.teacher_variant}
 
 
 def _describe_lacking(found: Mapping[str, str], settings: DataSettings) -> list[tuple[str, str]]:
@@ -179,12 +155,10 @@ def _seen(cells: Mapping[str, Any], facts: Mapping[str, ImageFacts]) -> Seen:
     return Seen(cells["source"], int(cells["row"]), name, facts.get(name) if name is not None else None, references)
 
 
-def _unmet(row: Seen, cells: Mapping[str, Any], needs: Needs | None) -> list[tuple[str, str]]:
+def _unmet(row: Seen, cells: Mapping[str, Any], needs: Needs) -> list[tuple[str, str]]:
     captions = json.loads(cells["captions"]) if isinstance(cells["captions"], str) else None
     unread = [column for column, _ in json.loads(cells["problems"])]
-    return (
-        [] if needs is None else [(column, shown(problem)) for column, problem in unmet(row, captions, unread, needs)]
-    )
+    return [(column, shown(problem)) for column, problem in unmet(row, captions, unread, needs)]
 
 
 def _row(root: Path, cells: Mapping[str, Any]) -> Row:
@@ -346,9 +320,9 @@ def _describe_small(cells: Mapping[str, Any], settings: DataSettings) -> _Proble
     return [("image", f"{problem}give a larger one{_unless('small-pictures')}")]
 
 
-def _describe_long(cells: Mapping[str, Any], _: DataSettings) -> _Problems:
-    problem = f"{cells['image']} is {cells['size']} pixels, longer than {MAX_ASPECT:g} : 1; crop it"
-    return [("image", problem + _unless("long-pictures"))]
+def describe_long(size: str) -> str:
+    """What to say of a picture that is longer than :data:`MAX_ASPECT`; ``size``: ``WIDTH x HEIGHT``."""
+    return f"is {size} pixels, longer than {MAX_ASPECT:g} : 1; crop it{_unless('long-pictures')}"
 
 
 # Check of the schema -> the (column, problem) pairs that it means for the row that failed it; also the faults' order.
@@ -356,7 +330,7 @@ _MESSAGES: dict[str, Callable[[Mapping[str, Any], DataSettings], _Problems]] = {
     "unreadable": lambda cells, _: [(column, problem) for column, problem in json.loads(cells["problems"])],
     "bad_image": lambda cells, _: [("image", cells["image_problem"])],
     "too_small": _describe_small,
-    "too_long": _describe_long,
+    "too_long": lambda cells, _: [("image", f"{cells['image']} {describe_long(cells['size'])}")],
     "duplicate": lambda cells, _: [("image", cells["copy_of"])],
     "no_caption": lambda cells, _: [("captions", "is empty; write at least one caption")],
     "empty_caption": lambda cells, _: [
