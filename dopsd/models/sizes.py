@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from dopsd.config import ModelSettings
 
 from .base import Configs, Family
 from .folder import CONFIG, INDEX, read_json
+from .quantized import blocks_of
 
 _PUBLISHED = Path(__file__).with_name("published.json")
 _FEW_BLOCKS = 4
@@ -43,16 +44,9 @@ class PartSize:
     @classmethod
     def of(cls, module: nn.Module) -> PartSize:
         """Counted; a shared tensor once."""
-        blocks = list(blocks_of(module))
+        blocks = blocks_of(module)
         linear = [layer.weight.numel() for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
         return cls(_parameters(module), tuple(map(_parameters, blocks)), sum(linear), max(linear, default=0))
-
-
-def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
-    """The repeated blocks, as the libraries name their classes."""
-    root: Any = module
-    names = set(getattr(root, "_no_split_modules", None) or getattr(root, "_repeated_blocks", None) or ())
-    yield from (part for part in module.modules() if type(part).__name__ in names)
 
 
 def shortened(module: nn.Module, lengths: Mapping[str, int]) -> nn.Module:
