@@ -10,18 +10,16 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from dopsd.config import Settings
+from pydantic import ValidationError
+
+from dopsd.config import Offload, Optimizer, Quantization, Settings
 from dopsd.distill.weights import Waiting
 from dopsd.models import family_class, teaching_of
 from dopsd.models.sizes import PartSize, configurations, skeleton
 from dopsd.sizing.cards import Card
 from dopsd.sizing.runs import Checkpointing, Cost, Work
-
-Quantization = Literal["none", "int8", "fp8", "nf4"]
-Offload = Literal["none", "model", "group"]
-Optimizer = Literal["adamw", "adamw-8bit"]
 
 RESERVE = 1.5e9
 """Bytes for CUDA's context, cuDNN's workspaces and what the allocator cannot use."""
@@ -79,6 +77,18 @@ class Choice:
             found.setdefault("train", {})["teacher"] = {"weights": self.waiting}
         return found
 
+    def allowed(self, settings: Settings) -> bool:
+        """Whether ``settings`` may be changed to this: some of them forbid others."""
+        values = settings.model_dump()
+        for group, names in self.lines(Choice.of(settings)).items():
+            for name, value in names.items():
+                values[group][name] = values[group][name] | value if isinstance(value, dict) else value
+        try:
+            Settings.model_validate(values)
+        except ValidationError:
+            return False
+        return True
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -135,8 +145,12 @@ class _Runs:
 class Plan:
     """One base and one training, for whatever :class:`Choice`: what was counted once is not counted again."""
 
-    def __init__(self, work: Work, *, rollout_steps: int = 4, replay: bool = False) -> None:
-        self.work, self._rollouts = work, rollout_steps * (2 if replay else 1)
+    def __init__(
+        self, work: Work, *, rollout_steps: int = 4, replay: bool = False,
+        allowed: Callable[[Choice], bool] = lambda _: True,
+    ) -> None:  # fmt: skip
+        """``allowed``: which choices may be proposed."""
+        self.work, self._rollouts, self._allowed = work, rollout_steps * (2 if replay else 1), allowed
         self._full = work.tune == "full"
         self._runs: dict[tuple[int, int, Waiting], _Runs] = {}
         parts = ["text_encoder", "vae_encoder", "vae_decoder", *(["vision"] if self._sees else [])]
@@ -301,22 +315,22 @@ class Plan:
         return least + RESERVE <= card_bytes and all(stage.fits(card_bytes) for stage in self.stages(choice))
 
     def ladder(self, choice: Choice) -> Iterator[Choice]:
-        """Ever smaller choices, the least loss of time and quality first, from ``choice``'s size down."""
+        """Ever smaller choices, the least loss of time and quality first, from ``choice``'s size down; without those
+        that the other settings forbid."""
         low = replace(choice, checkpointing="none", quantization="none", offload="none", optimizer="adamw",
                       waiting="device")  # fmt: skip
         if choice.batch > 1:
             low = replace(low, batch=1, accumulation=choice.accumulation * choice.batch)
         yield low
-        sides = [{"resolution": side} for side in (768, 512) if side < choice.resolution]
         steps: list[dict[str, Any]] = [
             {"checkpointing": "every-second"}, {"checkpointing": "every"}, {"quantization": "int8"},
-            {"quantization": "nf4"}, {"optimizer": "adamw-8bit"}, {"offload": "group"},
+            {"quantization": "nf4"}, {"optimizer": "adamw-8bit"}, {"offload": "group"}, {"waiting": "cpu"},
+            *({"resolution": side} for side in (768, 512) if side < choice.resolution),
         ]  # fmt: skip
-        if self._full:  # of plain weights, on the device
-            steps = [*steps[:2], {"optimizer": "adamw-8bit"}, {"waiting": "cpu"}]
-        for step in [*steps, *sides]:
-            low = replace(low, **step)
-            yield low
+        for step in steps:
+            if self._allowed(lower := replace(low, **step)):
+                low = lower
+                yield low
 
     def proposal(self, choice: Choice, card_bytes: float) -> Choice | None:
         """The first of the ladder that fits; ``None`` where nothing does."""
@@ -338,7 +352,8 @@ class Plan:
         choice = Choice.of(settings)
         if settings.model.gradient_checkpointing != "auto":
             return choice
-        return replace(choice, checkpointing=self.checkpointing(choice, card_bytes))
+        divided = settings.compute.sharded  # whose processes all take the same way
+        return replace(choice, checkpointing="every" if divided else self.checkpointing(choice, card_bytes))
 
 
 def plan_for(settings: Settings, root: Path, tokens: int = 96) -> Plan | None:
@@ -357,7 +372,8 @@ def plan_for(settings: Settings, root: Path, tokens: int = 96) -> Plan | None:
         return None
     if sum(value.numel() for value in work.transformer.parameters()) < SMALL:
         return None
-    return Plan(work, rollout_steps=train.rollout_steps, replay=train.replay.weight > 0)
+    return Plan(work, rollout_steps=train.rollout_steps, replay=train.replay.weight > 0,
+                allowed=lambda choice: choice.allowed(settings))  # fmt: skip
 
 
 def checkpointing_that_fits(settings: Settings, free_bytes: float, root: Path = Path()) -> Checkpointing:
@@ -371,7 +387,8 @@ def checkpointing_that_fits(settings: Settings, free_bytes: float, root: Path = 
 
 
 def advice(settings: Settings, card_bytes: float, root: Path = Path()) -> str:
-    """One line for a person whose card is out of memory: which settings to change."""
+    """One line for a person whose card is out of memory: which settings to change. The base is counted whole, also where
+    ``compute.sharded`` divides it."""
     plan = plan_for(settings, root)
     if plan is None:
         return "out of memory: lower train.batch_size (raise train.accumulation as much) or data.resolution"
@@ -381,6 +398,8 @@ def advice(settings: Settings, card_bytes: float, root: Path = Path()) -> str:
         return (f"out of memory, though {most / 1e9:.1f} GB should do: is something else on the card (nvidia-smi)? "
                 "Else set model.gradient_checkpointing=every")  # fmt: skip
     found = plan.proposal(before, card_bytes)
+    if found is None and settings.compute.sharded:
+        return "out of memory: raise compute.workers, so that each holds less of the base, or lower data.resolution"
     if found is None:
         return "out of memory: no settings known here fit this card; `dopsd doctor` says what each stage needs"
     changes = ", ".join(

@@ -29,6 +29,8 @@ def report(settings: Settings, root: Path, card: Card | None) -> Iterator[str]:
     choice = plan.chosen(settings, card.bytes) if card is not None else Choice.of(settings)
     yield "What these settings need, computed and not measured"
     yield _settings_line(plan, choice)
+    if settings.compute.sharded:
+        yield "The base is counted whole; each of the workers holds its share of the blocks."
     yield from needs(plan, choice, card)
     if card is not None:
         yield from proposals(plan, choice, card)
