@@ -129,6 +129,7 @@ def _concepts(settings: Settings, root: Path) -> Iterator[Finding]:
 def _base(settings: Settings, root: Path) -> Iterator[Finding]:
     """The base is looked at where it lies, as every stage would before it loads anything; nothing is fetched."""
     from dopsd.models import ModelError, open_base, resolved
+    from dopsd.models.sizes import configurations
 
     def away(path: str | None) -> bool:
         return path is not None and path.count("/") == 1 and not (root / Path(path).expanduser()).is_dir()
@@ -137,6 +138,7 @@ def _base(settings: Settings, root: Path) -> Iterator[Finding]:
     try:
         settings = resolved(settings)
         if away(settings.model.path):
+            configurations(settings.model, root)  # what is known of it need not be fetched to be wrong
             yield Finding("base model", settings.model.path, "note", fetched)
             return
         if away(settings.model.vlm):

@@ -19,10 +19,12 @@ import torch
 from torch import nn
 
 from dopsd.config import ModelSettings
+from dopsd.models import family_class
 
 from .base import Configs, Family
 from .folder import CONFIG, INDEX, read_json
 from .quantized import blocks_of
+from .sources import check_class
 
 _PUBLISHED = Path(__file__).with_name("published.json")
 _FEW_BLOCKS = 4
@@ -85,10 +87,13 @@ def _parameters(module: nn.Module) -> int:
 
 def configurations(model: ModelSettings, root: Path) -> Configs | None:
     """Part (``transformer``, ``vae``, ``text_encoder``, ``index``, and ``vlm`` where the settings name one) to its
-    configuration; ``None`` where the base is not here and nobody knows it."""
+    configuration; ``None`` where the base is not here and nobody knows it. Raises :class:`ModelError` where it is of
+    another family than the settings say."""
     base = _of_folder(root / Path(model.path).expanduser()) or _published(model.path)
     if base is None or not {"transformer", "vae", "text_encoder"} <= set(base):
         return None
+    family = family_class(model)
+    check_class(base["index"], f"model.path: {model.path}", family.pipeline, family.refused)
     vlm = model.vlm or str(Path(model.path) / "vlm")
     file = root / Path(vlm).expanduser() / CONFIG
     found = read_json(file, f"{vlm}: {CONFIG}") if file.is_file() else (_published(vlm) or {}).get("model")

@@ -358,7 +358,7 @@ class Plan:
 
 def plan_for(settings: Settings, root: Path, tokens: int = 96) -> Plan | None:
     """The plan for resolved settings; ``None`` where the base is small, unknown here, or of a family that does not say
-    what it handles."""
+    what it handles. Raises :class:`dopsd.models.ModelError` where base and family do not go together."""
     model, train = settings.model, settings.train
     configs = configurations(model, root)
     if configs is None:
