@@ -501,3 +501,14 @@ def test_a_base_that_is_divided_is_counted_whole_and_that_is_said() -> None:
     every = "model.gradient_checkpointing=every"
     assert "raise compute.workers" in advice(settings("klein-4b", *SHARDED, every), 2 * GIB, ROOT)
     assert "no settings known" in advice(settings("klein-4b", "train.lora.kind=dora", every), 2 * GIB, ROOT)
+
+
+@pytest.mark.parametrize("model", RECIPES)
+def test_register_counts_the_text_encoder_that_the_pipeline_loads(model: str) -> None:
+    """With all of its layers, and klein 9B's head, which is not tied to its embeddings."""
+    made = plan(model)
+    rows = made._register(Choice("every", quantization="int8")).rows
+    layers = PARAMETERS[model, "text_encoder"] * 2 - rows["text encoder, all of it"]
+    linear = made._whole_encoder.linear
+    assert layers == pytest.approx(linear * (2 - 8.02 / 8))
+    assert made.disk()["base, where published in bfloat16"] >= 2 * PARAMETERS[model, "text_encoder"]

@@ -119,7 +119,7 @@ def _published(name: str) -> dict[str, Any] | None:
 
 
 def skeleton(part: str, configs: Configs, family: type[Family] | None) -> nn.Module:
-    """A component in bfloat16 on the meta device, frozen, as the family loads it (``None``: as it is published).
+    """A component in bfloat16 on the meta device, frozen, as the family loads it; without one as its pipeline does.
 
     ``vision`` is a VLM's vision half alone; ``vae_encoder`` and ``vae_decoder`` are halves.
     """
@@ -130,8 +130,9 @@ def skeleton(part: str, configs: Configs, family: type[Family] | None) -> nn.Mod
         elif part == "vision":
             module = _transformers(configs["vlm"]).visual
         elif part == "text_encoder":
-            config = configs["text_encoder"]
-            module = _transformers(family.encoder_config(config) if family else config)
+            config, listed = configs[part], str(configs["index"].get(part))
+            head = family is None and "ForCausalLM" in listed
+            module = _transformers(family.encoder_config(config) if family else config, head)
         else:
             module = _diffusers(configs[part])
     return module.eval().requires_grad_(False)
@@ -144,11 +145,12 @@ def _diffusers(config: Mapping[str, Any]) -> Any:
     return kind(**{key: value for key, value in config.items() if key in inspect.signature(kind).parameters})
 
 
-def _transformers(config: Mapping[str, Any]) -> Any:
-    """Without a head, whose logits nobody reads."""
-    from transformers import AutoConfig, AutoModel
+def _transformers(config: Mapping[str, Any], head: bool = False) -> Any:
+    """Without a head, whose logits nobody reads, where none is asked for."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    return AutoModel.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa")
+    kind = AutoModelForCausalLM if head else AutoModel
+    return kind.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa")
 
 
 class _default_dtype:

@@ -280,9 +280,10 @@ class Plan:
         adapter, shapes = 4.0 * self.work.adapter, self.work.shapes  # bytes
         trained = {"trained weights, twice, and the export": 6.0 * self.work.adapter}
         conditionings = [*shapes.prompt.values(), *shapes.context.values()]
+        base = [size.parameters for part, size in self.sizes.items() if part != "text_encoder"]
         example = 2.0 * sum(map(prod, conditionings)) + 4.0 * prod(shapes.latents)
         return {
-            "base, where published in bfloat16": 2.0 * sum(size.parameters for size in self.sizes.values()),
+            "base, where published in bfloat16": 2.0 * (sum(base) + self._whole_encoder.parameters),
             "a hundred captions encoded": 2 * 100 * example,  # in the cache, and in the run's folder
             "two checkpoints": 2 * 4 * adapter,
             **(trained if self._full else {"adapter and two exports": 3 * adapter}),
