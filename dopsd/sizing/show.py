@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import yaml
 from tqdm import tqdm
 
 from dopsd.config import Settings
 from dopsd.sizing.cards import Card
-from dopsd.sizing.plan import RESERVE, Choice, Plan, Stage, plan_for
+from dopsd.sizing.plan import RESERVE, Choice, Plan, Stage
 
 _SMALL_ROW = 5e7
 """Rows of fewer bytes are left out."""
 
 
-def report(settings: Settings, root: Path, card: Card | None) -> Iterator[str]:
-    """Lines, of resolved settings; what takes seconds is counted between them."""
-    plan = plan_for(settings, root)
+def report(settings: Settings, plan: Plan | None, card: Card | None) -> Iterator[str]:
+    """Lines, of resolved settings and their plan; what takes seconds is counted between them."""
     if plan is None:
         yield "What these settings need: little, or this base's configuration is not here to count."
         return
