@@ -136,9 +136,7 @@ def make_family(model: str, scale: str, device: torch.device, dtype: torch.dtype
         return build(_class_of(configs["vae"]), device, dtype)
 
     def text_encoder(_: Parts) -> Any:
-        config = dict(configs["text_encoder"])
-        if kind is Flux2Klein:  # without the layers above the last state that is used, as the family loads it
-            config |= {"num_hidden_layers": max(LAYERS) + 1, "layer_types": None}
+        config = dict(kind.encoder_config(configs["text_encoder"]))
         return build(lambda: Qwen3Model(Qwen3Config.from_dict(config)), device, dtype)
 
     loaders: dict[Any, Any] = {
