@@ -17,9 +17,10 @@ from pydantic import ValidationError
 from dopsd.config import Offload, Optimizer, Quantization, Settings
 from dopsd.distill.weights import Waiting
 from dopsd.models import family_class, teaching_of
+from dopsd.models.checkpointing import Checkpointing
 from dopsd.models.sizes import PartSize, configurations, skeleton
 from dopsd.sizing.cards import Card
-from dopsd.sizing.runs import Checkpointing, Cost, Work
+from dopsd.sizing.runs import CAPTION_TOKENS, Cost, Work
 
 RESERVE = 1.5e9
 """Bytes for CUDA's context, cuDNN's workspaces and what the allocator cannot use."""
@@ -114,6 +115,7 @@ class _Runs:
     train: dict[Checkpointing, Cost] = field(default_factory=dict)
 
     def training(self, checkpointing: Checkpointing) -> Cost:
+        """``every-second`` is half of both others; where the last block is one that is kept, half a block too much."""
         if checkpointing == "every-second":
             return (self.training("none") + self.training("every")) * 0.5
         if checkpointing not in self.train:
@@ -357,7 +359,7 @@ class Plan:
         return replace(choice, checkpointing="every" if divided else self.checkpointing(choice, card_bytes))
 
 
-def plan_for(settings: Settings, root: Path, tokens: int = 96) -> Plan | None:
+def plan_for(settings: Settings, root: Path) -> Plan | None:
     """The plan for resolved settings; ``None`` where the base is small, unknown here, or of a family that does not say
     what it handles. Raises :class:`dopsd.models.ModelError` where base and family do not go together."""
     model, train = settings.model, settings.train
@@ -366,10 +368,10 @@ def plan_for(settings: Settings, root: Path, tokens: int = 96) -> Plan | None:
         return None
     family, side = family_class(model), settings.data.resolution
     work = Work(
-        family, configs, teaching_of(model), side, side, tokens, train.batch_size, train.lora,
+        family, configs, teaching_of(model), side, side, CAPTION_TOKENS, train.batch_size, train.lora,
         train.teacher.kind or "ema", train.teacher.guidance, train.tune, train.teacher.weights,
     )  # fmt: skip
-    if family.shapes(configs, work.teaching, tokens, side, side) is None:
+    if family.shapes(configs, work.teaching, work.tokens, side, side) is None:
         return None
     if sum(value.numel() for value in work.transformer.parameters()) < SMALL:
         return None
@@ -388,8 +390,8 @@ def checkpointing_that_fits(settings: Settings, free_bytes: float, root: Path = 
 
 
 def advice(settings: Settings, card_bytes: float, root: Path = Path()) -> str:
-    """One line for a person whose card is out of memory: which settings to change. The base is counted whole, also where
-    ``compute.sharded`` divides it."""
+    """One line for a person whose card is out of memory: which settings to change. The base is counted whole, where
+    ``compute.sharded`` divides it too."""
     plan = plan_for(settings, root)
     if plan is None:
         return "out of memory: lower train.batch_size (raise train.accumulation as much) or data.resolution"
