@@ -512,3 +512,14 @@ def test_register_counts_the_text_encoder_that_the_pipeline_loads(model: str) ->
     linear = made._whole_encoder.linear
     assert layers == pytest.approx(linear * (2 - 8.02 / 8))
     assert made.disk()["base, where published in bfloat16"] >= 2 * PARAMETERS[model, "text_encoder"]
+
+
+def test_the_page_has_full_tunings_memory_as_it_is_today() -> None:
+    written, made = json.loads((ROOT / "docs" / "benchmarks" / "memory.json").read_text()), full_plan()
+    found = written["bases"]["z-image-turbo"]["full"]
+    for optimizer in ("adamw", "adamw-8bit"):
+        for ending, waiting in (("", "device"), (", `cpu`", "cpu")):
+            peak = made.train(Choice("every", optimizer=optimizer, waiting=waiting)).peak  # type: ignore[arg-type]
+            assert found[optimizer + ending] == pytest.approx(peak / 1e9, rel=0.02)
+    assert found["checkpoints"] == pytest.approx(made.disk()["two checkpoints"] / 1e9, rel=0.02)
+    assert found["host memory, `cpu`"] == pytest.approx(made.host(Choice(waiting="cpu")) / 1e9, rel=0.02)
