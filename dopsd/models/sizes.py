@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -123,9 +124,9 @@ def skeleton(part: str, configs: Configs, family: type[Family] | None) -> nn.Mod
 
     ``vision`` is a VLM's vision half alone; ``vae_encoder`` and ``vae_decoder`` are halves.
     """
-    with torch.device("meta"), _default_dtype(torch.bfloat16):
+    with torch.device("meta"), default_dtype(torch.bfloat16):
         if part in ("vae_encoder", "vae_decoder"):
-            module = _diffusers(configs["vae"])
+            module = of_diffusers(configs["vae"])
             setattr(module, {"vae_encoder": "decoder", "vae_decoder": "encoder"}[part], nn.Identity())
         elif part == "vision":
             module = _transformers(configs["vlm"]).visual
@@ -134,11 +135,12 @@ def skeleton(part: str, configs: Configs, family: type[Family] | None) -> nn.Mod
             head = family is None and "ForCausalLM" in listed
             module = _transformers(family.encoder_config(config) if family else config, head)
         else:
-            module = _diffusers(configs[part])
+            module = of_diffusers(configs[part])
     return module.eval().requires_grad_(False)
 
 
-def _diffusers(config: Mapping[str, Any]) -> Any:
+def of_diffusers(config: Mapping[str, Any]) -> Any:
+    """The module of a configuration that names its class; what that class does not know is left out."""
     import diffusers
 
     kind = getattr(diffusers, config["_class_name"])
@@ -153,15 +155,12 @@ def _transformers(config: Mapping[str, Any], head: bool = False) -> Any:
     return kind.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa")
 
 
-class _default_dtype:
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Parameters made inside the block have this type."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-
-    def __enter__(self) -> None:
-        self._before = torch.get_default_dtype()
-        torch.set_default_dtype(self._dtype)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_default_dtype(self._before)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
