@@ -35,6 +35,7 @@ from typing import Any
 from true_size_page import SMALL, is_step, page, plain_value, short
 
 CHILD = [sys.executable, __file__, "--child"]
+MODELS = ("z-image-turbo", "klein-4b")
 COMPILED = "ours+compile"
 LIMIT, LIMITS = 75.0, {COMPILED: 150.0}
 """Seconds for a variant."""
@@ -51,7 +52,7 @@ def main() -> None:
     arguments.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     arguments.add_argument("--scale", choices=("true", "tiny"), default="true")
     arguments.add_argument("--minutes", type=float, default=7.0, help="all in all (default 7)")
-    arguments.add_argument("--models", default="z-image-turbo,klein-4b", help="the most important first")
+    arguments.add_argument("--models", default=",".join(MODELS), help="the most important first")
     arguments.add_argument("--side", type=int, help="pixels (default 1024; tiny 64)")
     arguments.add_argument(
         "--steps", type=int, default=3, help="timed optimizer steps, after an untimed one (default 3)"
@@ -65,6 +66,12 @@ def main() -> None:
         return
     if given.out is None:
         arguments.error("--out: say where the results shall be")
+    whole = argparse.Namespace(models=",".join(MODELS), variants=None)
+    known = {"models": MODELS, "variants": tuple(dict.fromkeys(v for _, group in jobs(whole) for v in group))}
+    for option, names in known.items():
+        for name in (getattr(given, option) or names[0]).split(","):
+            if name not in names:
+                arguments.error(f"--{option}: {name!r} is unknown; there are {', '.join(names)}")
     given.side = given.side or (1024 if given.scale == "true" else 64)
     given.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # no process outlives this one

@@ -18,6 +18,7 @@ Method = Literal["d-opsd", "sft", "sft-teacher", "off-policy"]
 Quantization = Literal["none", "int8", "fp8", "nf4"]
 Offload = Literal["none", "model", "group"]
 Checkpointing = Literal["none", "every", "every-second", "auto"]
+Optimizer = Literal["adamw", "adamw-8bit"]
 AdapterKind = Literal["lora", "dora", "lokr"]
 Judgement = Literal["captions-without-placeholder", "copies", "folder-names", "long-pictures", "near-duplicates",
                     "small-pictures"]  # fmt: skip
@@ -197,7 +198,7 @@ class TrainSettings(_Settings):
     learning_rate: Rate
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
+    optimizer: Optimizer = "adamw"
     """``adamw-8bit``: both moments in a byte per parameter, by bitsandbytes (the extra ``quantization``)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: tuple[Beta, Beta] = (0.9, 0.999)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import Qwen3ForCausalLM
 
 from dopsd.config import LoraSettings, ModelSettings
 from dopsd.distill.adapters import (
@@ -24,6 +25,7 @@ from dopsd.distill.rollout import rollout, sample
 from dopsd.export import DIFFUSERS_FILE, check_export, draw_student, export_adapter
 from dopsd.models import ModelError, load_family
 from dopsd.models.base import Family, Request
+from dopsd.models.loading import place
 from dopsd.models.quantized import blocks_of, quantize
 from tests.family_folders import NAMES, picture, settings_of, write_families
 from tests.test_family_training import CARD
@@ -254,3 +256,16 @@ def test_nf4_is_the_published_grid():
     nearest = (groups / scale).unsqueeze(-1).sub(grid).abs().argmin(-1)
     expected = (grid[nearest] * scale).reshape(weight.shape)
     assert _away(_weights(block[0]), expected) < 0.02, "of which the scales' own rounding is all"
+
+
+@pytest.mark.parametrize("blocks", ["there", "in turn"])
+def test_tied_weights_stay_one_on_their_device(folders, blocks):
+    """klein 4B's head is its embeddings: the pipeline's text encoder has as many parameters there as before."""
+    model = Qwen3ForCausalLM.from_pretrained(folders["flux2-klein"] / "text_encoder").requires_grad_(False)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    before, ids = sum(value.numel() for value in model.parameters()), torch.arange(5)[None]
+    expected = model(input_ids=ids).logits
+    place(model, torch.device("cpu"), "none", blocks)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert sum(value.numel() for value in model.parameters()) == before
+    assert torch.equal(model(input_ids=ids).logits, expected)

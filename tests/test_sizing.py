@@ -463,3 +463,63 @@ def test_some_layers_leave_the_rest_in_bfloat16() -> None:
     assert some.work.adapter == 34 * 3840 * 3840
     waiting = some.train(Choice("every", waiting="cpu")).rows["transformer"]
     assert waiting == 2 * (PARAMETERS["z-image-turbo", "transformer"] - some.work.adapter)
+
+
+# --- settings that forbid others --------------------------------------------------------------------------------------
+
+SHARDED = ("compute.sharded=true", "compute.workers=2")
+
+
+@pytest.mark.parametrize(
+    "overrides", [(), ("train.lora.kind=dora",), SHARDED, ("model.compile=true",), ("train.tune=full",),
+                  ("train.tune=full", "model.compile=true"), ("train.replay.prompts=[a fox]", "train.replay.weight=1")],
+)  # fmt: skip
+def test_whatever_is_proposed_can_be_written_into_the_settings(overrides: tuple[str, ...]) -> None:
+    made = plan_for(settings("klein-4b", *overrides), ROOT)
+    assert made is not None
+    before = Choice.of(settings("klein-4b", *overrides))
+    rungs = list(made.ladder(before))
+    for rung in rungs:
+        written = [
+            f"{group}.{name}.weights={value['weights']}" if isinstance(value, dict) else f"{group}.{name}={value}"
+            for group, names in rung.lines(before).items()
+            for name, value in names.items()
+        ]
+        assert Choice.of(settings("klein-4b", *overrides, *written)) == rung
+    plain = {"dora", "true", "full"} & {text.partition("=")[2] for text in overrides if "compile" not in text}
+    assert any(rung.quantization == "nf4" for rung in rungs) == (not plain)
+    assert any(rung.offload == "group" for rung in rungs) == (not overrides or "replay" in overrides[0])
+    assert any(rung.waiting == "cpu" for rung in rungs) == (overrides == ("train.tune=full",))
+    assert rungs[-1].resolution == 512
+
+
+def test_a_base_that_is_divided_is_counted_whole_and_that_is_said() -> None:
+    divided = settings("klein-4b", *SHARDED)
+    made = plan("klein-4b")
+    assert made.chosen(divided, 80 * GIB).checkpointing == "every", "as dopsd.train.device_memory has it"
+    assert made.chosen(settings("klein-4b"), 80 * GIB).checkpointing == "none"
+    every = "model.gradient_checkpointing=every"
+    assert "raise compute.workers" in advice(settings("klein-4b", *SHARDED, every), 2 * GIB, ROOT)
+    assert "no settings known" in advice(settings("klein-4b", "train.lora.kind=dora", every), 2 * GIB, ROOT)
+
+
+@pytest.mark.parametrize("model", RECIPES)
+def test_register_counts_the_text_encoder_that_the_pipeline_loads(model: str) -> None:
+    """With all of its layers, and klein 9B's head, which is not tied to its embeddings."""
+    made = plan(model)
+    rows = made._register(Choice("every", quantization="int8")).rows
+    layers = PARAMETERS[model, "text_encoder"] * 2 - rows["text encoder, all of it"]
+    linear = made._whole_encoder.linear
+    assert layers == pytest.approx(linear * (2 - 8.02 / 8))
+    assert made.disk()["base, where published in bfloat16"] >= 2 * PARAMETERS[model, "text_encoder"]
+
+
+def test_the_page_has_full_tunings_memory_as_it_is_today() -> None:
+    written, made = json.loads((ROOT / "docs" / "benchmarks" / "memory.json").read_text()), full_plan()
+    found = written["bases"]["z-image-turbo"]["full"]
+    for optimizer in ("adamw", "adamw-8bit"):
+        for ending, waiting in (("", "device"), (", `cpu`", "cpu")):
+            peak = made.train(Choice("every", optimizer=optimizer, waiting=waiting)).peak  # type: ignore[arg-type]
+            assert found[optimizer + ending] == pytest.approx(peak / 1e9, rel=0.02)
+    assert found["checkpoints"] == pytest.approx(made.disk()["two checkpoints"] / 1e9, rel=0.02)
+    assert found["host memory, `cpu`"] == pytest.approx(made.host(Choice(waiting="cpu")) / 1e9, rel=0.02)

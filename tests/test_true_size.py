@@ -18,6 +18,8 @@ import torch
 
 from dopsd.config import ModelSettings
 from dopsd.models.quantized import blocks_of, is_quantized
+from dopsd.models.sizes import of_diffusers
+from tests.published_configs import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "true_size.py"
@@ -132,7 +134,7 @@ def test_blocks_are_drawn_one_at_a_time_and_rounded_before_the_next(
     config = module.configurations("z-image-turbo", "tiny")["transformer"]
 
     def make() -> torch.nn.Module:
-        made.append(module._class_of(config)())
+        made.append(of_diffusers(config))
         return made[0]
 
     monkeypatch.setattr(module, "_drawn", counted)
@@ -248,3 +250,23 @@ def test_where_no_process_starts_nothing_is_tried_twice(
     script.run_all(report, given)
     assert [row["status"] for row in report.rows] == ["failed", "skipped", "skipped"]
     assert "no_such_library" in report.rows[0]["error"]
+
+
+@pytest.mark.parametrize("arguments", [("--variants", "ours,our"), ("--models", "z-image-turbo,klein")])
+def test_a_name_that_is_none_is_said_before_anything_is_written(tmp_path: Path, arguments: tuple[str, str]) -> None:
+    (tmp_path / "true_size.json").write_text("measured before", encoding="utf-8")
+    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path), "--device", "cpu", "--scale", "tiny", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert f"{arguments[0]}: {arguments[1].split(',')[1]!r} is unknown; there are" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["true_size.json"]
+    assert (tmp_path / "true_size.json").read_text(encoding="utf-8") == "measured before"
+
+
+def test_at_true_size_an_example_is_what_the_family_says(place: None) -> None:
+    """576 tokens of a picture and two around it, a caption of 96 in its turn; klein pads its captions."""
+    module = importlib.import_module("true_size_plain")
+    assert module.sizes_of("z-image-turbo", "true") == {"caption": 105, "context": 105 + 24 * 24 + 2, "patches": 48}
+    assert (found := module.sizes_of("klein-4b", "true"))["caption"] == found["context"] == 512
+    for model in module.BASES:
+        assert module.configurations(model, "true")["transformer"] == PUBLISHED[model]["transformer"]

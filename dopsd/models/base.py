@@ -33,6 +33,8 @@ Opaque to everything but its family; savable as safetensors."""
 Part = Literal[
     "tokenizer", "text_encoder", "vision", "image_processor", "vae_encoder", "vae_decoder", "transformer", "scheduler"
 ]
+BATCH = 8
+"""How many captions, contexts or pictures are encoded at once."""
 ENCODERS: tuple[Part, ...] = ("text_encoder", "vision", "vae_encoder")
 """What is no longer needed once everything is encoded."""
 

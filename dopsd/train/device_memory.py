@@ -13,8 +13,8 @@ from accelerate.utils.memory import should_reduce_batch_size
 from dopsd.config import DataSettings, Settings
 from dopsd.data.images import MULTIPLE
 from dopsd.models import device_of
+from dopsd.models.checkpointing import Checkpointing
 from dopsd.sizing.plan import advice, checkpointing_that_fits
-from dopsd.sizing.runs import Checkpointing
 
 if TYPE_CHECKING:
     from dopsd.train.job import Job

@@ -14,9 +14,7 @@ from dopsd.data.dataset import Example, Preview
 from dopsd.data.manifest import ConceptTable, DataError, Fault, Row
 from dopsd.data.pictures import Picture, bucket_of, references_of
 from dopsd.distill.drawing import in_parts
-from dopsd.models.base import Conditioning, Family, Request
-
-BATCH = 8
+from dopsd.models.base import BATCH, Conditioning, Family, Request
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dopsd.config import Method, ModelSettings, TrainSettings
 from dopsd.data.encoded import Encoded
 from dopsd.identity import made_of, training_identity
 from dopsd.models import load_family
-from dopsd.sizing.runs import Checkpointing
+from dopsd.models.checkpointing import Checkpointing
 from dopsd.train.device_memory import checkpointing_for, counted, out_of_memory, ran_out
 from dopsd.train.trainer import Observer, OutOfMemory, Place, Training, TrainResult, train
 
