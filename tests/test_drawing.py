@@ -136,9 +136,10 @@ def test_a_preview_that_does_not_fit_is_skipped_and_training_goes_on_as_ever(tmp
         training = Training("d-opsd", settings, tiny.tiny_examples(), "identity", previews=shown)
         train(family, training, Place(place / "train", place / "adapters", seen))
         losses[name] = [row.get("train/loss") for row in seen.values]
-        strips[name] = {path.name: _pixels([Image.open(path)]) for path in (place / "train/previews").glob("*.png")}
+        strips[name] = {path.name: _pixels([Image.open(path)]) for path in (place / "train/previews").glob("*.webp")}
         said[name] = [text for text in seen.messages if "memory" in text]
     assert losses["free"] == losses["tight"] == losses["none"]
+    assert sorted(strips["free"]) == [f"{who}-{step:06}.webp" for who in ("student", "teacher") for step in (0, 1, 2)]
     assert strips["tight"].keys() == strips["free"].keys()
     assert all(np.abs(strips["tight"][key] - strips["free"][key]).max() <= 1 for key in strips["free"])
     assert (strips["none"], said["free"], said["tight"]) == ({}, [], [])

@@ -233,12 +233,16 @@ def test_the_restated_layers_are_those_that_diffusers_converts(name: str) -> Non
 # --- whole adapters ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "version"), VERSIONS)
-@pytest.mark.parametrize("only", [None, r"\.0\.", "refiner", "to_k|to_v|add_v"])
+@pytest.mark.parametrize(
+    ("name", "version", "only"),
+    [(*of, only) for only in (None, r"\.0\.", "refiner", "to_k|to_v|add_v") for of in VERSIONS
+     if (of[0], only) != ("klein", "refiner")],  # it has none
+)  # fmt: skip
 def test_every_comfyui_merges_every_layer(name: str, version: str, only: str | None) -> None:
     case = CASES[name]
     weights = {module: weight.double() for module, weight in weights_of(case.build()).items()}
     modules = [module for module in weights if only is None or re.search(only, module)]
+    assert modules
     adapter = {key: value.double() for key, value in adapter_of(weights, modules).items()}
     native, unread = merged_by_comfyui(name, version, case.write(adapter, RANK), weights)
     assert not unread
