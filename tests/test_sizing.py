@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from dataclasses import replace
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks import memory
 from dopsd.config import LoraSettings, load_settings
 from dopsd.distill.loss import distillation_loss
 from dopsd.distill.rollout import sample
@@ -395,14 +395,9 @@ def test_what_is_said_fits_80_columns_and_can_be_pasted() -> None:
 
 def test_the_page_is_made_of_its_numbers_and_they_are_todays() -> None:
     """``python benchmarks/memory.py`` writes both anew."""
-    spec = importlib.util.spec_from_file_location("memory_page", ROOT / "benchmarks" / "memory.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    numbers = json.loads(module.NUMBERS.read_text())
-    assert module.PAGE.read_text() == module.page(numbers)
-    assert max(map(len, module.PAGE.read_text().splitlines())) <= 120
+    numbers = json.loads(memory.NUMBERS.read_text())
+    assert memory.PAGE.read_text() == memory.page(numbers)
+    assert max(map(len, memory.PAGE.read_text().splitlines())) <= 120
     written = numbers["bases"]["z-image-turbo"]
     for stage in plan("z-image-turbo").stages(Choice("every")):
         assert written["stages"][stage.name]["peak"] == pytest.approx(stage.peak / 1e9, rel=0.02)
