@@ -15,16 +15,11 @@ from dopsd.export import COMFYUI_FILE, check_export, draw_student, export_adapte
 from dopsd.models import ModelError, load_family, resolved
 from dopsd.models.base import Family, Request
 from tests import tiny
-from tests.family_folders import NAMES, settings_of, write_families
+from tests.family_folders import NAMES, settings_of
 from tests.test_family_training import CARD, Cut
 
 ROOT = Path(__file__).parent.parent
 KINDS = [(name, kind) for name in NAMES for kind in ("dora", "lokr") if (name, kind) != ("krea-2", "lokr")]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    return write_families(tmp_path_factory.mktemp("published"))
 
 
 def _velocity(family: Family) -> torch.Tensor:

@@ -16,12 +16,7 @@ from dopsd.distill import adapters
 from dopsd.distill.adapters import add_adapters
 from dopsd.distill.rollout import rollout, sample
 from dopsd.models import load_family
-from tests.family_folders import settings_of, write_families
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return write_families(tmp_path_factory.mktemp("bases"))
+from tests.family_folders import settings_of
 
 
 def _told(family, seed):

@@ -19,16 +19,11 @@ from dopsd.models import family_class, load_family
 from dopsd.models.base import Request
 from dopsd.train.trainer import Place, Training, train
 from tests import tiny
-from tests.family_folders import NAMES, picture, settings_of, write_families
+from tests.family_folders import NAMES, picture, settings_of
 from tests.published_configs import PUBLISHED
 
 CARD = Card(concept="c", base="maker/base", method="d-opsd", steps=4, placeholder="[V]", prompt="p", call={}, images=4,
             data_hash="d", training={})  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    return write_families(tmp_path_factory.mktemp("published"))
 
 
 # --- the published sizes ----------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from dopsd.models import load_family
 from dopsd.models.base import Family, Request
 from dopsd.models.quantized import blocks_of
 from tests import tiny
-from tests.family_folders import NAMES, settings_of, write_families
+from tests.family_folders import NAMES, settings_of
 from tests.test_family_training import Cut
 
 ROOT = Path(__file__).parent.parent
@@ -43,11 +43,6 @@ def full(**changes: Any) -> TrainSettings:
     """:data:`FULL` with some settings changed, the teacher's one by one."""
     teacher = FULL["teacher"] | changes.pop("teacher", {})
     return TrainSettings.model_validate(FULL | changes | {"teacher": teacher})
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_families(tmp_path_factory.mktemp("published"))
 
 
 def _state(folder: Path) -> dict[str, torch.Tensor]:

@@ -20,17 +20,12 @@ from dopsd.export import COMFYUI_FILE, DIFFUSERS_FILE, Card, export_adapter
 from dopsd.given import as_trained, find_given
 from dopsd.models import Family, family_class, load_family
 from dopsd.models.sizes import configurations, skeleton
-from tests.family_folders import NAMES, settings_of, write_families
+from tests.family_folders import NAMES, settings_of
 
 CARD = Card(
     concept="c", base="b", method="d-opsd", steps=4, placeholder="[V]", prompt="p", call={}, images=1, data_hash="",
     training={},
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_families(tmp_path_factory.mktemp("families"))
 
 
 def bare(name: str, folders: dict[str, Path]) -> tuple[Any, type[Family]]:

@@ -25,18 +25,13 @@ from dopsd.export import DIFFUSERS_FILE, check_export, draw_student, export_adap
 from dopsd.models import ModelError, load_family
 from dopsd.models.base import Family, Request
 from dopsd.models.quantized import blocks_of, quantize
-from tests.family_folders import NAMES, picture, settings_of, write_families
+from tests.family_folders import NAMES, picture, settings_of
 from tests.test_family_training import CARD
 
 KINDS = ("int8", "fp8", "nf4")
 LORA = LoraSettings(rank=4)
 BITS = {"int8": 0.01, "fp8": 0.04, "nf4": 0.11}
 """How far rounded weights are from the base's, relative, at most."""
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    return write_families(tmp_path_factory.mktemp("published"))
 
 
 def _family(name: str, folders: dict[str, Path], **more: Any) -> Family:

@@ -28,7 +28,7 @@ from dopsd.sizing.counter import counting, materialise
 from dopsd.sizing.plan import Choice, Plan, Stage, advice, checkpointing_that_fits, plan_for
 from dopsd.sizing.runs import Cost, Work
 from dopsd.sizing.show import needs, proposals
-from tests.family_folders import NAMES, picture, settings_of, write_families
+from tests.family_folders import NAMES, picture, settings_of
 from tests.published_configs import PARAMETERS, PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,8 +129,7 @@ def test_parameters_are_the_published_ones(model: str) -> None:
         assert PartSize.of(skeleton("text_encoder", found, family)).parameters == PARAMETERS[model, "text_encoder"]
 
 
-def test_a_folder_here_is_counted_from_its_own_files(tmp_path: Path) -> None:
-    folders = write_families(tmp_path)
+def test_a_folder_here_is_counted_from_its_own_files(folders: dict[str, Path]) -> None:
     for name in NAMES:
         model = settings_of(name, folders)
         found = configurations(model, Path())
