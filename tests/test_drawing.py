@@ -155,18 +155,7 @@ def _half(family, lora=LoraSettings(rank=4)):  # noqa: B008 - it cannot change
     """A family whose transformer is bfloat16, with a student and a teacher in float32 that are not the base."""
     family.transformer.to(torch.bfloat16)
     family.dtype = torch.bfloat16
-    return _moved(family, lora)
-
-
-def _moved(family, lora):
-    """A student and a teacher that are not the base."""
-    pair = add_adapters(family.transformer, lora, family.lora_targets, 0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in pair.student_parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-        pair.update(0.5)
-    return pair
+    return tiny.trained_pair(family, lora)
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
@@ -224,7 +213,7 @@ class _Products(TorchDispatchMode):
 def test_leaving_out_a_scale_of_one_changes_no_bit_of_loss_or_gradient(family, half, scale, dora):
     """Against peft's own forward, which is still there for every other scale and kind."""
     lora = LoraSettings(rank=4, alpha=4 * scale, kind="dora" if dora else "lora")
-    pair, examples = _half(family, lora) if half else _moved(family, lora), tiny.tiny_examples(2)
+    pair, examples = _half(family, lora) if half else tiny.trained_pair(family, lora), tiny.tiny_examples(2)
     layers, found, products = list(adapted_layers(family.transformer, "student").values()), [], []
     family.velocity(_noise(family, 2), torch.tensor(0.5), [e.context for e in examples])  # tables are made once
     for own in (True, False):

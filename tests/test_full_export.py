@@ -29,8 +29,7 @@ from dopsd.registry import Registry
 from dopsd.stages import STAGES, run_stage
 from dopsd.tracking.folder import contents
 from tests.family_folders import NAMES, settings_of
-from tests.test_family_training import CARD
-from tests.test_full_tuning import moved
+from tests.tiny import CARD, moved
 from tests.tiny_project import make_project
 
 ASKED = [(Request("a fox in [V] style"), 64, 64), (Request("a red boat in [V] style"), 64, 64)]

@@ -27,7 +27,6 @@ from dopsd.models.base import Family, Request
 from dopsd.models.quantized import blocks_of
 from tests import tiny
 from tests.family_folders import NAMES, settings_of
-from tests.test_family_training import Cut
 
 ROOT = Path(__file__).parent.parent
 FULL: dict[str, Any] = {
@@ -53,14 +52,6 @@ def _answer(family: Family) -> torch.Tensor:
     noise = family.initial_latents(1, 64, 64, torch.Generator().manual_seed(2))
     with torch.no_grad():
         return family.velocity(noise, torch.tensor(0.8), tiny.tiny_prompts(1))
-
-
-def moved(parameters: list[nn.Parameter], size: float = 0.05, seed: int = 0) -> None:
-    """As after some steps."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
 
 
 # --- the plain loop ---------------------------------------------------------------------------------------------------
@@ -176,7 +167,7 @@ def test_a_broken_off_run_ends_bit_for_bit_where_the_unbroken_one_does(tmp_path:
     settings = full(max_steps=6, checkpoint_steps=3, teacher=teacher)
     tiny.run_tiny("d-opsd", tmp_path / "whole", settings)
     with pytest.raises(KeyboardInterrupt):
-        tiny.run_tiny("d-opsd", tmp_path / "cut", settings, Cut(5))
+        tiny.run_tiny("d-opsd", tmp_path / "cut", settings, tiny.Cut(5))
     tiny.run_tiny("d-opsd", tmp_path / "cut", settings)
     whole, cut = _state(tmp_path / "whole"), _state(tmp_path / "cut")
     assert whole.keys() == cut.keys()
@@ -195,7 +186,7 @@ def test_moments_in_a_byte_train_and_resume_too(tmp_path: Path) -> None:
     settings = full(optimizer="adamw-8bit", max_steps=4, checkpoint_steps=2)
     tiny.run_tiny("d-opsd", tmp_path / "whole", settings)
     with pytest.raises(KeyboardInterrupt):
-        tiny.run_tiny("d-opsd", tmp_path / "cut", settings, Cut(3))
+        tiny.run_tiny("d-opsd", tmp_path / "cut", settings, tiny.Cut(3))
     tiny.run_tiny("d-opsd", tmp_path / "cut", settings)
     whole, cut = _state(tmp_path / "whole"), _state(tmp_path / "cut")
     assert {value.dtype for key, value in whole.items() if key.endswith("state1")} >= {torch.uint8}
@@ -238,7 +229,7 @@ def test_each_answers_with_its_own_weights_and_the_base_comes_back(
     assert {value.dtype for value in state.values()} == {torch.float32}
     parameters = pair.student_parameters()
     assert len(parameters) == len(own)
-    moved(parameters)
+    tiny.moved(parameters)
     rollout(family.velocity, pair, noise, family.sigmas(2, 64, 64), [prompt], [prompt], teacher=None)
     unmoved = [
         key
@@ -338,7 +329,7 @@ def student(tmp_path: Path) -> tuple[Family, Path, torch.Tensor, torch.Tensor]:
     family = tiny.tiny_family()
     base = _answer(family)
     pair = train_weights(family.transformer, None)
-    moved(pair.student_parameters())
+    tiny.moved(pair.student_parameters())
     trained = _answer(family)
     path = pair.save(tmp_path / "student.safetensors")
     pair.remove()
@@ -364,7 +355,7 @@ def test_beside_a_bfloat16_base_a_file_is_half_and_the_rounded_student(
 ) -> None:
     family = load_family(settings_of("flux2-klein", folders, dtype="bfloat16"))
     pair = train_weights(family.transformer, None, "frozen")
-    moved(pair.student_parameters(), 1e-3)
+    tiny.moved(pair.student_parameters(), 1e-3)
     names = [name for name, _ in family.transformer.named_parameters()]
     expected = dict(zip(names, (p.detach().bfloat16() for p in pair.student_parameters()), strict=True))
     path = pair.save(tmp_path / "student.safetensors")

@@ -16,16 +16,12 @@ from torch import Tensor
 from dopsd.config import AdapterKind, LoraSettings
 from dopsd.distill.adapters import adapter_applied, adapter_parameters, add_adapters, read_adapter, save_adapter
 from dopsd.distill.targets import AdapterError
-from dopsd.export import COMFYUI_FILE, DIFFUSERS_FILE, Card, export_adapter
+from dopsd.export import COMFYUI_FILE, DIFFUSERS_FILE, export_adapter
 from dopsd.given import as_trained, find_given
 from dopsd.models import Family, family_class, load_family
 from dopsd.models.sizes import configurations, skeleton
+from tests import tiny
 from tests.family_folders import NAMES, settings_of
-
-CARD = Card(
-    concept="c", base="b", method="d-opsd", steps=4, placeholder="[V]", prompt="p", call={}, images=1, data_hash="",
-    training={},
-)  # fmt: skip
 
 
 def bare(name: str, folders: dict[str, Path]) -> tuple[Any, type[Family]]:
@@ -70,7 +66,7 @@ def test_every_export_is_the_adapter_that_was_trained(name: str, which: str, fol
     some = tuple(target for target in family.lora_targets if not re.search("to_k|add_k", target))
     targets = {"not all of a fused layer": some, "every layer": (".*",)}.get(which)
     adapter = trained(tmp_path / "a.safetensors", family, targets=targets)
-    out = export_adapter(adapter, tmp_path / "export", CARD, type(family), torch.float32)
+    out = export_adapter(adapter, tmp_path / "export", tiny.CARD, type(family), torch.float32)
     transformer, cls = bare(name, folders)
     for number, given in enumerate([adapter, out, out / DIFFUSERS_FILE, out / COMFYUI_FILE]):
         again = as_trained(find_given(given), tmp_path / f"{number}.safetensors", transformer, cls)
@@ -86,7 +82,7 @@ def test_every_export_is_the_adapter_that_was_trained(name: str, which: str, fol
 def test_other_kinds_come_back_from_diffusers_file(kind: AdapterKind, folders: Any, tmp_path: Path) -> None:
     family = load_family(settings_of("z-image", folders))
     adapter = trained(tmp_path / "a.safetensors", family, kind)
-    out = export_adapter(adapter, tmp_path / "export", CARD, type(family), torch.float32)
+    out = export_adapter(adapter, tmp_path / "export", tiny.CARD, type(family), torch.float32)
     again = as_trained(find_given(out), tmp_path / "b.safetensors", *bare("z-image", folders))
     torch.testing.assert_close(applied(family, again), applied(family, adapter))
 
@@ -193,7 +189,7 @@ def test_folders_that_are_none_are_one_line(tmp_path: Path) -> None:
 
 def test_another_familys_export_is_one_line(folders: Any, tmp_path: Path) -> None:
     family = load_family(settings_of("krea-2", folders))
-    out = export_adapter(trained(tmp_path / "a.safetensors", family), tmp_path / "export", CARD, type(family))
+    out = export_adapter(trained(tmp_path / "a.safetensors", family), tmp_path / "export", tiny.CARD, type(family))
     for file in (DIFFUSERS_FILE, COMFYUI_FILE):
         with pytest.raises(AdapterError, match="it was made for another base"):
             as_trained(out / file, tmp_path / "b.safetensors", *bare("z-image", folders))
