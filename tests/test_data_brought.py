@@ -16,6 +16,7 @@ from profiles import DISPLAY_P3
 
 from dopsd.config import DataSettings, load_settings
 from dopsd.data.captions import save, uncaptioned
+from dopsd.data.folders import not_for_training
 from dopsd.data.images import ImageError, bucket_size, fit_image, load_image
 from dopsd.data.manifest import DataError, concept_files
 from dopsd.data.needs import Needs
@@ -44,8 +45,29 @@ HELD_OUT = ["Holdout", "hold-out", "HELD_OUT", "holdouts", "val", "Valid", "vali
 REGULARISATION = ["reg", "Reg_Images", "regularization", "regularisation-images", "class_images", "reg/1_animal"]
 
 
+def _says_why(name: str, problem: str, files: int) -> bool:
+    """Whether a fault tells how many files a folder of that name holds, what the name says, and what to do."""
+    return (
+        problem.startswith(f"{files} files that would be trained on")
+        and ("holdout/" in problem) == (name in HELD_OUT)
+        and ("train.replay.prompts" in problem) == (name in REGULARISATION)
+        and "data.allow: [folder-names]" in problem
+    )
+
+
 @pytest.mark.parametrize("name", [*HELD_OUT, *REGULARISATION])
 @pytest.mark.parametrize("captions", [True, False])
+def test_a_name_that_says_it_is_not_for_training_is_known(name, captions):
+    files = [f"{name}/{i}.{suffix}" for i in range(3) for suffix in (("png", "txt") if captions else ("png",))]
+    found, inside = not_for_training(["0.png", "0.txt", *files])
+    ((folder, problem),) = found.items()
+    assert (folder, inside) == (name.removesuffix("/1_animal"), set(files))
+    assert _says_why(name, problem, len(files))
+
+
+@pytest.mark.parametrize(
+    ("name", "captions"), [("HELD_OUT", True), ("deep/holdout", False), ("class_images", False), ("reg/1_animal", True)]
+)
 def test_a_folder_that_says_it_is_not_for_training_is_one_fault(tmp_path, name, captions):
     """One that names the folder, how many files, and what to do: pictures there need no captions for it."""
     folder = texts(tmp_path / "data")
@@ -55,10 +77,7 @@ def test_a_folder_that_says_it_is_not_for_training_is_one_fault(tmp_path, name, 
             text.unlink()
     ((file, row, _, problem),) = faults_of(folder)
     assert (file, row) == (name.removesuffix("/1_animal"), None)
-    assert problem.startswith(f"{6 if captions else 3} files that would be trained on")
-    assert ("holdout/" in problem) == (name in HELD_OUT)
-    assert ("train.replay.prompts" in problem) == (name in REGULARISATION)
-    assert "data.allow: [folder-names]" in problem
+    assert _says_why(name, problem, 6 if captions else 3)
     assert "would be trained on" in _refused(lambda: uncaptioned(folder))
     if captions:
         assert len(validate_concept(folder, "test", allowing("folder-names")).rows) == 7
@@ -216,26 +235,28 @@ def test_every_caption_without_the_placeholder_is_named(tmp_path):
     assert len(validate_concept(folder, "test", allowing("captions-without-placeholder")).rows) == 5
 
 
-@pytest.mark.parametrize("caption", NEAR)
 @pytest.mark.parametrize("others", ["a fox in [V] style", "a fox"])
-def test_near_misses_are_named_as_what_they_are(tmp_path, caption, others):
-    folder = make(tmp_path)
-    listed = [{"image": f"{i}.png", "caption": caption if i == 2 else others} for i in range(5)]
+def test_near_misses_are_named_as_what_they_are(tmp_path, others):
+    captions = [*NEAR, others, others]
+    folder = make(tmp_path, count=len(captions))
+    listed = [{"image": f"{i}.png", "caption": caption} for i, caption in enumerate(captions)]
     write_rows(folder, listed)
     found = {row: problem for _, row, _, problem in faults_of(folder)}
-    assert set(found) == ({3} if "[V]" in others else {1, 2, 3, 4, 5})
-    for words in (*NEAR[caption], "in place of the placeholder; write [V]"):
-        assert words in found[3]
+    near = list(range(1, len(NEAR) + 1))
+    assert list(found) == near + ([] if "[V]" in others else [len(captions) - 1, len(captions)])
+    for row, said in zip(near, NEAR.values(), strict=True):
+        for words in (*said, "in place of the placeholder; write [V]"):
+            assert words in found[row], captions[row - 1]
     # who allows captions without it is told all the same
-    (warning,) = validate_concept(folder, "test", allowing("captions-without-placeholder")).warnings
-    assert (warning.row, warning.problem) == (3, found[3])
+    warnings = validate_concept(folder, "test", allowing("captions-without-placeholder")).warnings
+    assert [(warning.row, warning.problem) for warning in warnings] == [(row, found[row]) for row in near]
     # nor is it right in what is held out, whose captions need none
-    write_rows(folder, rows())
-    make(folder / "holdout", first=20)
+    write_rows(folder, rows(len(captions)))
+    make(folder / "holdout", count=len(captions), first=20)
     write_rows(folder / "holdout", listed)
     with pytest.raises(DataError) as caught:
         validate_dataset(folder, "test", SETTINGS)
-    assert [fault.row for fault in caught.value.faults] == [3]
+    assert [fault.row for fault in caught.value.faults] == near
 
 
 @pytest.mark.parametrize("caption", ["a sks fox", "desk still life", "SKS fox", "a ｓｋｓ fox"])
@@ -273,16 +294,15 @@ SHAPES = [(1024, 1024), (1152, 896), (1216, 832), (1344, 768), (1536, 640), (124
 LARGE = DataSettings(resolution=1024)
 
 
-@pytest.mark.parametrize("size", [*SHAPES, *(size[::-1] for size in SHAPES)])
-def test_the_usual_shapes_of_one_megapixel_are_taken_as_they_are(tmp_path, size):
-    folder = make(tmp_path)
-    image = picture(2, size)
-    image.save(folder / "2.png")
-    for i in (0, 1, 3, 4):
-        picture(i, (1024, 1024)).save(folder / f"{i}.png")
+def test_the_usual_shapes_of_one_megapixel_are_taken_as_they_are(tmp_path):
+    sizes = list(dict.fromkeys([*SHAPES, *(size[::-1] for size in SHAPES)]))
+    folder = make(tmp_path, count=len(sizes))
+    for i, size in enumerate(sizes):
+        image = picture(i, size)
+        image.save(folder / f"{i}.png")
+        assert bucket_size(*size, 1024) == size
+        assert np.array_equal(fit_image(image, bucket_size(*size, 1024)), image), size
     assert validate_concept(folder, "test", LARGE).warnings == ()
-    assert bucket_size(*size, 1024) == size
-    assert np.array_equal(fit_image(image, bucket_size(*size, 1024)), image)
 
 
 @pytest.mark.parametrize(
@@ -334,17 +354,19 @@ def test_the_settings_that_are_shipped_take_them_too():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "AVIF"])
-@pytest.mark.parametrize("name", ["a.png", "a.JPG", "a.webp", "a.heic", "a.gif", "a.jfif", "a.tiff"])
-def test_the_content_decides_what_a_file_is(tmp_path, kind, name):
+def test_the_content_decides_what_a_file_is(tmp_path, kind):
     if kind == "AVIF" and not features.check("avif"):
         pytest.skip("this build of Pillow reads no AVIF")
-    folder = texts(tmp_path, count=3)
-    with (folder / name).open("wb") as file:
-        picture(9).save(file, kind)
-    (folder / "a.txt").write_text("a fox in [V] style")
-    table = validate_concept(folder, "test", SETTINGS)
-    assert folder / name in [row.image for row in table.rows]
-    assert np.abs(np.asarray(load_image(folder / name, LIMIT), int) - np.asarray(picture(9))).mean() < 12
+    names = ["a.png", "b.JPG", "c.webp", "d.heic", "e.gif", "f.jfif", "g.tiff"]
+    for seed, name in enumerate(names):
+        with (tmp_path / name).open("wb") as file:
+            picture(seed).save(file, kind)
+        (tmp_path / name).with_suffix(".txt").write_text("a fox in [V] style")
+    table = validate_concept(tmp_path, "test", SETTINGS)
+    assert [row.image for row in table.rows] == [tmp_path / name for name in names]
+    for seed, name in enumerate(names):
+        read = np.asarray(load_image(tmp_path / name, LIMIT), int)
+        assert np.abs(read - np.asarray(picture(seed))).mean() < 12, name
 
 
 HEIC = (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100), b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(100))
@@ -362,22 +384,24 @@ UNREAD = {
 }
 
 
-@pytest.mark.parametrize("suffix", UNREAD)
 @pytest.mark.parametrize("kind", ["jsonl", "texts"])
-def test_a_picture_that_cannot_be_read_is_one_fault(tmp_path, monkeypatch, suffix, kind):
+def test_each_picture_that_cannot_be_read_is_one_fault(tmp_path, monkeypatch, kind):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as where the extra is not installed
-    content, words = UNREAD[suffix]
-    if kind == "texts":
-        folder = texts(tmp_path)
-        (folder / "x.txt").write_text("a fox in [V] style")
-    else:
-        folder = make(tmp_path)
-        write_rows(folder, [*rows(), {"image": f"x.{suffix}", "caption": "a fox in [V] style"}])
-        words = words if "not part" not in words else "picture, which is not read"
-    (folder / f"x.{suffix}").write_bytes(content)
-    ((*_, problem),) = faults_of(folder)
-    assert words in problem
-    assert ("HEIC" in problem) == (suffix in ("heic", "heif") or "not part" in words)
+    folder, caption = (texts if kind == "texts" else make)(tmp_path), "a fox in [V] style"
+    for suffix, (content, _) in UNREAD.items():
+        (folder / f"{suffix}.{suffix}").write_bytes(content)
+        if kind == "texts":
+            (folder / f"{suffix}.txt").write_text(caption)
+    if kind == "jsonl":
+        write_rows(folder, [*rows(), *({"image": f"{suffix}.{suffix}", "caption": caption} for suffix in UNREAD)])
+    faults = faults_of(folder)
+    assert len(faults) == len(UNREAD)
+    for suffix, (_, words) in UNREAD.items():
+        name = f"{suffix}.{suffix}"
+        (problem,) = [problem for file, *_, problem in faults if file == name or problem.startswith(f"{name}: ")]
+        said = "picture, which is not read" if kind == "jsonl" and "not part" in words else words
+        assert said in problem, name
+        assert ("HEIC" in problem) == (suffix in ("heic", "heif") or "not part" in said), name
 
 
 def test_heic_is_read_where_the_extra_is(tmp_path):
