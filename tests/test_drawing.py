@@ -9,13 +9,16 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dopsd.config import LoraSettings
+from dopsd.data.cache import EncodingCache
 from dopsd.distill import drawing
 from dopsd.distill.adapters import adapted_layers, add_adapters
 from dopsd.distill.drawing import batch_of, draw, pictures
 from dopsd.distill.rollout import rollout, sample
+from dopsd.evaluation.suite import EvaluationError, Subject, evaluate
 from dopsd.models.z_image import ZImage
 from dopsd.train.trainer import Place, Training, train
 from tests import tiny
+from tests.tiny_evaluation import small_world, tiny_run_settings, write_concept
 
 SIDE = tiny.SIDE
 
@@ -146,6 +149,40 @@ def test_a_preview_that_does_not_fit_is_skipped_and_training_goes_on_as_ever(tmp
     assert said["none"] == [
         f"step {step}: no memory to preview a picture of the student; skipped" for step in (0, 1, 2)
     ]
+
+
+# --- the evaluation where memory is short
+
+
+def test_a_batch_that_does_not_fit_is_drawn_in_halves_and_one_picture_is_one_clear_line(tmp_path):
+    """Without a world, so that nothing but the sampling asks for memory."""
+    table, _ = write_concept(tmp_path / "concept", small_world(), {"kind": "style"}, holdout=False)
+
+    def evaluated(family, **changes):
+        settings = tiny_run_settings(prompts=["a [V] fox", "a [V] owl", "a [V] cat", "a [V] ox"], **changes)
+        subjects, cache = [Subject("base", None)], EncodingCache(tmp_path / "cache")
+        return evaluate(family, table, None, None, subjects, settings, cache, tmp_path / "out")
+
+    tight = Cramped.of("transformer", 2)
+    numbers = evaluated(tight)["scores"]
+    assert {count for _, count in tight.seen} == {4, 2}
+    for key, value in evaluated(tiny.tiny_family())["scores"]["concept"]["base"].items():
+        assert numbers["concept"]["base"][key] == pytest.approx(value, rel=1e-2, abs=1e-3)
+    with pytest.raises(EvaluationError, match="64 x 64 pixels") as error:
+        evaluated(Cramped.of("transformer", 0))
+    assert "\n" not in str(error.value)
+    assert "1.61 GiB" in str(error.value)
+
+
+def test_the_batch_size_is_a_bound_and_the_pictures_pixels_choose(tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing, "PIXELS", 2 * 64 * 64)
+    table, _ = write_concept(tmp_path / "concept", small_world(), {"kind": "style"}, holdout=False)
+    for bound, most in ((32, 2), (1, 1)):
+        family = Cramped.of("nowhere", 0)
+        settings = tiny_run_settings(prompts=["a [V] fox", "a [V] owl", "a [V] cat"], batch_size=bound)
+        cache = EncodingCache(tmp_path / "cache")
+        evaluate(family, table, None, None, [Subject("base", None)], settings, cache, tmp_path / "out")
+        assert max(count for _, count in family.seen) == most
 
 
 # --- in which precision
