@@ -42,6 +42,19 @@ def make(folder: Path, count: int = 5, first: int = 0) -> Path:
     return folder
 
 
+def allowing(*words: str) -> DataSettings:
+    return SETTINGS.model_copy(update={"allow": words})
+
+
+def texts(folder: Path, count: int = 4, first: int = 0, caption: str = "a fox in [V] style") -> Path:
+    """Pictures with a ``.txt`` beside each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(first, first + count):
+        picture(i).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(caption)
+    return folder
+
+
 def faults_of(folder: Path, settings: DataSettings = SETTINGS) -> list[tuple[str, int | None, str | None, str]]:
     with pytest.raises(DataError) as caught:
         validate_dataset(folder, "test", settings)

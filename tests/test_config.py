@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +125,20 @@ def _floats(group: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]
 SHIPPED_FLOATS = list(_floats(load_settings(SHIPPED)))
 
 
-@pytest.mark.parametrize("path", SHIPPED_FLOATS, ids=".".join)
-@pytest.mark.parametrize("word", [".inf", "-.inf", ".nan"])
-def test_no_number_may_be_infinite_or_none_at_all(path: tuple[str, ...], word: str) -> None:
-    key, value = ".".join(path), f"[{word}, 0.5]" if path[-1] == "betas" else word
-    with pytest.raises(SettingsError, match=rf"{key}[.0-9a-z\[\],]*: .*finite"):
-        load_settings(SHIPPED, (f"{key}={value}",))
+def _refusal(override: str) -> str:
+    """What is said of a setting that is changed in what is shipped; empty where it is taken."""
+    try:
+        load_settings(SHIPPED, (override,))
+    except SettingsError as error:
+        return str(error)
+    return ""
+
+
+def test_no_number_may_be_infinite_or_none_at_all() -> None:
+    for path, word in product(SHIPPED_FLOATS, (".inf", "-.inf", ".nan")):
+        key, value = ".".join(path), f"[{word}, 0.5]" if path[-1] == "betas" else word
+        said = _refusal(f"{key}={value}")
+        assert re.search(rf"{key}[.0-9a-z\[\],]*: .*finite", said), f"{key}={value}: {said or 'taken'}"
 
 
 def test_the_floats_are_found() -> None:

@@ -1,41 +1,21 @@
-"""What people really bring: folders of other tools, captions nearly right, other systems' names, phones' pictures."""
+"""What people really bring: folders of other tools, other systems' names, captions nearly right."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 import unicodedata
 from pathlib import Path
 
-import numpy as np
 import pytest
-from concept_folders import SETTINGS, faults_of, make, picture, rows, write_rows
-from PIL import Image, features
-from profiles import DISPLAY_P3
+from concept_folders import SETTINGS, allowing, faults_of, make, picture, rows, texts, write_rows
 
-from dopsd.config import DataSettings, load_settings
+from dopsd.config import DataSettings
 from dopsd.data.captions import save, uncaptioned
-from dopsd.data.images import ImageError, bucket_size, fit_image, load_image
+from dopsd.data.folders import not_for_training
 from dopsd.data.manifest import DataError, concept_files
 from dopsd.data.needs import Needs
 from dopsd.data.schema import validate_dataset
-
-LIMIT = DataSettings(resolution=32).max_pixels
-
-
-def allowing(*words: str) -> DataSettings:
-    return SETTINGS.model_copy(update={"allow": words})
-
-
-def texts(folder: Path, count: int = 4, first: int = 0, caption: str = "a fox in [V] style") -> Path:
-    """Pictures with a ``.txt`` beside each."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(first, first + count):
-        picture(i).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(caption)
-    return folder
-
 
 # --- folders ----------------------------------------------------------------------------------------------------------
 
@@ -44,8 +24,29 @@ HELD_OUT = ["Holdout", "hold-out", "HELD_OUT", "holdouts", "val", "Valid", "vali
 REGULARISATION = ["reg", "Reg_Images", "regularization", "regularisation-images", "class_images", "reg/1_animal"]
 
 
+def _says_why(name: str, problem: str, files: int) -> bool:
+    """Whether a fault tells how many files a folder of that name holds, what the name says, and what to do."""
+    return (
+        problem.startswith(f"{files} files that would be trained on")
+        and ("holdout/" in problem) == (name in HELD_OUT)
+        and ("train.replay.prompts" in problem) == (name in REGULARISATION)
+        and "data.allow: [folder-names]" in problem
+    )
+
+
 @pytest.mark.parametrize("name", [*HELD_OUT, *REGULARISATION])
 @pytest.mark.parametrize("captions", [True, False])
+def test_a_name_that_says_it_is_not_for_training_is_known(name, captions):
+    files = [f"{name}/{i}.{suffix}" for i in range(3) for suffix in (("png", "txt") if captions else ("png",))]
+    found, inside = not_for_training(["0.png", "0.txt", *files])
+    ((folder, problem),) = found.items()
+    assert (folder, inside) == (name.removesuffix("/1_animal"), set(files))
+    assert _says_why(name, problem, len(files))
+
+
+@pytest.mark.parametrize(
+    ("name", "captions"), [("HELD_OUT", True), ("deep/holdout", False), ("class_images", False), ("reg/1_animal", True)]
+)
 def test_a_folder_that_says_it_is_not_for_training_is_one_fault(tmp_path, name, captions):
     """One that names the folder, how many files, and what to do: pictures there need no captions for it."""
     folder = texts(tmp_path / "data")
@@ -55,10 +56,7 @@ def test_a_folder_that_says_it_is_not_for_training_is_one_fault(tmp_path, name, 
             text.unlink()
     ((file, row, _, problem),) = faults_of(folder)
     assert (file, row) == (name.removesuffix("/1_animal"), None)
-    assert problem.startswith(f"{6 if captions else 3} files that would be trained on")
-    assert ("holdout/" in problem) == (name in HELD_OUT)
-    assert ("train.replay.prompts" in problem) == (name in REGULARISATION)
-    assert "data.allow: [folder-names]" in problem
+    assert _says_why(name, problem, 6 if captions else 3)
     assert "would be trained on" in _refused(lambda: uncaptioned(folder))
     if captions:
         assert len(validate_dataset(folder, "test", allowing("folder-names"))[0].rows) == 7
@@ -217,26 +215,28 @@ def test_every_caption_without_the_placeholder_is_named(tmp_path):
     assert len(validate_dataset(folder, "test", allowing("captions-without-placeholder"))[0].rows) == 5
 
 
-@pytest.mark.parametrize("caption", NEAR)
 @pytest.mark.parametrize("others", ["a fox in [V] style", "a fox"])
-def test_near_misses_are_named_as_what_they_are(tmp_path, caption, others):
-    folder = make(tmp_path)
-    listed = [{"image": f"{i}.png", "caption": caption if i == 2 else others} for i in range(5)]
+def test_near_misses_are_named_as_what_they_are(tmp_path, others):
+    captions = [*NEAR, others, others]
+    folder = make(tmp_path, count=len(captions))
+    listed = [{"image": f"{i}.png", "caption": caption} for i, caption in enumerate(captions)]
     write_rows(folder, listed)
     found = {row: problem for _, row, _, problem in faults_of(folder)}
-    assert set(found) == ({3} if "[V]" in others else {1, 2, 3, 4, 5})
-    for words in (*NEAR[caption], "in place of the placeholder; write [V]"):
-        assert words in found[3]
+    near = list(range(1, len(NEAR) + 1))
+    assert list(found) == near + ([] if "[V]" in others else [len(captions) - 1, len(captions)])
+    for row, said in zip(near, NEAR.values(), strict=True):
+        for words in (*said, "in place of the placeholder; write [V]"):
+            assert words in found[row], captions[row - 1]
     # who allows captions without it is told all the same
-    (warning,) = validate_dataset(folder, "test", allowing("captions-without-placeholder"))[0].warnings
-    assert (warning.row, warning.problem) == (3, found[3])
+    warnings = validate_dataset(folder, "test", allowing("captions-without-placeholder"))[0].warnings
+    assert [(warning.row, warning.problem) for warning in warnings] == [(row, found[row]) for row in near]
     # nor is it right in what is held out, whose captions need none
-    write_rows(folder, rows())
-    make(folder / "holdout", first=20)
+    write_rows(folder, rows(len(captions)))
+    make(folder / "holdout", count=len(captions), first=20)
     write_rows(folder / "holdout", listed)
     with pytest.raises(DataError) as caught:
         validate_dataset(folder, "test", SETTINGS)
-    assert [fault.row for fault in caught.value.faults] == [3]
+    assert [fault.row for fault in caught.value.faults] == near
 
 
 @pytest.mark.parametrize("caption", ["a sks fox", "desk still life", "SKS fox", "a ｓｋｓ fox"])
@@ -266,127 +266,6 @@ def test_a_caption_that_is_nothing_else_is_a_warning(tmp_path, caption):
     (warning,) = validate_dataset(folder, "test", SETTINGS)[0].warnings
     assert (warning.row, warning.column) == (1, "captions")
     assert warning.problem == "'short' is [V] and nothing else; say what the picture shows"
-
-
-# --- sizes ------------------------------------------------------------------------------------------------------------
-
-SHAPES = [(1024, 1024), (1152, 896), (1216, 832), (1344, 768), (1536, 640), (1248, 832)]
-LARGE = DataSettings(resolution=1024)
-
-
-@pytest.mark.parametrize("size", [*SHAPES, *(size[::-1] for size in SHAPES)])
-def test_the_usual_shapes_of_one_megapixel_are_taken_as_they_are(tmp_path, size):
-    folder = make(tmp_path)
-    image = picture(2, size)
-    image.save(folder / "2.png")
-    for i in (0, 1, 3, 4):
-        picture(i, (1024, 1024)).save(folder / f"{i}.png")
-    assert validate_dataset(folder, "test", LARGE)[0].warnings == ()
-    assert bucket_size(*size, 1024) == size
-    assert np.array_equal(fit_image(image, bucket_size(*size, 1024)), image)
-
-
-@pytest.mark.parametrize(
-    ("size", "outcome"),
-    [
-        ((31, 31), ""),
-        ((31, 30), ""),
-        ((30, 29), "enlarged"),
-        ((16, 16), "enlarged"),
-        ((32, 8), "enlarged"),
-        ((16, 15), "small"),
-    ],
-)
-def test_a_smaller_picture_is_enlarged_with_a_warning_down_to_half_the_side(tmp_path, size, outcome):
-    folder = make(tmp_path)
-    picture(2, size).save(folder / "2.png")
-    settings = SETTINGS
-    if outcome == "small":
-        ((*_, problem),) = faults_of(folder)
-        assert "16 x 15 pixels, less than half the side of 32 x 32" in problem
-        assert "data.allow: [small-pictures]" in problem
-        settings = allowing("small-pictures")
-    warnings = validate_dataset(folder, "test", settings)[0].warnings
-    assert [warning.row for warning in warnings] == ([3] if outcome else [])
-    assert all(f"2.png is {size[0]} x {size[1]} pixels, and is enlarged" in warning.problem for warning in warnings)
-
-
-def test_phones_pictures_are_not_absurdly_large(tmp_path):
-    from test_data_images import png_header
-
-    for width, height in ((8160, 6144), (9248, 6936), (12000, 9000)):
-        (tmp_path / "a.png").write_bytes(png_header(width, height))  # the header is sound, the pixels are not there
-        with pytest.raises(ImageError, match="truncated"):
-            load_image(tmp_path / "a.png", LIMIT)
-    (tmp_path / "a.png").write_bytes(png_header(12000, 10001))
-    with pytest.raises(ImageError, match=r"absurdly large: 12000 x 10001 .* \(data.max_pixels\)"):
-        load_image(tmp_path / "a.png", LIMIT)
-
-
-def test_the_settings_that_are_shipped_take_them_too():
-    root = Path(__file__).parents[1]
-    for params in (root / "params.yaml", *root.glob("recipes/*.yaml")):
-        data = load_settings(params).data
-        assert data.max_pixels == LIMIT
-        assert data.allow == ()
-
-
-# --- what a file is ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "AVIF"])
-@pytest.mark.parametrize("name", ["a.png", "a.JPG", "a.webp", "a.heic", "a.gif", "a.jfif", "a.tiff"])
-def test_the_content_decides_what_a_file_is(tmp_path, kind, name):
-    if kind == "AVIF" and not features.check("avif"):
-        pytest.skip("this build of Pillow reads no AVIF")
-    folder = texts(tmp_path, count=3)
-    with (folder / name).open("wb") as file:
-        picture(9).save(file, kind)
-    (folder / "a.txt").write_text("a fox in [V] style")
-    table = validate_dataset(folder, "test", SETTINGS)[0]
-    assert folder / name in [row.image for row in table.rows]
-    assert np.abs(np.asarray(load_image(folder / name, LIMIT), int) - np.asarray(picture(9))).mean() < 12
-
-
-HEIC = (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100), b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(100))
-UNREAD = {
-    "heic": (HEIC[0], "is a HEIC picture: `pip install -e '.[heic]'`"),
-    "heif": (HEIC[1], "is a HEIC picture: `pip install -e '.[heic]'`"),
-    "gif": (b"GIF89a" + bytes(100), "is a GIF picture, which is not read; convert it to PNG"),
-    "tif": (b"II*\0" + bytes(100), "is a TIFF or raw picture"),
-    "bmp": (b"BM" + bytes(100), "is a BMP picture"),
-    "png": (b"8BPS" + bytes(100), "is a Photoshop picture"),
-    "jpg": (b"hello", "is not a readable picture"),
-    "avif": (b"\0\0\0\x18ftypavif\0\0\0\0mif1avif" + bytes(100), ""),
-    "psd": (b"8BPS" + bytes(100), "not part of the data set"),
-    "cr2": (b"II*\0" + bytes(100), "not part of the data set"),
-}
-
-
-@pytest.mark.parametrize("suffix", UNREAD)
-@pytest.mark.parametrize("kind", ["jsonl", "texts"])
-def test_a_picture_that_cannot_be_read_is_one_fault(tmp_path, monkeypatch, suffix, kind):
-    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as where the extra is not installed
-    content, words = UNREAD[suffix]
-    if kind == "texts":
-        folder = texts(tmp_path)
-        (folder / "x.txt").write_text("a fox in [V] style")
-    else:
-        folder = make(tmp_path)
-        write_rows(folder, [*rows(), {"image": f"x.{suffix}", "caption": "a fox in [V] style"}])
-        words = words if "not part" not in words else "picture, which is not read"
-    (folder / f"x.{suffix}").write_bytes(content)
-    ((*_, problem),) = faults_of(folder)
-    assert words in problem
-    assert ("HEIC" in problem) == (suffix in ("heic", "heif") or "not part" in words)
-
-
-def test_heic_is_read_where_the_extra_is(tmp_path):
-    pillow_heif = pytest.importorskip("pillow_heif")
-    stored = Image.new("RGB", (64, 64), DISPLAY_P3.of_srgb((200, 60, 40)))
-    file = pillow_heif.from_pillow(stored)
-    file.save(tmp_path / "a.jpg", quality=-1, chroma=444, icc_profile=DISPLAY_P3.profile())
-    assert np.abs(np.asarray(load_image(tmp_path / "a.jpg", LIMIT), int)[9, 9] - (200, 60, 40)).max() <= 4
 
 
 # --- judgements of taste ----------------------------------------------------------------------------------------------

@@ -190,11 +190,10 @@ def keyed(depth: int, colour: bool, pixels: list[tuple[int, ...]], key: tuple[in
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*chunk) for chunk in chunks) + _chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("colour", [False, True])
+@pytest.mark.parametrize(
+    ("depth", "colour"), [(1, False), (2, False), (4, False), (8, False), (16, False), (8, True), (16, True)]
+)  # all that PNG has
 def test_the_transparent_colour_of_a_png_is_white_at_every_depth(tmp_path, depth, colour):
-    if colour and depth < 8:
-        pytest.skip("PNG has no such pictures")
     most = 2**depth - 1
     for key in {0, 1 << 8 if depth == 16 else 1, most, most // 3}:  # of three times 16 bits PIL knows the upper 8
         samples = sorted({0, most // 2, key, most})

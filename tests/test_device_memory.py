@@ -22,7 +22,7 @@ from dopsd.train.launch import run_training
 from dopsd.train.storage import JobStorage
 from dopsd.train.trainer import OutOfMemory, TrainError
 from tests import tiny
-from tests.family_folders import settings_of, write_families
+from tests.family_folders import settings_of
 from tests.tiny_project import make_project
 
 GIB = 2**30
@@ -153,8 +153,8 @@ class TestAuto:
     def test_a_cpu_recomputes_nothing(self, project: Path) -> None:
         assert device_memory.checkpointing_for(_job(project)) == "none"
 
-    def test_it_is_asked_when_the_transformer_is_loaded_and_not_before(self, tmp_path: Path) -> None:
-        folders, asked = write_families(tmp_path), []
+    def test_it_is_asked_when_the_transformer_is_loaded_and_not_before(self, folders: dict[str, Path]) -> None:
+        asked = []
         model = settings_of("z-image", folders, gradient_checkpointing="auto")
 
         def fitting() -> Any:

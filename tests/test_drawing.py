@@ -9,14 +9,17 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dopsd.config import LoraSettings
+from dopsd.data.cache import EncodingCache
 from dopsd.distill import drawing
 from dopsd.distill.adapters import adapted_layers, add_adapters
 from dopsd.distill.drawing import batch_of, draw, pictures
 from dopsd.distill.rollout import rollout, sample
+from dopsd.evaluation.suite import EvaluationError, Subject, evaluate
 from dopsd.models.z_image import ZImage
 from dopsd.train.observer import Previews
 from dopsd.train.trainer import Place, Training, train
 from tests import tiny
+from tests.tiny_evaluation import small_world, tiny_run_settings, write_concept
 
 SIDE = tiny.SIDE
 
@@ -137,15 +140,50 @@ def test_a_preview_that_does_not_fit_is_skipped_and_training_goes_on_as_ever(tmp
         training = Training("d-opsd", settings, tiny.tiny_examples(), "identity", previews=shown)
         train(family, training, Place(place / "train", place / "adapters", seen))
         losses[name] = [row.get("train/loss") for row in seen.values]
-        strips[name] = {path.name: _pixels([Image.open(path)]) for path in (place / "train/previews").glob("*.png")}
+        strips[name] = {path.name: _pixels([Image.open(path)]) for path in (place / "train/previews").glob("*.webp")}
         said[name] = [text for text in seen.messages if "memory" in text]
     assert losses["free"] == losses["tight"] == losses["none"]
+    assert sorted(strips["free"]) == [f"{who}-{step:06}.webp" for who in ("student", "teacher") for step in (0, 1, 2)]
     assert strips["tight"].keys() == strips["free"].keys()
     assert all(np.abs(strips["tight"][key] - strips["free"][key]).max() <= 1 for key in strips["free"])
     assert (strips["none"], said["free"], said["tight"]) == ({}, [], [])
     assert said["none"] == [
         f"step {step}: no memory to preview a picture of the student; skipped" for step in (0, 1, 2)
     ]
+
+
+# --- the evaluation where memory is short
+
+
+def test_a_batch_that_does_not_fit_is_drawn_in_halves_and_one_picture_is_one_clear_line(tmp_path):
+    """Without a world, so that nothing but the sampling asks for memory."""
+    table, _ = write_concept(tmp_path / "concept", small_world(), {"kind": "style"}, holdout=False)
+
+    def evaluated(family, **changes):
+        settings = tiny_run_settings(prompts=["a [V] fox", "a [V] owl", "a [V] cat", "a [V] ox"], **changes)
+        subjects, cache = [Subject("base", None)], EncodingCache(tmp_path / "cache")
+        return evaluate(family, table, None, None, subjects, settings, cache, tmp_path / "out")
+
+    tight = Cramped.of("transformer", 2)
+    numbers = evaluated(tight)["scores"]
+    assert {count for _, count in tight.seen} == {4, 2}
+    for key, value in evaluated(tiny.tiny_family())["scores"]["concept"]["base"].items():
+        assert numbers["concept"]["base"][key] == pytest.approx(value, rel=1e-2, abs=1e-3)
+    with pytest.raises(EvaluationError, match="64 x 64 pixels") as error:
+        evaluated(Cramped.of("transformer", 0))
+    assert "\n" not in str(error.value)
+    assert "1.61 GiB" in str(error.value)
+
+
+def test_the_batch_size_is_a_bound_and_the_pictures_pixels_choose(tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing, "PIXELS", 2 * 64 * 64)
+    table, _ = write_concept(tmp_path / "concept", small_world(), {"kind": "style"}, holdout=False)
+    for bound, most in ((32, 2), (1, 1)):
+        family = Cramped.of("nowhere", 0)
+        settings = tiny_run_settings(prompts=["a [V] fox", "a [V] owl", "a [V] cat"], batch_size=bound)
+        cache = EncodingCache(tmp_path / "cache")
+        evaluate(family, table, None, None, [Subject("base", None)], settings, cache, tmp_path / "out")
+        assert max(count for _, count in family.seen) == most
 
 
 # --- in which precision
@@ -155,18 +193,7 @@ def _half(family, lora=LoraSettings(rank=4)):  # noqa: B008 - it cannot change
     """A family whose transformer is bfloat16, with a student and a teacher in float32 that are not the base."""
     family.transformer.to(torch.bfloat16)
     family.dtype = torch.bfloat16
-    return _moved(family, lora)
-
-
-def _moved(family, lora):
-    """A student and a teacher that are not the base."""
-    pair = add_adapters(family.transformer, lora, family.lora_targets, 0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in pair.student_parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-        pair.update(0.5)
-    return pair
+    return tiny.trained_pair(family, lora)
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
@@ -224,7 +251,7 @@ class _Products(TorchDispatchMode):
 def test_leaving_out_a_scale_of_one_changes_no_bit_of_loss_or_gradient(family, half, scale, dora):
     """Against peft's own forward, which is still there for every other scale and kind."""
     lora = LoraSettings(rank=4, alpha=4 * scale, kind="dora" if dora else "lora")
-    pair, examples = _half(family, lora) if half else _moved(family, lora), tiny.tiny_examples(2)
+    pair, examples = _half(family, lora) if half else tiny.trained_pair(family, lora), tiny.tiny_examples(2)
     layers, found, products = list(adapted_layers(family.transformer, "student").values()), [], []
     family.velocity(_noise(family, 2), torch.tensor(0.5), [e.context for e in examples])  # tables are made once
     for own in (True, False):

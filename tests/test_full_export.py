@@ -28,16 +28,9 @@ from dopsd.models.base import Request
 from dopsd.registry import Registry
 from dopsd.stages import STAGES, run_stage
 from dopsd.tracking.folder import contents
-from tests.family_folders import NAMES, settings_of, write_families
-from tests.test_family_training import CARD
-from tests.test_full_tuning import moved
+from tests.family_folders import NAMES, settings_of
+from tests.tiny import CARD, moved
 from tests.tiny_project import make_project
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_families(tmp_path_factory.mktemp("published"))
-
 
 ASKED = [(Request("a fox in [V] style"), 64, 64), (Request("a red boat in [V] style"), 64, 64)]
 

@@ -27,15 +27,10 @@ from dopsd.models.base import ENCODERS
 from dopsd.train.encode import encode_concept
 from dopsd.train.gain import choose, compare, teacher_gain
 from tests import tiny
-from tests.family_folders import settings_of, write_families
+from tests.family_folders import settings_of
 from tests.tiny_project import blot, make_project
 
 VISIONS = ("vlm", "encoder")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    return write_families(tmp_path_factory.mktemp("published"))
 
 
 def settings(name: str, folders: dict[str, Path], **model: Any) -> Settings:

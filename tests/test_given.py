@@ -22,24 +22,15 @@ from torch import Tensor
 from dopsd.config import AdapterKind, LoraSettings
 from dopsd.distill.adapters import adapter_applied, adapter_parameters, add_adapters, read_adapter, save_adapter
 from dopsd.distill.targets import AdapterError
-from dopsd.export import COMFYUI_FILE, DIFFUSERS_FILE, WEIGHTS, Card, export_adapter
+from dopsd.export import COMFYUI_FILE, DIFFUSERS_FILE, WEIGHTS, export_adapter
 from dopsd.given import as_trained, find_given
 from dopsd.models import Family, family_class, load_family
 from dopsd.models.sizes import configurations, skeleton
+from tests import tiny
 from tests.fake_hub import FakeHub, Repository
-from tests.family_folders import NAMES, settings_of, write_families
+from tests.family_folders import NAMES, settings_of
 
 ROOT = Path(__file__).parent.parent
-
-CARD = Card(
-    concept="c", base="b", method="d-opsd", steps=4, placeholder="[V]", prompt="p", call={}, images=1, data_hash="",
-    training={},
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_families(tmp_path_factory.mktemp("families"))
 
 
 def bare(name: str, folders: dict[str, Path]) -> tuple[Any, type[Family]]:
@@ -84,7 +75,7 @@ def test_every_export_is_the_adapter_that_was_trained(name: str, which: str, fol
     some = tuple(target for target in family.lora_targets if not re.search("to_k|add_k", target))
     targets = {"not all of a fused layer": some, "every layer": (".*",)}.get(which)
     adapter = trained(tmp_path / "a.safetensors", family, targets=targets)
-    out = export_adapter(adapter, tmp_path / "export", CARD, type(family), torch.float32)
+    out = export_adapter(adapter, tmp_path / "export", tiny.CARD, type(family), torch.float32)
     transformer, cls = bare(name, folders)
     for number, given in enumerate([adapter, out, out / DIFFUSERS_FILE, out / COMFYUI_FILE]):
         again = as_trained(find_given(given), tmp_path / f"{number}.safetensors", transformer, cls)
@@ -100,7 +91,7 @@ def test_every_export_is_the_adapter_that_was_trained(name: str, which: str, fol
 def test_other_kinds_come_back_from_diffusers_file(kind: AdapterKind, folders: Any, tmp_path: Path) -> None:
     family = load_family(settings_of("z-image", folders))
     adapter = trained(tmp_path / "a.safetensors", family, kind)
-    out = export_adapter(adapter, tmp_path / "export", CARD, type(family), torch.float32)
+    out = export_adapter(adapter, tmp_path / "export", tiny.CARD, type(family), torch.float32)
     again = as_trained(find_given(out), tmp_path / "b.safetensors", *bare("z-image", folders))
     torch.testing.assert_close(applied(family, again), applied(family, adapter))
 
@@ -211,7 +202,7 @@ def test_folders_that_are_none_are_one_line(tmp_path: Path) -> None:
 
 def test_another_familys_export_is_one_line(folders: Any, tmp_path: Path) -> None:
     family = load_family(settings_of("krea-2", folders))
-    out = export_adapter(trained(tmp_path / "a.safetensors", family), tmp_path / "export", CARD, type(family))
+    out = export_adapter(trained(tmp_path / "a.safetensors", family), tmp_path / "export", tiny.CARD, type(family))
     for file in (DIFFUSERS_FILE, COMFYUI_FILE):
         with pytest.raises(AdapterError, match="it was made for another base"):
             as_trained(out / file, tmp_path / "b.safetensors", *bare("z-image", folders))
@@ -257,10 +248,10 @@ for adapter in map(Path, sys.argv[2:]):
 def test_an_export_is_taken_by_a_fine_tune_on_the_hub_too(folders: Any, tmp_path: Path) -> None:
     family = load_family(settings_of("z-image", folders))
     own = trained(tmp_path / "own.safetensors", family)
-    out = export_adapter(own, tmp_path / "export", CARD, type(family), torch.float32)
+    out = export_adapter(own, tmp_path / "export", tiny.CARD, type(family), torch.float32)
     strange = export_adapter(
-        trained(tmp_path / "k.safetensors", load_family(settings_of("krea-2", folders))), tmp_path / "strange", CARD,
-        family_class(settings_of("krea-2", folders)),
+        trained(tmp_path / "k.safetensors", load_family(settings_of("krea-2", folders))), tmp_path / "strange",
+        tiny.CARD, family_class(settings_of("krea-2", folders)),
     )  # fmt: skip
     given = [own, out / DIFFUSERS_FILE, out / COMFYUI_FILE, strange / DIFFUSERS_FILE]
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())

@@ -35,6 +35,10 @@ def _run(where: Path, *command: str, **environment: str) -> str:
 # --- texts ------------------------------------------------------------------------------------------------------------
 
 
+BINARY = ("Image.open", "os.open", "tarfile.open", "page.open")
+"""What opens no text."""
+
+
 def _without_encoding(source: str) -> Iterator[int]:
     """Lines where a text file is opened, or a process's output read, in whatever encoding the machine has."""
     for node in ast.walk(ast.parse(source)):
@@ -42,12 +46,14 @@ def _without_encoding(source: str) -> Iterator[int]:
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         owner = getattr(node.func.value, "id", "") if isinstance(node.func, ast.Attribute) else "builtins"
-        given = [word.value for word in node.keywords if word.arg == "mode"] or node.args[owner == "builtins" :]
+        called = f"{owner}.{name}"
+        first = owner == "builtins" or called == "os.fdopen"  # what is opened, before the mode
+        given = [word.value for word in node.keywords if word.arg == "mode"] or node.args[first:]
         mode = given[0].value if given and isinstance(given[0], ast.Constant) else "r"
         if (
             (name == "read_text" and not node.args)
             or (name == "write_text" and len(node.args) < 2)
-            or (name in ("open", "fdopen") and owner not in ("Image", "os", "tarfile", "page") and "b" not in str(mode))
+            or (name in ("open", "fdopen") and called not in BINARY and "b" not in str(mode))
             or any(word.arg in ("text", "universal_newlines") for word in node.keywords if owner == "subprocess")
         ):
             yield node.lineno
@@ -65,11 +71,12 @@ def test_every_text_file_is_utf_8() -> None:
 @pytest.mark.parametrize(
     "line",
     ["p.read_text()", "p.write_text(t)", "open(p)", "open(p, 'w')", "p.open('a')", "p.open()", "os.fdopen(h, 'w')",
-     "subprocess.run(c, text=True)"],
+     "os.fdopen(h)", "subprocess.run(c, text=True)"],
 )  # fmt: skip
 def test_a_missing_encoding_would_be_noticed(line: str) -> None:
-    assert list(_without_encoding(line)) == ([] if line.startswith("os.") else [1])
+    assert list(_without_encoding(line)) == [1]
     assert not list(_without_encoding("p.open('rb'); open(p, 'wb'); Image.open(p); p.read_text('utf-8')"))
+    assert not list(_without_encoding("os.open(p, os.O_RDONLY); os.fdopen(h, 'wb'); os.fdopen(h, 'w', encoding=e)"))
 
 
 # --- projects ---------------------------------------------------------------------------------------------------------

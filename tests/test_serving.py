@@ -27,7 +27,7 @@ from dopsd import champions
 from dopsd.config import LoraSettings, RegistrySettings, load_settings
 from dopsd.data.images import bucket_size, load_image
 from dopsd.distill.adapters import adapter_parameters, add_adapters, save_adapter
-from dopsd.export import CARD_FILE, DIFFUSERS_FILE, Card, export_adapter
+from dopsd.export import CARD_FILE, DIFFUSERS_FILE, export_adapter
 from dopsd.identity import VersionIdentity
 from dopsd.models import load_family
 from dopsd.models.flux2_klein import Flux2Klein
@@ -36,6 +36,7 @@ from dopsd.registry.serving import FewStepModel
 from tests import published
 from tests.family_folders import picture, settings_of
 from tests.profiles import DISPLAY_P3, SRGB, grey_profile
+from tests.tiny import CARD
 
 CALL = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 1.0}
 
@@ -270,9 +271,7 @@ def klein(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     student = save_adapter(folder / "d-opsd.safetensors", family.transformer, "student", lora)
     pair.remove()
     (folder / "d-opsd.json").write_text("{}\n")
-    card = Card(concept="c", base="b", method="d-opsd", steps=2, placeholder="[V]", prompt="p", call={}, images=4,
-                data_hash="d", training={})  # fmt: skip
-    export = export_adapter(student, folder / "export", card, Flux2Klein)
+    export = export_adapter(student, folder / "export", CARD, Flux2Klein)
     return {
         "adapter": export / DIFFUSERS_FILE, "card": export / CARD_FILE,
         "about": folder / "d-opsd.json", "base": base,

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import statistics
 from pathlib import Path
 
 import pytest
 
+from benchmarks import step
+
 ROOT = Path(__file__).parent.parent
 
 
 def test_the_page_shows_the_tables_of_the_file_and_the_file_adds_up() -> None:
-    spec = importlib.util.spec_from_file_location("step_benchmark", ROOT / "benchmarks" / "step.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    report = json.loads(module.OUT.read_text(encoding="utf-8"))
+    report = json.loads(step.OUT.read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    for line in module.tables(report):
+    for line in step.tables(report):
         assert line in page
     assert f"`{report['command']}`" in page
     parts = report["parts"]
