@@ -32,9 +32,10 @@ $(READY): requirements.lock pyproject.toml
 	VIRTUAL_ENV="$(CURDIR)/$(VENV)" $(INSTALL) --no-deps -e .
 	@touch $@
 
-# The extras are for GPUs and cost every import a second: only whoever tests has them without asking.
-$(EXTRAS): $(READY)
-	@VIRTUAL_ENV="$(CURDIR)/$(VENV)" $(INSTALL) $(FIND_LINKS) --constraint requirements.lock -e '.[quantization]'
+# The extras are for GPUs and phones' pictures and cost every import a second: only whoever tests has them unasked.
+$(EXTRAS): $(READY) extras.lock
+	@VIRTUAL_ENV="$(CURDIR)/$(VENV)" $(INSTALL) $(FIND_LINKS) --constraint requirements.lock \
+	  --constraint extras.lock -e '.[heic,quantization]'
 	@touch $@
 
 demo: $(READY) ## tune the embedded base to CONCEPT (style-ink) and show it: all stages, those already done are skipped
@@ -66,11 +67,15 @@ up: $(READY) ## start MLflow, Prefect and Ray here (set MLFLOW_PORT, PREFECT_POR
 down: $(READY) ## end all that `make up` started
 	@$(RUN) python -m infra.local.services down
 
+COMPILE := $(VENV)/bin/uv pip compile pyproject.toml --group dev --python-version 3.11 $(FIND_LINKS) --quiet \
+  --constraint .cache/torch.txt --no-header --no-annotate --no-emit-find-links --no-emit-index-url
+
 lock: ## pin anew what pyproject.toml asks for; pins that still fit stay
 	@mkdir -p .cache  # the torch that is installed stays: the index's own newest one may be a CUDA build of gigabytes
 	@$(VENV)/bin/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > .cache/torch.txt
-	@$(VENV)/bin/uv pip compile pyproject.toml --group dev --python-version 3.11 $(FIND_LINKS) --quiet \
-	  --constraint .cache/torch.txt --no-header --no-annotate --no-emit-find-links --no-emit-index-url -o requirements.lock
+	@$(COMPILE) -o requirements.lock
+	@$(COMPILE) --constraint requirements.lock --all-extras -o .cache/all.lock
+	@grep -vxFf requirements.lock .cache/all.lock > extras.lock
 	@sed -i -E 's/^(torch==[0-9.]+)\+.*/\1/; 1i # The versions that were tested, made by `make lock`. Torch without a build tag: CPU and CUDA builds both satisfy it.' requirements.lock
 
 clean: ## remove what the tools left; data, runs and the environment stay

@@ -10,15 +10,17 @@ import argparse
 import json
 import platform
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from dopsd.config import load_settings
+from dopsd.config import Optimizer, Settings, load_settings
 from dopsd.models import resolved
 from dopsd.sizing.cards import card_of
 from dopsd.sizing.plan import RESERVE, Choice, Plan, plan_for
+from dopsd.sizing.runs import CAPTION_TOKENS
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBERS, PAGE = ROOT / "docs" / "benchmarks" / "memory.json", ROOT / "docs" / "true-size.md"
@@ -32,7 +34,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     numbers = {
         "computed": True, "torch": torch.__version__, "python": platform.python_version(),
-        "reserve_gb": RESERVE / 1e9, "bases": {name: base(name) for name in RECIPES},
+        "reserve_gb": RESERVE / 1e9, "caption_tokens": CAPTION_TOKENS, "bases": {name: base(name) for name in RECIPES},
     }  # fmt: skip
     NUMBERS.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(page(numbers), encoding="utf-8")
@@ -40,11 +42,8 @@ def main() -> None:
 
 
 def base(recipe: str) -> Row:
-    """One base: its parts, the recipe's own settings, and what is proposed for each card."""
-    settings = resolved(load_settings(ROOT / "recipes" / f"{recipe}.yaml"))
-    plan = plan_for(settings, ROOT)
-    assert plan is not None
-    before = Choice.of(settings)
+    """One base: its parts, the recipe's own settings, what is proposed for each card, and full tuning."""
+    settings, plan, before = counted(recipe)
     print(recipe, flush=True)
     return {
         "path": settings.model.path, "context": plan.work.teaching.context, "rank": plan.work.lora.rank,
@@ -58,8 +57,26 @@ def base(recipe: str) -> Row:
         "activations": {
             kind: _gb(plan.runs(before).training(kind).peak) for kind in ("none", "every-second", "every")
         },
-        "cards": [card(plan, before, gib) for gib in CARDS],
+        "cards": [card(plan, before, gib) for gib in CARDS], "full": full(recipe),
     }  # fmt: skip
+
+
+def counted(recipe: str, *overrides: str) -> tuple[Settings, Plan, Choice]:
+    """The recipe's settings, their plan, and what memory depends on, with every block checkpointed."""
+    settings = resolved(load_settings(ROOT / "recipes" / f"{recipe}.yaml", overrides))
+    plan = plan_for(settings, ROOT)
+    assert plan is not None
+    return settings, plan, replace(Choice.of(settings), checkpointing="every")
+
+
+def full(recipe: str) -> Row:
+    """What training all weights takes, by optimizer and by where teacher and base wait."""
+    _, plan, before = counted(recipe, "train.tune=full")
+    waiting = replace(before, waiting="cpu")
+    return {
+        f"{optimizer}{', `cpu`' * (choice is waiting)}": _gb(plan.train(replace(choice, optimizer=optimizer)).peak)
+        for optimizer in get_args(Optimizer) for choice in (before, waiting)
+    } | {"host memory, `cpu`": _gb(plan.host(waiting)), "checkpoints": _gb(plan.disk()["two checkpoints"])}  # fmt: skip
 
 
 def card(plan: Plan, before: Choice, gib: int) -> Row:
@@ -102,6 +119,10 @@ def _page(numbers: Row) -> Iterator[str]:
         yield from ("", "| card, GB | settings | encode | train | evaluate | register | host | h per 1000 steps |",
                     "|---|---|---|---|---|---|---|---|")  # fmt: skip
         yield from map(_row, base["cards"])
+    columns = next(iter(numbers["bases"].values()))["full"]
+    yield from (*_FULL.splitlines(), "", f"| GB | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|")
+    for base in numbers["bases"].values():
+        yield f"| {base['path']} | {' | '.join(f'{size:.0f}' for size in base['full'].values())} |"
 
 
 def _row(row: Row) -> str:
@@ -129,10 +150,11 @@ recipes' settings (torch {torch}). `dopsd doctor --card 24` says the same of you
 
 - **Memory.** The project's own roll-out, sampling, encoding and decoding run on fake tensors at true widths, with the
   types of CUDA's autocast, and every storage is counted. A training step is run on few blocks and extended to all;
-  running all of them gives the same to the last digit. Attention counts as a fused kernel. Weights, adapters and the
-  optimizer are counted from configurations. Kernels' own workspaces are not seen: {reserve_gb:g} GB of each card
-  are kept free for them, for CUDA's context and for fragments.
-- **Settings.** For each card the first that fit, down a ladder: less checkpointing first, then int8, nf4, the 8-bit
+  running all of them gives the same to the last digit. Attention counts as a fused kernel. A caption has
+  {caption_tokens} tokens where its family does not pad it. Weights, adapters and the optimizer are counted from
+  configurations. Kernels' own workspaces are not seen: {reserve_gb:g} GB of each card are kept free for them, for
+  CUDA's context and for fragments.
+- **Settings.** For each card the first that fit, down a ladder: more checkpointing first, then int8, nf4, the 8-bit
   optimizer, the blocks waiting on the host, and last fewer pixels. Every stage must fit. `register`
   draws with a diffusers pipeline: its components take turns on the device, or are all there where they are quantised.
 - **Time.** Matrix products at what such a card really reaches, plus all other traffic at its bandwidth, D-OPSD alone,
@@ -140,6 +162,12 @@ recipes' settings (torch {torch}). `dopsd doctor --card 24` says the same of you
   an H100 and an H200.
 
 GB are 10^9 bytes; a card of 24 GB holds 25.8 of them."""
+_FULL = """
+## Full tuning
+
+With `train.tune: full`, at the recipe's pixels and with every block checkpointed: the device's memory to train by
+`train.optimizer`; `cpu` is `train.teacher.weights: cpu`. Checkpoints are the two that are kept on disk.
+"""
 
 if __name__ == "__main__":
     main()

@@ -71,7 +71,7 @@ def main() -> None:
         "make down": down,
         "rounds": rounds,
     }
-    OUT.write_text(json.dumps(report, indent=1) + "\n")
+    OUT.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({k: report[k] for k in ("seconds", "outside_the_stages", "make up")}, indent=1))
 
 
@@ -82,7 +82,9 @@ def _round(here: Stack, seed: int) -> dict[str, float]:
     local, changed = "compute.launcher=local", f"train.seed={10 * seed}"
 
     def process(*command: str) -> None:
-        _checked(subprocess.run([sys.executable, *command], cwd=here.root, env=own, capture_output=True, text=True))
+        _checked(
+            subprocess.run([sys.executable, *command], cwd=here.root, env=own, capture_output=True, encoding="utf-8")
+        )
 
     def flow(number: int, *overrides: str) -> None:
         settings = [f"train.seed={10 * seed + number}", *overrides]

@@ -92,7 +92,7 @@ def run(concept: str, seed: int) -> None:
     described = [settings.model_dump(mode="json") for settings in trainings.values()]
     made_of = hashlib.sha256(json.dumps([described, words, _base()]).encode()).hexdigest()[:16]
     result = _finished(concept, seed)
-    if result.exists() and json.loads(result.read_text())["made_of"] == made_of:
+    if result.exists() and json.loads(result.read_text(encoding="utf-8"))["made_of"] == made_of:
         return
     print(f"== {concept}, seed {seed}", flush=True)
     adapters = {row.name: _train(concept, seed, row, trainings[row.name]) for row in chosen}
@@ -103,7 +103,7 @@ def run(concept: str, seed: int) -> None:
         "words": {word: _evaluate(concept, seed, {}, word) for word in words},
     }  # fmt: skip
     result.parent.mkdir(parents=True, exist_ok=True)
-    result.write_text(json.dumps(done))
+    result.write_text(json.dumps(done), encoding="utf-8")
 
 
 def _settings(concept: str, seed: int, row: Row) -> Any:
@@ -167,7 +167,7 @@ def _evaluation(concept: str, seed: int, word: str | None = None) -> Path:
 
 
 def _about(row: Row, adapter: Path) -> dict[str, Any]:
-    trained = json.loads(adapter.with_suffix(".json").read_text())
+    trained = json.loads(adapter.with_suffix(".json").read_text(encoding="utf-8"))
     rate = trained["settings"]["learning_rate"]
     return {"name": row.name, "label": row.label, "steps": trained["steps"], "learning_rate": rate}
 
@@ -197,9 +197,11 @@ def _finished(concept: str, seed: int) -> Path:
 def write() -> None:
     """``results.json`` of all that is finished, the tables out of it, and the pictures."""
     found = [_finished(concept, seed) for concept in CONCEPTS for seed in SEEDS]
-    runs = [json.loads(path.read_text()) for path in found if path.exists()]
-    (DOCS / "results.json").write_text(json.dumps(runs, indent=1) + "\n")
-    (DOCS / "results.md").write_text(document(runs, (DOCS / "results-reading.md").read_text()))
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in found if path.exists()]
+    (DOCS / "results.json").write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
+    (DOCS / "results.md").write_text(
+        document(runs, (DOCS / "results-reading.md").read_text(encoding="utf-8")), encoding="utf-8"
+    )
     for concept in CONCEPTS:
         if _finished(concept, 0).exists():
             _draw(concept)
@@ -288,7 +290,7 @@ def _draw(concept: str) -> None:
     from dopsd.evaluation.grids import draw_grid, read_strip
 
     samples = _evaluation(concept, 0) / "samples"
-    index = json.loads((samples / "index.json").read_text())
+    index = json.loads((samples / "index.json").read_text(encoding="utf-8"))
     strips = {(e["split"], e["model"]): e for e in index["strips"] if e["steps"] in (0, FEW)}
     for split, ending in PICTURES[concept].items():
         rows = [(label, read_strip(samples, strips[split, model]))

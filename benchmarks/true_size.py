@@ -7,9 +7,12 @@ Needs torch, transformers, peft, accelerate, diffusers and pydantic alone. Write
 variant, so that nothing is lost when the time is up), ``true_size.md`` made from it, ``profile.txt`` and ``log.txt``.
 
 The variants of a step at batch 1 and K = 4: ``ours`` is the training loop's step on encodings made once, without
-gradient checkpointing; ``+checkpointing``; ``+nocast`` leaves out the casts to float32 and back before each adapter;
-``+compile`` compiles the repeated blocks; ``plain`` has all encoders in every step, checkpointing, and one backward.
-Each group of variants is a process of its own; what crashes, hangs or runs out of memory costs its own row.
+gradient checkpointing. ``+checkpointing`` and ``+every-second`` are ``model.gradient_checkpointing``; ``+fp8``,
+``+int8`` and ``+nf4`` ``model.quantization``; ``+offload`` ``model.offload: group`` with checkpointing; ``+compile``
+``model.compile``; ``+8bit`` ``train.optimizer: adamw-8bit``. ``+512px`` has half the side, and ``+cast`` peft's casts
+before each adapter. ``plain`` is the published algorithm: all encoders in every step, checkpointing, one backward, and
+peft's adapters as they come. Quantized ones need torchao (int8, fp8) or bitsandbytes (nf4, 8bit) and are skipped
+without. Each group of variants is a process of its own; what crashes, hangs or runs out of memory costs its own row.
 """
 
 from __future__ import annotations
@@ -29,9 +32,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from true_size_page import SMALL, is_step, page, plain_value, short
+
 CHILD = [sys.executable, __file__, "--child"]
-COMPILED = "ours+nocast+compile"
-STEPS = ("ours", "ours+nocast", "ours+checkpointing", "ours+nocast+checkpointing", COMPILED, "plain")
+MODELS = ("z-image-turbo", "klein-4b")
+COMPILED = "ours+compile"
 LIMIT, LIMITS = 75.0, {COMPILED: 150.0}
 """Seconds for a variant."""
 STARTING, BUILDING = 120.0, 60.0
@@ -47,7 +52,7 @@ def main() -> None:
     arguments.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     arguments.add_argument("--scale", choices=("true", "tiny"), default="true")
     arguments.add_argument("--minutes", type=float, default=7.0, help="all in all (default 7)")
-    arguments.add_argument("--models", default="z-image-turbo,klein-4b", help="the most important first")
+    arguments.add_argument("--models", default=",".join(MODELS), help="the most important first")
     arguments.add_argument("--side", type=int, help="pixels (default 1024; tiny 64)")
     arguments.add_argument(
         "--steps", type=int, default=3, help="timed optimizer steps, after an untimed one (default 3)"
@@ -61,6 +66,12 @@ def main() -> None:
         return
     if given.out is None:
         arguments.error("--out: say where the results shall be")
+    whole = argparse.Namespace(models=",".join(MODELS), variants=None)
+    known = {"models": MODELS, "variants": tuple(dict.fromkeys(v for _, group in jobs(whole) for v in group))}
+    for option, names in known.items():
+        for name in (getattr(given, option) or names[0]).split(","):
+            if name not in names:
+                arguments.error(f"--{option}: {name!r} is unknown; there are {', '.join(names)}")
     given.side = given.side or (1024 if given.scale == "true" else 64)
     given.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # no process outlives this one
@@ -70,17 +81,22 @@ def main() -> None:
 
 
 def jobs(given: argparse.Namespace) -> list[tuple[str, list[str]]]:
-    """(model, variants) of each process, the most valuable first; compiling, which may take long, last of all."""
+    """(model, variants) of each process, the most valuable first."""
     models = given.models.split(",")
-    groups: list[tuple[str, list[str]]] = []
-    for number, model in enumerate(models):
-        first = number == 0
-        groups.append((model, [
-            *["machine"] * first, "ours", "ours+nocast", "ours+checkpointing", "floor", *["profile"] * first,
-            "sampling", "decoding", "ours+nocast+checkpointing",
-        ]))  # fmt: skip
-        groups.append((model, ["plain", "agreement", "encoding"]))
-    groups += [(model, [COMPILED]) for model in models]
+    first, groups = models[0], []
+    for model in models:
+        groups += [
+            (model, [*["machine"] * (model == first), "ours", "floor", "ours+checkpointing"]),
+            (model, ["plain", "agreement"]),
+            (model, [SMALL, *[f"{SMALL}+512px"] * (model == first)]),
+        ]
+    groups += [
+        (first, ["ours+nf4+offload"]), (first, [COMPILED]),
+        (first, ["profile", "sampling", "decoding", "ours+every-second", "ours+cast", "encoding"]),
+        (first, ["ours+fp8"]), (first, ["ours+int8"]),
+        *[(model, [COMPILED]) for model in models[1:]],
+        *[(model, ["sampling", "decoding", "ours+every-second", "encoding"]) for model in models[1:]],
+    ]  # fmt: skip
     wanted = given.variants.split(",") if given.variants else None
     kept = [(model, [v for v in variants if wanted is None or v in wanted]) for model, variants in groups]
     return [(model, variants) for model, variants in kept if variants]
@@ -117,7 +133,7 @@ class Report:
         row.pop("error", None)
         row.update(status=status, **values)
         self.write()
-        said = values.get("error") or ", ".join(f"{k} {_short(v)}" for k, v in values.items() if _plain(v))
+        said = values.get("error") or ", ".join(f"{k} {short(v)}" for k, v in values.items() if plain_value(v))
         print(f"[{time.monotonic() - self.started:5.0f} s] {model} {variant}: {status}: {said}", flush=True)
 
     def write(self) -> None:
@@ -138,77 +154,14 @@ class Report:
         rate = self._of("machine").get("matmul_tflop_per_second")
         for row in self.rows:
             work = self._of("floor", row["model"]).get("step_tflop")
-            if rate and work and row["status"] == "measured" and row["variant"] in (*STEPS, "floor"):
+            if rate and work and row["status"] == "measured" and (is_step(row) or row["variant"] == "floor"):
                 row["floor_seconds"] = work / rate
-                if "seconds_per_step" in row:
+                if row.get("side") == self.given.side:
                     row["over_floor"] = row["seconds_per_step"] * rate / work
 
     def page(self) -> str:
         """What is to be read, as Markdown."""
         return page(self.head, self.rows, self._of("machine"), self._of("profile"))
-
-
-def page(head: Row, rows: list[Row], machine: Row, profile: Row) -> str:
-    """Tables of the steps, of what else was measured, of the profile, and of what is missing."""
-    lines = [
-        f"# One D-OPSD step at {head['scale']} size", "",
-        f"{head['side']} px, batch 1, K = 4, LoRA rank {head['lora_rank']}, random weights, "
-        f"median of {head['timed_steps']} steps;",
-        f"{machine.get('card', head['device'])}, {head['date'][:10]}, torch {machine.get('torch', '?')}.",
-    ]  # fmt: skip
-    if "matmul_tflop_per_second" in machine:
-        rate, copy = machine["matmul_tflop_per_second"], machine["copy_terabytes_per_second"]
-        lines.append(f"Matrix products {rate:.4g} TFLOP/s, copies {copy:.3g} TB/s (read and written).")
-    found = [r for r in rows if r["status"] == "measured"]
-    steps = [
-        [r["model"], r["variant"], f"{r['seconds_per_step']:.3f}", f"{min(r['seconds']):.3f}-{max(r['seconds']):.3f}",
-         _gb(r["resident_bytes"]), _gb(r["peak_bytes"]),
-         _short(r.get("over_floor", "-")), _short(r.get("compile_seconds", "-"))]
-        for r in found if r["variant"] in STEPS
-    ]  # fmt: skip
-    columns = ["model", "step", "s", "min-max", "resident GB", "peak GB", "x floor", "compile s"]
-    lines += _table(columns, steps)
-    lines += _table(["model", "floor, TFLOP", "teacher", "student", "backward", "whole step", "s"], [
-        [r["model"], "", *(_short(r[f"{part}_tflop"]) for part in ("teacher", "student", "backward", "step")),
-         _short(r.get("floor_seconds", "-"))]
-        for r in found if r["variant"] == "floor"
-    ])  # fmt: skip
-    lines += _table(["model", "stage", "s", "peak GB", "of that its own"], [
-        [r["model"], stage["what"], f"{stage['seconds']:.2f}", _gb(stage["peak_bytes"]),
-         _gb(stage["peak_bytes"] - stage["resident_bytes"])]
-        for r in found for stage in r.get("stages", ())
-    ])  # fmt: skip
-    lines += _table(["kernels of one step (ours+nocast)", "ms", "share"], [
-        [group, f"{values['ms']:.1f}", f"{values['share']:.1%}"] for group, values in profile.get("groups", {}).items()
-    ])  # fmt: skip
-    lines += _table(["model", "ours against plain, same encodings", "value"], [
-        [r["model"], key.replace("_", " "), _short(r[key])]
-        for r in found if r["variant"] == "agreement" for key in r if _plain(r[key]) and isinstance(r[key], float)
-    ])  # fmt: skip
-    missing = [[r["model"], r["variant"], r["status"], str(r.get("error", ""))[:60].replace("|", "/")]
-               for r in rows if r["status"] != "measured"]  # fmt: skip
-    return "\n".join(lines + _table(["model", "without a value", "why", ""], missing))
-
-
-def _table(columns: list[str], rows: list[list[str]]) -> list[str]:
-    """Nothing without rows; cells padded, so that it can be read as text too."""
-    if not rows:
-        return []
-    widths = [max(len(row[n]) for row in [columns, *rows]) for n in range(len(columns))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in [columns, *rows]]
-    return ["", lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
-
-
-def _plain(value: Any) -> bool:
-    return isinstance(value, int | float | str)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.2f}"
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -220,7 +173,7 @@ class Child:
     def __init__(self, folder: Path) -> None:
         with (folder / "log.txt").open("ab") as log:
             self.process = subprocess.Popen(
-                CHILD, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                CHILD, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, encoding="utf-8",
                 process_group=0,
             )  # fmt: skip
         self._events: queue.Queue[Event | None] = queue.Queue()
@@ -372,13 +325,19 @@ def attempt(measure: Callable[[str], Row], variant: str) -> Event:
     """The values of a variant, or what went wrong in one line; the whole of it is in the log."""
     import traceback
 
+    from dopsd.config import SettingsError
+    from dopsd.models.base import ModelError
+
     print(f"--- {variant}", file=sys.stderr, flush=True)
     try:
         return {"status": "measured", **measure(variant)}
     except Exception as error:
         traceback.print_exc()
-        first = (str(error).strip() or "no message").splitlines()[0]
-        return {"status": "failed", "error": f"{type(error).__name__}: {first[:200]}"}
+        first = (str(error).strip() or "no message").splitlines()[0][:200]
+        # a library that is not there is no failure of the step
+        if isinstance(error, SettingsError | ModelError):
+            return {"status": "skipped", "error": first}
+        return {"status": "failed", "error": f"{type(error).__name__}: {first}"}
 
 
 if __name__ == "__main__":

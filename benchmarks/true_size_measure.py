@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import platform
-import re
 import statistics
-import subprocess
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from true_size_meter import Meter, Row, driver, kernel_table
 from true_size_plain import (
     Encode,
     Step,
@@ -27,67 +25,108 @@ from true_size_plain import (
     ours,
     plain,
     plain_encoders,
-    predictor,
     random_encodings,
     sizes_of,
 )
 
-from dopsd.config import LoraSettings, TrainSettings
-from dopsd.distill.adapters import add_adapters
+from dopsd.config import LoraSettings, ModelSettings, TrainSettings
+from dopsd.distill.adapters import AdapterPair, add_adapters
+from dopsd.distill.kinds import leave_out_scale
 from dopsd.distill.rollout import sample
+from dopsd.models.base import Family
+from dopsd.models.checkpointing import checkpoint_blocks
+from dopsd.train.optimizer import check_optimizer, make_optimizer
 
-Row = dict[str, Any]
+_PLAIN = {"checkpointing", "cast"}
+"""What the published algorithm has."""
+HALF = "512px"
+"""Of a variant whose pictures have half the side, which is 512 pixels at true size."""
 
-_GROUPS = (
-    ("attention", r"flash|fmha|attention|sdpa|efficient_"),
-    ("matrix products", r"gemm|nvjet|cutlass|xmma|cublas|splitk|gemv|\bmm\b|addmm|bmm|linear|conv"),
-    ("casts and copies", r"copy|memcpy|memset|catarray|_to_copy|fill|\bcat\b|clone"),
-    ("optimizer and EMA", r"multi_tensor|adam|lerp|foreach"),
-    ("element-wise, norms, sums", r"elementwise|reduce|norm|triton|softmax|silu|gelu|mul|add|sum|mean|pow|rsqrt|div"),
-)
-"""Kernels by what their names hold, the first that fits."""
+
+def model_settings(options: set[str]) -> ModelSettings:
+    """What a person would write under ``model`` for a variant."""
+    every = bool(options & {"checkpointing", "offload"})
+    return ModelSettings.model_validate({
+        "path": "random", "compile": "compile" in options, "offload": "group" if "offload" in options else "none",
+        "quantization": next((kind for kind in ("int8", "fp8", "nf4") if kind in options), "none"),
+        "gradient_checkpointing": "every" if every else "every-second" if "every-second" in options else "none",
+    })  # fmt: skip
 
 
 class Session:
-    """One model in this process; its parts are built when a variant first asks for them."""
+    """One model in this process; it is built when a variant first asks for it, and anew for one stored otherwise."""
 
     def __init__(self, model: str, scale: str, device: str, side: int, steps: int, out: Path) -> None:
         if device == "cpu":
             torch.set_num_threads(1)
-        self.device, self.scale, self.side, self.steps, self.out = torch.device(device), scale, side, steps, out
-        torch.manual_seed(0)
+        self.device, self.model, self.scale, self.steps, self.out = torch.device(device), model, scale, steps, out
         self.meter = Meter(self.device)
-        dtype = torch.bfloat16 if scale == "true" else torch.float32
-        self.family = make_family(model, scale, self.device, dtype)
         self.sizes = sizes_of(model, scale)
-        self.predict = predictor(self.family)
         self.settings = TrainSettings(
             max_steps=1, batch_size=1, learning_rate=1e-4, lora=LoraSettings(rank=64 if scale == "true" else 4)
         )
-        self.sigmas = self.family.sigmas(self.settings.rollout_steps, side, side).to(self.device)
-        self.noises = torch.Generator().manual_seed(0)
-        self._adapters: Any = None
-        self._encode: Encode | None = None
+        self.whole_side = self.side = side
+        self.noises = torch.Generator()
+        self._stored: tuple[str, ...] | None = None
+        self._casts: dict[LoraLayer, bool] = {}
 
     def measure(self, variant: str) -> Row:
-        """The values of a variant. Every one starts from the same switches: nothing left from the one before."""
+        """The values of a variant. Every one starts from the same switches: nothing left from the one before.
+
+        Raises ``ModelError`` or ``SettingsError`` where a library that it takes is not installed.
+        """
         measures: dict[str, Callable[[], Row]] = {
             "machine": self.machine, "floor": self.floor, "profile": self.profile, "sampling": self.sampling,
             "decoding": self.decoding, "encoding": self.encoding, "agreement": self.agreement, "plain": self.plain_step,
         }  # fmt: skip
-        if self.meter.cuda:
-            torch.cuda.empty_cache()
-        if variant in measures:
-            return measures[variant]()
-        return self.our_step(set(variant.split("+")[1:]))
+        options = _PLAIN if variant in ("plain", "agreement") else set(variant.split("+")[1:])
+        self.side = self.whole_side // 2 if HALF in options else self.whole_side
+        if variant != "machine":
+            self.prepare(options)
+        return measures.get(variant, self.our_step)()
 
     # --- what variants share --------------------------------------------------------------------------------------
 
+    def prepare(self, options: set[str]) -> None:
+        """The model as the variant wants it stored, and nothing left of another; then everything that is switched."""
+        settings = model_settings(options)
+        optimizer = "adamw-8bit" if "8bit" in options else "adamw"
+        self.settings = self.settings.model_copy(update={"optimizer": optimizer})
+        check_optimizer(self.settings)
+        stored = (settings.quantization, settings.offload, str(settings.compile))
+        if stored != self._stored:
+            self._stored = self._adapters = self._encode = self._family = None
+            self._casts = {}
+            gc.collect()
+            dtype = torch.bfloat16 if self.scale == "true" else torch.float32
+            torch.manual_seed(0)
+            self._family = make_family(self.model, self.scale, self.device, dtype, settings)
+            self._stored = stored
+        if self.meter.cuda:
+            torch.cuda.empty_cache()
+        self.sigmas = self.family.sigmas(self.settings.rollout_steps, self.side, self.side).to(self.device)
+        transformer = self.adapters.transformer
+        checkpoint_blocks(transformer, settings.gradient_checkpointing)
+        for layer, own in self._casts.items():
+            layer.cast_input_dtype_enabled = own or "cast" in options
+            layer.__dict__.pop("forward", None)
+            if options is not _PLAIN:
+                leave_out_scale(layer)
+        torch.manual_seed(0)  # every variant is shown the same
+        self.noises.manual_seed(0)
+
     @property
-    def adapters(self) -> Any:
+    def family(self) -> Family:
+        assert self._family is not None
+        return self._family
+
+    @property
+    def adapters(self) -> AdapterPair:
         if self._adapters is None:
             family = self.family
             self._adapters = add_adapters(family.transformer, self.settings.lora, family.lora_targets, seed=0)
+            layers = [m for m in family.transformer.modules() if isinstance(m, LoraLayer)]
+            self._casts = {layer: layer.cast_input_dtype_enabled for layer in layers}
         return self._adapters
 
     @property
@@ -103,21 +142,13 @@ class Session:
     def noise(self) -> Tensor:
         return self.family.initial_latents(1, self.side, self.side, self.noises)
 
-    def switch(self, checkpointing: bool = False, nocast: bool = False) -> None:
-        """Set both, on every layer: casts are peft's default, whatever the project has made of it."""
-        transformer = self.family.transformer
-        transformer.enable_gradient_checkpointing() if checkpointing else transformer.disable_gradient_checkpointing()
-        for module in transformer.modules():
-            if isinstance(module, LoraLayer):
-                module.cast_input_dtype_enabled = not nocast
+    # --- steps ----------------------------------------------------------------------------------------------------
 
     def optimizer_step(self, step: Step) -> Callable[[], tuple[Tensor, Tensor]]:
         """As the training loop has it: roll-out, clipping, AdamW, the teacher's average. Gives loss and norm."""
         settings, adapters = self.settings, self.adapters
         parameters = adapters.student_parameters()
-        optimizer = torch.optim.AdamW(
-            parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-        )
+        optimizer = make_optimizer(settings, parameters, self.device)
 
         def run() -> tuple[Tensor, Tensor]:
             loss = step(self.noise())
@@ -142,40 +173,32 @@ class Session:
             raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
         return {
             "seconds_per_step": statistics.median(seconds), "resident_bytes": resident, "peak_bytes": self.meter.peak(),
-            "first_step_seconds": first, "seconds": seconds, "loss": loss, "gradient_norm": norm,
+            "first_step_seconds": first, "seconds": seconds, "loss": loss, "gradient_norm": norm, "side": self.side,
         }  # fmt: skip
 
-    # --- steps ----------------------------------------------------------------------------------------------------
-
-    def our_step(self, options: set[str]) -> Row:
-        self.switch("checkpointing" in options, "nocast" in options)
-        if "compile" not in options:
-            return self.timed(self._ours())
-        from torch._dynamo import config
+    def our_step(self) -> Row:
         from torch._dynamo.utils import counters
 
-        config.recompile_limit = 64  # one graph per adapter, length and kind of block: the default of 8 gives up
         counters.clear()
-        self.family.transformer.compile_repeated_blocks()
         row = self.timed(self._ours())
+        if not counters["stats"]["unique_graphs"]:
+            return row
         row["compile_seconds"] = row["first_step_seconds"] - row["seconds_per_step"]
         breaks = sum(counters["graph_break"].values())
         return row | {"graphs": counters["stats"]["unique_graphs"], "graph_breaks": breaks}
 
     def _ours(self) -> Step:
-        return ours(self.predict, self.adapters, self.sigmas, self.encodings)
+        return ours(self.family.velocity, self.adapters, self.sigmas, self.encodings)
 
     def plain_step(self) -> Row:
-        self.switch(checkpointing=True)
-        return self.timed(plain(self.predict, self.adapters, self.sigmas, self.encode))
+        return self.timed(plain(self.family.velocity, self.adapters, self.sigmas, self.encode))
 
     def agreement(self) -> Row:
         """Ours and plain from the same noise and the plain encoders' encodings: loss and gradients."""
-        self.switch(checkpointing=True)
         made, noise, parameters = self.encode(), self.noise(), self.adapters.student_parameters()
         losses, gradients = {}, {}
         for name, kind in (("ours", ours), ("plain", plain)):
-            step = kind(self.predict, self.adapters, self.sigmas, lambda: made)
+            step = kind(self.family.velocity, self.adapters, self.sigmas, lambda: made)
             losses[name] = float(step(noise))
             gradients[name] = torch.cat([p.grad.flatten().float() for p in parameters])
             for parameter in parameters:
@@ -191,14 +214,14 @@ class Session:
         """Operations of one step of the roll-out, counted, without what checkpointing computes again."""
         from torch.utils.flop_counter import FlopCounterMode
 
-        self.switch(nocast=True)
         (prompts, contexts), x, sigma = self.encodings(), self.noise(), self.sigmas[0]
+        predict = self.family.velocity
         counters = {name: FlopCounterMode(display=False) for name in ("teacher", "student", "backward")}
         with self.adapters.select("teacher"), torch.no_grad(), counters["teacher"]:
-            target = self.predict(x, sigma, contexts)
+            target = predict(x, sigma, contexts)
         with self.adapters.select("student"):
             with counters["student"]:
-                loss = F.mse_loss(self.predict(x, sigma, prompts), target)
+                loss = F.mse_loss(predict(x, sigma, prompts), target)
             with counters["backward"]:
                 loss.backward()
         for parameter in self.adapters.student_parameters():
@@ -207,10 +230,9 @@ class Session:
         return row | {"step_tflop": self.settings.rollout_steps * sum(row.values())}
 
     def profile(self) -> Row:
-        """One step of ``ours+nocast``: milliseconds by group of kernels; the 25 longest go to ``profile.txt``."""
+        """One step of ``ours``: milliseconds by group of kernels; the 25 longest go to ``profile.txt``."""
         from torch.profiler import ProfilerActivity
 
-        self.switch(nocast=True)
         run = self.optimizer_step(self._ours())
         run()
         cuda = self.device.type == "cuda"
@@ -233,15 +255,12 @@ class Session:
     @torch.no_grad()
     def sampling(self) -> Row:
         """One picture in the published number of steps, with an adapter, the second time: the first one warms up."""
-        self.switch()
         (prompts, _), side, steps = self.encodings(), self.side, self.family.few_steps
-        stages = []
-        half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.family.dtype == torch.bfloat16)
-        for what, region in (("under autocast", half), ("without autocast", nullcontext())):
-            with self.adapters.select("student"), region:
-                sample(self.family, prompts, 1, side, side, self.noise())
-                with self.meter.stage(stages, f"sample 1 picture, {steps} steps, adapter, {what}"):
-                    sample(self.family, prompts, steps, side, side, self.noise())
+        stages: list[Row] = []
+        with self.adapters.select("student"):
+            sample(self.family, prompts, 1, side, side, self.noise())
+            with self.meter.stage(stages, f"sample 1 picture, {steps} steps, adapter"):
+                sample(self.family, prompts, steps, side, side, self.noise())
         return {"stages": stages}
 
     def decoding(self) -> Row:
@@ -285,7 +304,7 @@ class Session:
             "copy_terabytes_per_second": 2 * count / copied / 1e12,
             "python": platform.python_version(), "torch": torch.__version__,
         }  # fmt: skip
-        for package in ("transformers", "diffusers", "peft", "accelerate", "triton"):
+        for package in ("transformers", "diffusers", "peft", "accelerate", "triton", "torchao", "bitsandbytes"):
             try:
                 row[package] = version(package)
             except PackageNotFoundError:
@@ -293,107 +312,5 @@ class Session:
         if cuda:
             seen = torch.cuda.get_device_properties(0)
             row |= {"card": seen.name, "memory_bytes": seen.total_memory, "multiprocessors": seen.multi_processor_count}
-            row |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "driver": _driver()}
+            row |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "driver": driver()}
         return row
-
-
-def kernel_table(totals: dict[str, list[float]], wall: float, path: Path) -> Row:
-    """Groups and shares of ``name -> [ms, calls]``, and how much of the step's time kernels ran."""
-    whole = sum(ms for ms, _ in totals.values()) or 1.0
-    groups: dict[str, list[float]] = {name: [0.0, 0] for name, _ in _GROUPS} | {"other": [0.0, 0]}
-    placed = {}
-    for name, (ms, calls) in totals.items():
-        group = next((g for g, pattern in _GROUPS if re.search(pattern, name.lower())), "other")
-        placed[name] = group
-        groups[group][0] += ms
-        groups[group][1] += calls
-    ranked = sorted(totals.items(), key=lambda item: -item[1][0])
-    lines = [f"one optimizer step, {wall:.3f} s; kernels {whole / 1e3:.3f} s", ""]
-    lines += [f"{ms:10.1f} ms {ms / whole:6.1%} {calls:8.0f} x  {group}" for group, (ms, calls) in groups.items()]
-    lines += ["", "the 25 longest"]
-    lines += [f"{ms:10.1f} ms {ms / whole:6.1%} {n:8.0f} x  [{placed[k]}] {k[:160]}" for k, (ms, n) in ranked[:25]]
-    for group in groups:  # what the patterns may have put wrongly can be seen
-        lines += ["", f"the longest of: {group}"]
-        found = [(k, v) for k, v in ranked if placed[k] == group][:8]
-        lines += [f"{ms:10.1f} ms {n:8.0f} x  {k[:160]}" for k, (ms, n) in found]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return {
-        "wall_seconds": wall, "kernel_seconds": whole / 1e3, "busy_share": whole / 1e3 / wall,
-        "groups": {k: {"ms": ms, "share": ms / whole, "calls": int(n)} for k, (ms, n) in groups.items()},
-        "longest": [{"ms": ms, "calls": int(n), "name": k[:160], "group": placed[k]} for k, (ms, n) in ranked[:25]],
-    }  # fmt: skip
-
-
-class Meter:
-    """Time and memory of a GPU; on a CPU the process's clock and resident pages."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-
-    def seconds(self, work: Callable[[], Any]) -> float:
-        """How long it takes, what it left running on the device included."""
-        self._sync()
-        started = time.perf_counter()
-        work()
-        self._sync()
-        return time.perf_counter() - started
-
-    def median(self, work: Callable[[], Any], repeats: int = 20) -> float:
-        """Seconds of short work, each repeat between two events of the device."""
-        started = time.perf_counter()
-        while time.perf_counter() - started < 0.3:  # an idle card needs a while to raise its clocks
-            work()
-            self._sync()
-        if not self.cuda:
-            return statistics.median(self.seconds(work) for _ in range(repeats))
-        marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        for before, after in marks:
-            before.record()
-            work()
-            after.record()
-        self._sync()
-        return statistics.median(before.elapsed_time(after) for before, after in marks) / 1e3
-
-    def reset(self) -> int:
-        """Start a new peak; what is resident now."""
-        if self.cuda:
-            self._sync()
-            torch.cuda.reset_peak_memory_stats()
-            return torch.cuda.memory_allocated()
-        clear = Path("/proc/self/clear_refs")
-        if clear.exists():
-            clear.write_text("5")
-        return _pages("VmRSS")
-
-    def peak(self) -> int:
-        """The most since :meth:`reset`."""
-        return torch.cuda.max_memory_allocated() if self.cuda else _pages("VmHWM")
-
-    @contextmanager
-    def stage(self, into: list[Row], what: str) -> Iterator[None]:
-        """Add a row about the work inside the block."""
-        resident = self.reset()
-        started = time.perf_counter()
-        yield
-        self._sync()
-        seconds = time.perf_counter() - started
-        into.append({"what": what, "seconds": seconds, "resident_bytes": resident, "peak_bytes": self.peak()})
-
-    def _sync(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-
-
-def _pages(name: str) -> int:
-    """A line of Linux's own account of this process; 0 elsewhere."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)
-
-
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""

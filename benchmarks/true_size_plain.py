@@ -4,18 +4,17 @@ Part of ``benchmarks/true_size.py``, which says how to run it. Nothing is downlo
 from the published configurations and filled with numbers of the scale that trained weights have, so that time and
 memory are the real model's while the pictures are noise. ``scale="tiny"`` keeps everything but the widths.
 
-Plainly: text encoder, VLM and autoencoder stay on the device and run in every step, gradient checkpointing is on, and
-one backward follows the K steps of the roll-out.
+Plainly, as the authors' released code has it: text encoder, VLM and autoencoder stay on the device and run in every
+step, gradient checkpointing is on, peft's own ``set_adapter`` switches between student and teacher, its adapters cast
+their input, and one backward follows the K steps of the roll-out.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,13 +31,16 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model, Qwen3VLConfi
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # where the project is not installed
 
+from dopsd.config import ModelSettings  # noqa: E402
 from dopsd.distill.adapters import AdapterPair  # noqa: E402
 from dopsd.distill.rollout import Velocity, rollout  # noqa: E402
-from dopsd.models import qwen_vl  # noqa: E402
-from dopsd.models.base import Conditioning, Family, Parts, Teaching  # noqa: E402
+from dopsd.models import family_class, qwen_vl, sizes, teaching_of  # noqa: E402
+from dopsd.models.base import Conditioning, Family, Parts  # noqa: E402
 from dopsd.models.flux2_klein import LAYERS, Flux2Klein  # noqa: E402
-from dopsd.models.loading import frozen, use_plain_attention  # noqa: E402
+from dopsd.models.loading import compile_blocks, frozen, place, use_plain_attention  # noqa: E402
+from dopsd.models.quantized import blocks_of, check_installed  # noqa: E402
 from dopsd.models.z_image import ZImage, context_states  # noqa: E402
+from dopsd.sizing.runs import CAPTION_TOKENS  # noqa: E402
 
 Config = dict[str, Any]
 Encode = Callable[[], tuple[list[Conditioning], list[Conditioning]]]
@@ -46,16 +48,16 @@ Encode = Callable[[], tuple[list[Conditioning], list[Conditioning]]]
 Step = Callable[[Tensor], Tensor]
 """Noise to the loss, gradients left in the student's parameters."""
 
-FAMILIES: dict[str, type[Family]] = {"z-image-turbo": ZImage, "klein-4b": Flux2Klein}
-TRUE = {
-    "z-image-turbo": {"caption": 96, "context": 608, "patches": 48},
-    "klein-4b": {"caption": 512, "context": 512},
+BASES = {
+    "z-image-turbo": ModelSettings(family="z-image", path=ZImage.published, vlm=ZImage.published_vlm),
+    "klein-4b": ModelSettings(family="flux2-klein", path=Flux2Klein.published, vlm=ZImage.published_vlm),
 }
-"""Tokens of a caption and of a context; patches along a side of the picture that the VLM is shown (four a token)."""
+"""What a person would write for each; klein has no use for the VLM."""
 TINY = {
     "z-image-turbo": {"caption": 12, "context": 20, "patches": 4},
     "klein-4b": {"caption": 24, "context": 24},
 }
+"""As :func:`sizes_of`."""
 
 _TINY_TEXT = {
     "head_dim": 32, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 400,
@@ -92,38 +94,42 @@ _FIRST_WORD = 10
 
 def configurations(model: str, scale: str) -> dict[str, Config]:
     """The published configurations by part, and under ``vlm`` the one of the VLM; narrowed for ``scale="tiny"``."""
-    place = ROOT / "tests" / "published_configs.py"
-    # by its path, because other libraries install a package called tests
-    spec = importlib.util.spec_from_file_location("published_configs", place)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    published, vlm = module.PUBLISHED[model], module.PUBLISHED["qwen3-vl-4b"]["model"]
+    found = sizes.configurations(BASES[model], ROOT)
+    assert found is not None
+    published: dict[str, Config] = {part: dict(config) for part, config in found.items()}
     if scale == "true":
-        return published | {"vlm": vlm}
-    narrow = {part: published[part] | changes for part, changes in _TINY[model].items()}
+        return published
+    narrow, vlm = {part: published[part] | changes for part, changes in _TINY[model].items()}, published["vlm"]
     text = vlm["text_config"] | _TINY["z-image-turbo"]["text_encoder"]
     text |= {"rope_scaling": text["rope_scaling"] | {"mrope_section": [6, 5, 5]}}
     vlm = vlm | _TINY_IDS | {"text_config": text, "vision_config": vlm["vision_config"] | _TINY_VISION}
     return published | narrow | {"vlm": vlm}
 
 
-def make_family(model: str, scale: str, device: torch.device, dtype: torch.dtype) -> Family:
-    """The project's own family over random weights; as in a run, a part is in memory from its first use on."""
-    configs, kind = configurations(model, scale), FAMILIES[model]
+def make_family(model: str, scale: str, device: torch.device, dtype: torch.dtype, settings: ModelSettings) -> Family:
+    """The project's own family over random weights; as in a run, a part is in memory from its first use on.
+
+    Of ``settings`` this is what decides how the transformer is stored and run; checkpointing is switched later. Raises
+    :class:`dopsd.models.base.ModelError` where a library that it takes is not installed.
+    """
+    check_installed(settings.quantization)
+    configs, kind = configurations(model, scale), family_class(BASES[model])
 
     def transformer(_: Parts) -> Any:
-        made = _diffusers_part(configs["transformer"], device, dtype)
+        make = partial(sizes.of_diffusers, configs["transformer"])
+        if settings.quantization == "none" and settings.offload == "none":
+            made = build(make, device, dtype)
+        else:
+            made = build_in_blocks(make, device, dtype, settings)
+        if settings.compile:
+            compile_blocks(made)
         return use_plain_attention(made) if device.type == "cpu" else made
 
     def vae(_: Parts) -> Any:
-        return _diffusers_part(configs["vae"], device, dtype)
+        return build(partial(sizes.of_diffusers, configs["vae"]), device, dtype)
 
     def text_encoder(_: Parts) -> Any:
-        config = dict(configs["text_encoder"])
-        if kind is Flux2Klein:  # without the layers above the last state that is used, as the family loads it
-            config |= {"num_hidden_layers": max(LAYERS) + 1, "layer_types": None}
+        config = dict(kind.encoder_config(configs["text_encoder"]))
         return build(lambda: Qwen3Model(Qwen3Config.from_dict(config)), device, dtype)
 
     loaders: dict[Any, Any] = {
@@ -131,17 +137,41 @@ def make_family(model: str, scale: str, device: torch.device, dtype: torch.dtype
         "vision": lambda parts: _vision(configs["vlm"], parts["text_encoder"], device, dtype),
         "scheduler": lambda _: diffusers.FlowMatchEulerDiscreteScheduler.from_config(configs["scheduler"]),
     }  # fmt: skip
-    context = kind.contexts[0]
-    teaching = Teaching(context, kind.suffixes.get(context, ""))
-    return kind(Parts(loaders, configs), teaching, device, dtype, fingerprint="random")
+    return kind(Parts(loaders, configs), teaching_of(BASES[model]), device, dtype, fingerprint="random")
 
 
 def build(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> Any:
     """A module made on the device and in that type at once: no copy passes through the host."""
-    with torch.device(device), _default_dtype(dtype):
+    with torch.device(device), sizes.default_dtype(dtype):
         module = make()
     fill(module.named_parameters())
     return frozen(module, device)
+
+
+def build_in_blocks(
+    make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype, settings: ModelSettings
+) -> Any:
+    """The same through :func:`dopsd.models.loading.place`, which rounds a block, or has it wait on the host, before it
+    asks for the next: each is drawn on the device at that moment, so that no two are there unrounded."""
+    with torch.device("meta"), sizes.default_dtype(dtype):
+        module = make().eval().requires_grad_(False)
+    blocks = blocks_of(module)
+    inside = {id(part) for block in blocks for part in block.modules()}
+    for block in blocks:
+        block.to = partial(_drawn, block)  # type: ignore[method-assign]
+    for part in module.modules():
+        if id(part) not in inside:
+            for name, value in list(part.named_parameters(recurse=False)):
+                part._parameters[name] = nn.Parameter(torch.empty_like(value, device=device), requires_grad=False)
+            fill(part.named_parameters(recurse=False))
+    return place(module, device, settings.quantization, "in turn" if settings.offload == "group" else "there")
+
+
+def _drawn(block: Any, device: torch.device) -> None:
+    """What ``block.to(device)`` is, once."""
+    del block.to
+    block.to_empty(device=device)
+    fill(block.named_parameters())
 
 
 @torch.no_grad()
@@ -152,22 +182,6 @@ def fill(parameters: Iterator[tuple[str, Tensor]]) -> None:
             value.normal_(std=math.prod(value.shape[1:]) ** -0.5)
         else:
             value.fill_(0.0 if name.endswith("bias") else 1.0)
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _diffusers_part(config: Config, device: torch.device, dtype: torch.dtype) -> Any:
-    kind = getattr(diffusers, config["_class_name"])
-    known = {key: value for key, value in config.items() if key in inspect.signature(kind).parameters}
-    return build(lambda: kind(**known), device, dtype)
 
 
 def _vision(config: Config, text_encoder: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -187,8 +201,15 @@ def _vision(config: Config, text_encoder: Any, device: torch.device, dtype: torc
 
 
 def sizes_of(model: str, scale: str) -> dict[str, int]:
-    """Tokens and patches of one example."""
-    return {"true": TRUE, "tiny": TINY}[scale][model]
+    """Tokens of a caption and of a context, and patches along a side of the picture that a VLM is shown (four a
+    token): at true size what the family says of one example."""
+    if scale == "tiny":
+        return TINY[model]
+    configs, teaching, family = configurations(model, scale), teaching_of(BASES[model]), family_class(BASES[model])
+    shapes = family.shapes(configs, teaching, CAPTION_TOKENS, 1024, 1024)
+    assert shapes is not None
+    patches = math.isqrt(teaching.pixels[1]) // configs["vlm"]["vision_config"]["patch_size"]
+    return {"caption": shapes.prompt["caption"][0], "context": shapes.context["caption"][0], "patches": patches}
 
 
 def random_encodings(family: Family, sizes: dict[str, int], side: int) -> tuple[list[Conditioning], list[Conditioning]]:
@@ -281,16 +302,6 @@ def encode_captions(family: Family, rows: int, tokens: int) -> Tensor:
 # --- the step ---------------------------------------------------------------------------------------------------------
 
 
-def predictor(family: Family) -> Velocity:
-    """A forward as the training loop makes it: one autocast region each."""
-
-    def predict(latents: Tensor, sigma: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
-        with torch.autocast(latents.device.type, torch.bfloat16, enabled=family.dtype == torch.bfloat16):
-            return family.predict_velocity(latents, sigma, conditioning)
-
-    return predict
-
-
 def ours(predict: Velocity, adapters: AdapterPair, sigmas: Tensor, encode: Encode) -> Step:
     """The product's own roll-out on encodings made once."""
     prompts, contexts = encode()
@@ -298,21 +309,22 @@ def ours(predict: Velocity, adapters: AdapterPair, sigmas: Tensor, encode: Encod
 
 
 def plain(predict: Velocity, adapters: AdapterPair, sigmas: Tensor, encode: Encode) -> Step:
-    """Everything in every step, one backward at its end."""
+    """Everything in every step, peft's own two adapters, one backward at its end."""
+    transformer = adapters.transformer
 
     def step(noise: Tensor) -> Tensor:
         prompts, contexts = encode()
         x, losses = noise, []
         for sigma, sigma_next in pairwise(sigmas):
-            with adapters.select(adapters.teacher), torch.no_grad():
+            transformer.set_adapter("teacher")
+            with torch.no_grad():
                 target = predict(x, sigma, contexts)
-            with adapters.select("student"):
-                u = predict(x, sigma, prompts)
+            transformer.set_adapter("student")
+            u = predict(x, sigma, prompts)
             losses.append(F.mse_loss(u, target))
             x = (x + (sigma_next - sigma) * u).detach()
         loss = torch.stack(losses).mean()
-        with adapters.select("student"):
-            loss.backward()
+        loss.backward()
         return loss.detach()
 
     return step

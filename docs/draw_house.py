@@ -26,7 +26,7 @@ Uses = dict[str, set[str]]
 def imports(path: Path, root: Path = ROOT) -> Iterator[tuple[str, int]]:
     """Full names of the modules that a file imports anywhere in it, relative ones resolved, with their lines."""
     package = path.relative_to(root).with_suffix("").parts[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -130,5 +130,5 @@ def _box(x: int, y: int, width: int, room: str) -> str:
 
 
 if __name__ == "__main__":
-    DRAWING.write_text(draw())
+    DRAWING.write_text(draw(), encoding="utf-8")
     sys.stdout.write(f"{DRAWING.relative_to(ROOT)}: written\n")

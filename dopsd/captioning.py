@@ -1,19 +1,18 @@
 """``dopsd concept caption``: captions for pictures that have none, by a VLM, for a person to review.
 
-Each picture's captions are saved as they are made; a second run does the rest.
+Each picture's captions are saved as they are made; a second run does the rest, also of one that got only some of them.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dopsd.config import CONCEPTS, Settings, SettingsError, concept_name
+from dopsd.config import CONCEPTS, Settings, is_concept_name
 from dopsd.data.captions import Uncaptioned, check_pictures, keep_as_before, save, uncaptioned
 from dopsd.data.manifest import ABOUT, DataError, Fault
 from dopsd.data.wording import VARIANTS, Caption, Kind, Naming, Variant, caption, naming_of
@@ -50,7 +49,7 @@ def folder_of(place: str, root: Path) -> tuple[Path, str | None]:
     Raises :class:`CaptionError` where there is none, and where both a folder and a concept have that name.
     """
     folder, concept = Path(place).expanduser(), root / CONCEPTS / place
-    named = _is_name(place) and concept.is_dir()
+    named = is_concept_name(place) and concept.is_dir()
     if named and folder.is_dir() and not folder.samefile(concept):
         raise CaptionError(f"{place}: a folder here and a concept; say ./{place} or {concept}")
     if named:
@@ -59,12 +58,6 @@ def folder_of(place: str, root: Path) -> tuple[Path, str | None]:
         raise CaptionError(f"{place}: no such folder, and no concept of that name in {root / CONCEPTS}; check it")
     inside = folder.resolve().parent == (root / CONCEPTS).resolve()
     return folder, folder.resolve().name if inside else None
-
-
-def _is_name(text: str) -> bool:
-    with suppress(SettingsError):
-        return bool(concept_name(text))
-    return False
 
 
 def naming_for(folder: Path, kind: Kind | None, subject: str | None, placeholder: str) -> Naming:
@@ -109,24 +102,38 @@ def caption_folder(
     if references_rule(own) == "required":
         raise CaptionError(f"model.context is {own.context}: captions say what to change there, which no picture "
                            "shows; write them yourself")  # fmt: skip
-    pictures, total = uncaptioned(folder, redo)
+    allowed = settings.data.allow
+    pictures, total = uncaptioned(folder, redo, "folder-names" in allowed)
+    names: dict[Variant, str] = {variant: variant for variant in VARIANTS}
+    if own.teacher_variant is not None:
+        names["detailed"] = own.teacher_variant
+    pictures = [one for one in pictures if _to_make(one, names)]
     report = Report(total, had=total - len({one.path for one in pictures}))
     if not pictures:
         return report
     _check_room(pictures, own.teacher_variant)
     message(f"{len(pictures)} of {total} pictures in {folder} are to be captioned; looking at them")
-    check_pictures(pictures, settings.data.max_pixels)
+    check_pictures(pictures, settings.data.max_pixels, "long-pictures" in allowed)
     found = find_captioner(settings.model, root, model)
     message(f"loading {found.shown}")
     ask = load_captioner(found, settings.model)
     if redo:
         keep_as_before(pictures)
     for picture in _with_bar(pictures):
-        image = load_image(picture.path, settings.data.max_pixels)
-        variants: tuple[Variant, ...] = ("medium",) if picture.single else VARIANTS
-        made = {variant: caption(lambda question: ask(image, question), variant, naming) for variant in variants}  # noqa: B023
-        _keep(picture, made, own.teacher_variant, redo, report)
+        remarks: list[str] = []
+        image = load_image(picture.path, settings.data.max_pixels, remarks.append)
+        report.look += [f"{picture.path}: {remark}" for remark in remarks]
+        made = {variant: caption(lambda question: ask(image, question), variant, naming)  # noqa: B023
+                for variant in _to_make(picture, names)}  # fmt: skip
+        _keep(picture, made, names, redo, report)
     return report
+
+
+def _to_make(picture: Uncaptioned, names: Mapping[Variant, str]) -> list[Variant]:
+    """``names``: variant to what it is called in a row. The teacher's own caption is the detailed one."""
+    if picture.single:
+        return ["medium"]
+    return [variant for variant, name in names.items() if not picture.lacking or name in picture.lacking]
 
 
 def _check_room(pictures: list[Uncaptioned], teacher_variant: str | None) -> None:
@@ -147,19 +154,18 @@ def _with_bar(pictures: list[Uncaptioned]) -> Any:
 
 
 def _keep(
-    picture: Uncaptioned, made: dict[Variant, Caption], teacher_variant: str | None, redo: bool, report: Report
+    picture: Uncaptioned, made: Mapping[Variant, Caption], names: Mapping[Variant, str], redo: bool, report: Report
 ) -> None:
-    """Save what could be made of one picture, and note the rest. The teacher's own caption is the detailed one."""
+    """Save what could be made of one picture, and note the rest."""
     for variant, one in made.items():
         if one.note:
             line = f"{picture.path}, {variant}: {one.note}"
             (report.look if one.text else report.failed).append(line)
-    texts = {
-        teacher_variant if variant == "detailed" and teacher_variant is not None else variant: one.text
-        for variant, one in made.items()
-        if one.text
-    }
-    if not texts or not save(picture, texts, redo):
+    texts = {names[variant]: one.text for variant, one in made.items() if one.text}
+    if not texts:
+        return
+    if not save(picture, texts, redo, [names[variant] for variant, one in made.items() if not one.text]):
+        report.had += 1  # by now
         return
     report.made += 1
     report.files.add(picture.target)
@@ -171,5 +177,5 @@ def _keep(
 def next_command(folder: Path, concept: str | None) -> str:
     """What a person types when the captions are as they should be."""
     guess = re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-")[:64]
-    name = concept or (guess if _is_name(guess) else "my-concept")
+    name = concept or (guess if is_concept_name(guess) else "my-concept")
     return f"dopsd concept add {shlex.quote(str(folder))} --name {name}"

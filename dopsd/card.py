@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dopsd.config import Settings, TrainSettings
 from dopsd.data.manifest import ConceptTable
+from dopsd.distill.kinds import NAMES
 from dopsd.evaluation.table import table_as_text
 from dopsd.export import Card
 from dopsd.models import Base, family_class, licence_of, teaching_of
@@ -59,7 +60,8 @@ def card_of(
 def _trained_of(train: TrainSettings) -> dict[str, str]:
     if train.tune == "full":
         return {"trained layers": "all" if train.lora.targets is None else "chosen ones"}
-    return {"adapter": f"rank {train.lora.rank}, alpha {train.lora.alpha or train.lora.rank:g}"}
+    kind = "" if train.lora.kind == "lora" else f"{NAMES[train.lora.kind]}, "
+    return {"adapter": f"{kind}rank {train.lora.rank}, alpha {train.lora.alpha or train.lora.rank:g}"}
 
 
 def _context_of(settings: Settings) -> str:

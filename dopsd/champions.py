@@ -121,7 +121,8 @@ def _champion_scores(
 
     One that was asked other things is evaluated again, on the base that it was made for, and as it is served: with the
     weights that were exported, rounded to bfloat16 where those are."""
-    from dopsd.export import read_export
+    from dopsd.distill.targets import AdapterError
+    from dopsd.given import read_export
 
     champion = registry.champion(concept)
     if champion is None:
@@ -137,7 +138,7 @@ def _champion_scores(
         try:
             adapter = read_export(registry.adapter(version, Path(place)), Path(place) / "again" / "student.safetensors")
             again = _evaluate_again(concept, settings, root, adapter, its_base)
-        except ModelError as error:  # of another family, say: it cannot be asked what today's models are asked
+        except (ModelError, AdapterError) as error:  # of another family, say, or whole weights and a rounded base
             return scores, f"version {version.version}, the champion, cannot be drawn with these settings ({error})"
     return scores_of(again, CHAMPION, questions), ""
 

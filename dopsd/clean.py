@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dopsd.config import CONCEPTS, SettingsError, concept_name
-from dopsd.files import PARTIAL, read_json, shown_size, size_of
+from rich.filesize import decimal
+
+from dopsd.config import concept_name
+from dopsd.files import PARTIAL, read_json, size_of
 from dopsd.lock import ConceptBusy, concept_lock
-from dopsd.project import ENCODINGS, cache_of, concept_folder, run_folder
+from dopsd.project import ENCODINGS, cache_of, concept_folder, concepts_in, job_of, jobs_in, run_folder
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -65,29 +67,14 @@ def leftovers_table(found: Sequence[Leftover], root: Path, *, deleted: bool) -> 
     """What was found, the largest first, and the sum."""
     from rich.table import Table
 
-    table = Table("what", "why", show_footer=True)
-    table.add_column("size", f"{shown_size(sum(one.size for one in found))}", justify="right")
-    table.columns[0].footer = "deleted" if deleted else "in all"
+    table = Table(show_footer=True)
+    table.add_column("what", "deleted" if deleted else "in all", overflow="fold")
+    table.add_column("why", min_width=15)  # paths are what may break
+    table.add_column("size", decimal(sum(one.size for one in found)), justify="right", no_wrap=True)
     for one in sorted(found, key=lambda one: (-one.size, one.paths)):
         first, *more = (path.relative_to(root) for path in one.paths)
-        table.add_row(
-            f"{first.parent}: {len(one.paths)} files" if more else str(first), one.reason, shown_size(one.size)
-        )
+        table.add_row(f"{first.parent}: {len(one.paths)} files" if more else str(first), one.reason, decimal(one.size))
     return table
-
-
-def concepts_in(root: Path) -> list[str]:
-    """All that have data, a run, or something of a job."""
-    folders = [path for place in (root / CONCEPTS, root / "runs") if place.is_dir() for path in place.iterdir()]
-    names = {path.name for path in folders if path.is_dir()} | {_job(path)[0] for path in _jobs(root)}
-    return sorted(name for name in names if _is_name(name))
-
-
-def _is_name(name: str) -> bool:
-    try:
-        return bool(concept_name(name))
-    except SettingsError:
-        return False
 
 
 # --- of one concept ---------------------------------------------------------------------------------------------------
@@ -107,9 +94,9 @@ def _of_concept(concept: str, root: Path) -> Iterator[Leftover]:
     for method in sorted(run.glob("train/*/checkpoints")):
         if method.parent not in aside:
             yield from _checkpoints(method.parent)
-    for path in _jobs(root):
-        name, training = _job(path)
-        if name == concept and _job_is_over(run, training, concept_folder(concept, root)):
+    for path in jobs_in(root):
+        name, training = job_of(path)
+        if name == concept and _job_is_over(path, run, training, concept_folder(concept, root)):
             yield _leftover(path, reason="kept for a Ray job that is over")
 
 
@@ -125,27 +112,19 @@ def _checkpoints(run: Path) -> Iterator[Leftover]:
         yield _leftover(path, reason="checkpoint of a finished training")
 
 
-def _jobs(root: Path) -> list[Path]:
-    """What Ray's jobs keep on this machine; ``compute.storage`` elsewhere is not looked at."""
-    return sorted(path for path in (root / ".cache" / "ray").glob("*-*") if path.is_dir())
-
-
-def _job(path: Path) -> tuple[str, str]:
-    """Concept and training of a job, by its folder."""
-    concept, _, training = path.name.rpartition("-")
-    return concept, training
-
-
-def _job_is_over(run: Path, training: str, data: Path) -> bool:
+def _job_is_over(job: Path, run: Path, training: str, data: Path) -> bool:
     """Whether nobody would go on with it: the concept's training is another one now, is finished here, or has no data.
-    Where this side lost its run folder, the job is all that there is."""
+    Where this side lost its run folder, or not all of it came here, the job is all that there is."""
     from dopsd.train.checkpoint import was_set_aside
+    from dopsd.train.storage import JobStorage
 
     current = read_json(run / "train" / "training.json").get("training")
     if current is None:
         return not data.exists()
     methods = [read_json(path) for path in run.glob("train/*/run.json") if not was_set_aside(path.parent)]
     ends = [about.get("status") for about in methods if about.get("training") == training]
+    if JobStorage(str(job.parent.resolve()), job.name).further_than(run / "train"):
+        return False
     return current != training or (bool(ends) and set(ends) == {"FINISHED"})
 
 

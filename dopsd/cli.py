@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -19,10 +20,12 @@ from dopsd.config import Settings, load_settings
 from dopsd.files import is_disk_full
 from dopsd.lock import concept_lock
 from dopsd.project import StageError, needs_of, run_folder
-from dopsd.stages import STAGES, plan, run_stage
+from dopsd.stages import STAGES, plan, run_stage, warnings_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from dopsd.data.manifest import ConceptTable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -84,7 +87,11 @@ _SPEAK_OF_FAULTS_ALONE = ("bitsandbytes", "torch.utils._pytree", "torchao")
 
 def main() -> None:
     """The entry point: run the command, and turn a person's mistake into one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without arrows gets a mark in their place
     try:
+        _check_locale()
         app()
     except (ValueError, RuntimeError, OSError) as error:
         # our own errors are a person's mistakes, or a machine that is away; those out of a library need their traceback
@@ -94,6 +101,17 @@ def main() -> None:
             raise
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(2)
+
+
+def _check_locale() -> None:
+    """The libraries open no file below a folder whose name is not text here."""
+    try:
+        os.getcwd().encode()
+    except UnicodeEncodeError:
+        named = os.environ.get("LC_ALL") or os.environ.get("LC_CTYPE") or os.environ.get("LANG")
+        raise StageError(
+            f"{Path.cwd()}: its name has letters that the locale ({named}) has not; set LC_ALL=C.UTF-8"
+        ) from None
 
 
 def _settings(params: Path, overrides: list[str] | None) -> Settings:
@@ -124,7 +142,7 @@ def show(concept: Concept, params: Params = PARAMS) -> None:
 
     from rich.console import Console
 
-    from dopsd.evaluation.table import headline_table
+    from dopsd.evaluation.table import headline_tables
     from dopsd.evaluation.verdict import verdict
     from dopsd.tracking import public_uri, tracking_uri
 
@@ -133,8 +151,8 @@ def show(concept: Concept, params: Params = PARAMS) -> None:
     if not metrics.exists():
         raise StageError(f"{metrics}: missing; run `make demo CONCEPT={concept}` or `dvc repro evaluate@{concept}`")
     console = Console()
-    numbers = json.loads(metrics.read_text())
-    console.print(headline_table(numbers))
+    numbers = json.loads(metrics.read_text(encoding="utf-8"))
+    console.print(*headline_tables(numbers))
     console.print(verdict(numbers)[0], highlight=False)
     for what, path in (("page", run / "report.html"), ("export", run / "export"), ("metrics", metrics)):
         if path.exists():
@@ -147,7 +165,10 @@ def show(concept: Concept, params: Params = PARAMS) -> None:
 @app.command()
 def sample(
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; may be given several times.")],
-    adapter: Annotated[Path | None, typer.Option("--adapter", "-a", help="An adapter in runs/*/adapters.")] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option("--adapter", "-a", help="One in runs/*/adapters, or runs/*/export, or a file or folder in that."),
+    ] = None,
     reference: Annotated[
         list[Path] | None,
         typer.Option("--reference", "-r", help="A picture to edit, for models that edit; may be given several times."),
@@ -157,7 +178,9 @@ def sample(
         typer.Option("--size", help="Pixels; by itself the reference's shape, or a square.", metavar="WIDTHxHEIGHT"),
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", "-n", min=1, help="By itself evaluation.few_steps.")] = None,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    seed: Annotated[
+        list[int] | None, typer.Option("--seed", help="Of the first picture, the next counts on; or one for each.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNGs.", file_okay=False)] = Path("samples"),
     params: Params = PARAMS,
     overrides: Overrides = None,
@@ -167,21 +190,20 @@ def sample(
     For example: `dopsd sample -a runs/style-ink/adapters/d-opsd.safetensors -p "a fox in [V] style"`
     """
     from dopsd.models import resolved
-    from dopsd.sampling import draw, read_references, size_of
+    from dopsd.sampling import draw, read_references, seeds_of, size_of
     from dopsd.train.observer import picture_row
 
     settings = resolved(_settings(params, overrides))
-    if adapter is not None and not adapter.is_file():
-        raise StageError(f"{adapter}: no such adapter; trained ones are in runs/*/adapters")
+    seeds = seeds_of(seed or [], len(prompt))
     steps = steps or settings.evaluation.few
     references = read_references(reference or [], settings)
     width, height = size_of(size, references, settings)
     images: list[Image] = []
-    for image in draw(prompt, references, settings, Path(), adapter, width, height, steps, seed):
+    for image in draw(prompt, references, settings, Path(), adapter, width, height, steps, seeds):
         _save(image, out / f"{len(images):02d}.png")
         images.append(image)
     _save(picture_row(images, at_least=128), out / "grid.png")
-    print(f"{len(images)} pictures, {steps} steps, seed {seed} -> {out}")
+    print(f"{len(images)} pictures, {steps} steps, seeds {', '.join(map(str, seeds))} -> {out}")
 
 
 @app.command()
@@ -282,23 +304,24 @@ def runs(
         list[str] | None,
         typer.Option("--remove", help="Delete this run of the concept; may be given several times.", metavar="RUN"),
     ] = None,
+    params: Params = PARAMS,
 ) -> None:
     """List the trainings, and those that were set aside, with steps, date, size and settings; remove those named.
 
     A training is set aside, under a number, when its settings, data, base or code changed; another `max_steps` alone
     goes on where it was. Nothing deletes it but this: `dopsd runs -c style-ink --remove d-opsd.previous-1`. Its
-    adapters are in `runs/NAME/train/RUN/adapters`. To go on with it, give it the settings that it had and move it back:
-    `mv runs/NAME/train/d-opsd.previous-1 runs/NAME/train/d-opsd`.
+    adapters are in `runs/NAME/train/RUN/adapters`. To go on with it, give it the settings that it had, remove the run
+    that took its place (or move that aside), then `mv runs/NAME/train/d-opsd.previous-1 runs/NAME/train/d-opsd`.
     """
     from rich.console import Console
 
     from dopsd.config import SettingsError
     from dopsd.runs import remove_runs, runs_in, runs_table
 
-    if remove and concept is None:
-        raise SettingsError("--remove: say of which concept, with --concept NAME")
-    if remove and concept is not None:
-        for run in remove_runs(Path(), concept, remove):
+    if remove:
+        if concept is None:
+            raise SettingsError("--remove: say of which concept, with --concept NAME")
+        for run in remove_runs(Path(), concept, remove, _settings(params, None).compute):
             print(f"removed: {run.folder}, {run.steps} steps")
     Console().print(runs_table(runs_in(Path(), concept), Path()))
 
@@ -319,13 +342,23 @@ def concept_add(
 
     settings = _settings(params, overrides)
     with concept_lock(name, Path(), "dopsd concept add"):
-        table = add_concept(folder, name, Path(), settings.data, replace, needs_of(settings))
-    print(f"{len(table.rows)} images -> {table.root}")
+        table, held_out = add_concept(folder, name, Path(), settings.data, replace, needs_of(settings))
+    for warning in warnings_of(table, held_out):
+        print(warning)
+    print(f"{len(table.rows)} images to train on, {_by_folder(table)} -> {table.root}")
+    if held_out:
+        print(f"{len(held_out.rows)} held-out images, {_by_folder(held_out)}")
     if name not in settings.concepts:
         list_concept(params, name)
         print(f"{params}: {name} is listed in `concepts` now")
     print(f"what it needs otherwise than others: {table.root / OWN_SETTINGS}")
     print(f"next: `dvc repro report@{name} register@{name}`")
+
+
+def _by_folder(table: ConceptTable) -> str:
+    """How many of its pictures lie where."""
+    places = [f"{number} in {table.root.name if place == '.' else place}/" for place, number in table.folders().items()]
+    return ", ".join(places)
 
 
 @concept_app.command("caption")

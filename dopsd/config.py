@@ -11,17 +11,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from dopsd.params import AtLeastOne, Beta, EachOnce, Pattern, Positive, Rate, Share, override, read_params
+from dopsd.params import AtLeastOne, Beta, EachOnce, Pattern, Positive, Rate, Seed, Share, override, read_params
 from dopsd.params import SettingsError as SettingsError
 
 Method = Literal["d-opsd", "sft", "sft-teacher", "off-policy"]
-METHODS: tuple[Method, ...] = ("d-opsd", "sft", "sft-teacher", "off-policy")
-
 Quantization = Literal["none", "int8", "fp8", "nf4"]
 Offload = Literal["none", "model", "group"]
 Checkpointing = Literal["none", "every", "every-second", "auto"]
+Optimizer = Literal["adamw", "adamw-8bit"]
 AdapterKind = Literal["lora", "dora", "lokr"]
-Tune = Literal["adapter", "full"]
+Judgement = Literal["captions-without-placeholder", "copies", "folder-names", "long-pictures", "near-duplicates",
+                    "small-pictures"]  # fmt: skip
 ContextName = Literal["vlm", "edit", "edit-reference", "enhanced-prompt"]
 
 CHECKPOINT_SECONDS = 600
@@ -34,9 +34,14 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 
 def concept_name(name: str) -> str:
     """``name``, where it may name a concept: it becomes folders, stages and models. Raises :class:`SettingsError`."""
-    if not _NAME.fullmatch(name):
+    if not is_concept_name(name):
         raise SettingsError(f"concept name {name!r}: use 1 to 64 of a-z, 0-9 and -, not beginning with -")
     return name
+
+
+def is_concept_name(name: str) -> bool:
+    """Whether ``name`` may name a concept."""
+    return _NAME.fullmatch(name) is not None
 
 
 def _as_words(value: Any) -> Any:
@@ -79,7 +84,7 @@ class ModelSettings(_Settings):
     """``auto``: bfloat16 on CUDA, float32 on a CPU (bfloat16 is far slower on most of them)."""
     gradient_checkpointing: Annotated[Checkpointing, BeforeValidator(_as_words)] = "none"
     """Which blocks compute their activations twice instead of holding them. ``auto``: none on a CPU, else what fits
-    (:mod:`dopsd.memory`). ``true`` and ``false`` mean every and none."""
+    (:mod:`dopsd.sizing`). ``true`` and ``false`` mean every and none."""
     quantization: Quantization = "none"
     """How the frozen weights of transformer and text encoder are stored; adapters and products keep their precision.
     It changes the base a little, and so what is encoded, learnt and drawn. Needs the extra ``quantization``."""
@@ -131,10 +136,12 @@ class DataSettings(_Settings):
     """Side in pixels of a square image of the trained area; aspect buckets keep this area."""
     placeholder: Annotated[str, Field(min_length=1)] = "[V]"
     min_images: Positive = 4
-    max_pixels: Positive = 50_000_000
+    max_pixels: Positive = 120_000_000
     """More than this many pixels in one file is refused before it is decoded (decompression bombs)."""
     near_duplicate_bits: Annotated[int, Field(ge=0, le=64)] = 4
     """Two images whose 64-bit perceptual hashes differ in at most this many bits are near duplicates."""
+    allow: tuple[Judgement, ...] = ()
+    """Faults that are a matter of taste, and none here; the message of each says its word."""
 
 
 class LoraSettings(_Settings):
@@ -156,8 +163,7 @@ class TeacherSettings(_Settings):
     every: Positive = 1
     """Of optimizer steps: the EMA moves that often, by ``decay ** every``."""
     weights: Literal["device", "cpu"] = "device"
-    """With ``tune: full``: where the EMA's and the base's weights wait. On ``cpu`` they come to the device block by
-    block to answer, and the EMA is computed there; raise ``every`` with it."""
+    """With ``tune: full``: where the EMA's and the base's weights wait; from ``cpu`` they come block by block."""
     guidance: Annotated[float, Field(ge=1)] = 1.0
     """1 is the paper. Above, the target is pushed further along what the context changes (docs/method.md)."""
     gain_images: Positive = 16
@@ -181,7 +187,7 @@ class ReplaySettings(_Settings):
 class TrainSettings(_Settings):
     methods: Annotated[tuple[Method, ...], AtLeastOne, EachOnce] = ("d-opsd", "sft")
     """What is trained for the before-and-after table; the first is the one that is exported."""
-    seed: int = 0
+    seed: Seed = 0
     rollout_steps: Positive = 4
     """K, the number of Euler steps of a roll-out."""
     max_steps: Positive
@@ -192,19 +198,18 @@ class TrainSettings(_Settings):
     learning_rate: Rate
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
+    optimizer: Optimizer = "adamw"
     """``adamw-8bit``: both moments in a byte per parameter, by bitsandbytes (the extra ``quantization``)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     clip_norm: Rate = 1.0
     loss: Literal["velocity", "x0"] = "velocity"
     init_from: Annotated[str, Field(min_length=1)] | None = None
-    """A file that student and EMA teacher begin as, and counts by its content: an adapter as we, diffusers or ComfyUI
-    keep one, or with ``tune: full`` weights of ours. It must be what the settings train: rank, kind and layers. The
-    base stays what a frozen teacher and replay answer with."""
-    tune: Tune = "adapter"
-    """``full``: no adapter, but the transformer's own weights, in float32: all of them, or those of the linear layers
-    that ``lora.targets`` names (docs/method.md says what it takes). Nothing else of ``lora`` counts then."""
+    """A file or export that student and EMA teacher begin as; it counts by its content. Adapters of ours, and LoRAs for
+    diffusers or ComfyUI, of at most ``lora.rank`` and on layers that ``lora.targets`` names; with ``tune: full``
+    weights. The base stays what a frozen teacher and replay answer with."""
+    tune: Literal["adapter", "full"] = "adapter"
+    """``full``: the transformer's own weights, all or those of ``lora.targets``; nothing else of ``lora`` counts."""
     lora: LoraSettings = LoraSettings()
     teacher: TeacherSettings = TeacherSettings()
     replay: ReplaySettings = ReplaySettings()
@@ -248,7 +253,7 @@ class EvaluationSettings(_Settings):
     steps: Annotated[tuple[Positive, ...], AtLeastOne, EachOnce] = (1, 2, 4, 8, 32)
     few_steps: Positive | None = None
     """The number of steps that the headline table is about, one of ``steps``; ``None``: the family's own."""
-    seed: int = 1234
+    seed: Seed = 1234
     batch_size: Positive = 32
     max_prompts: Positive = 100
     """Concept prompts with a known truth (held-out rows of the data set)."""
@@ -320,7 +325,8 @@ class ExportSettings(_Settings):
     """The files that are given away. The adapter they are made from, in ``runs/NAME/adapters``, is float32."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """A bfloat16 pipeline draws the same pictures from either; float32 files are twice as large."""
+    """A bfloat16 pipeline draws the same pictures from either; float32 files are twice as large. Of a full tuning the
+    base's own type is kept."""
 
 
 class RegistrySettings(_Settings):
@@ -365,30 +371,24 @@ class Settings(_Settings):
 
     @model_validator(mode="after")
     def _weights_are_plain(self) -> Settings:
-        borrowed = self.model.offload == "group" or self.compute.sharded
-        full, waiting = self.train.tune == "full", self.train.teacher.weights == "cpu"
-        if full and (self.model.quantization != "none" or borrowed):
-            raise ValueError("train.tune: full trains the base's own weights; set model.quantization to none, "
-                             "model.offload to none or model, and compute.sharded to false")  # fmt: skip
-        if waiting and not full:
-            raise ValueError("train.teacher.weights: cpu is for train.tune: full; adapters stay on the device, leave "
-                             "it out")  # fmt: skip
-        if waiting and self.model.compile:
-            raise ValueError("train.teacher.weights: cpu changes a block's weights at every call; leave model.compile "
-                             "false")  # fmt: skip
-        if not full and self.train.lora.kind == "dora" and (self.model.quantization != "none" or borrowed):
-            raise ValueError("train.lora.kind: dora measures the base's own weights; leave model.quantization none, "
-                             "model.offload none or model, and compute.sharded false")  # fmt: skip
-        if self.compute.sharded and (self.model.quantization != "none" or self.model.offload == "group"):
-            raise ValueError("compute.sharded divides plain weights: set model.quantization to none, and model.offload "
-                             "to none or model")  # fmt: skip
+        full, dora = self.train.tune == "full", self.train.lora.kind == "dora" and self.train.tune != "full"
+        rounded, sharded, group = self.model.quantization != "none", self.compute.sharded, self.model.offload == "group"
+        waiting, taken = self.train.teacher.weights == "cpu", rounded or group or sharded
+        plain = "leave model.quantization none, and model.offload none or model"
+        faults = {
+            f"train.tune: full trains the base's own weights; {plain}, compute.sharded false": full and taken,
+            f"train.lora.kind: dora measures the base's own weights; {plain}, compute.sharded false": dora and taken,
+            "train.teacher.weights: cpu is for train.tune: full; leave it out": waiting and not full,
+            "train.teacher.weights: cpu changes blocks; leave model.compile false": waiting and self.model.compile,
+            f"compute.sharded divides plain weights; {plain}": sharded and (rounded or group),
+        }
+        for fault in (said for said, wrong in faults.items() if wrong):
+            raise ValueError(fault)
         return self
 
     def of(self, concept: str, root: Path) -> Settings:
-        """These settings for one concept: its ``train.yaml`` over ``train``. Done twice it is the same.
-
-        Raises :class:`SettingsError` for a name that is none and for faults of that file.
-        """
+        """These settings for one concept: its ``train.yaml`` over ``train``. Done twice it is the same. Raises
+        :class:`SettingsError` for a name that is none and for faults of that file."""
         path = root / CONCEPTS / concept_name(concept) / OWN_SETTINGS
         own = read_params(path) if path.is_file() else {}
         merged = _merged(_merged(self.train.model_dump(), own), self.overrides)
@@ -408,10 +408,8 @@ def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_settings(path: Path, overrides: tuple[str, ...] = ()) -> Settings:
-    """Read and check ``path``; ``overrides`` are ``a.b=value`` with YAML values.
-
-    Raises :class:`SettingsError` with one line per fault.
-    """
+    """Read and check ``path``; ``overrides`` are ``a.b=value`` with YAML values. Raises :class:`SettingsError` with one
+    line per fault."""
     raw = read_params(path)
     if not raw:
         raise SettingsError(f"{path}: expected keys and values, found nothing")

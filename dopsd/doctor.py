@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -47,29 +48,83 @@ def examine(params: Path, root: Path) -> list[Finding]:
 
 
 def card_meant(text: str | None) -> Card | None:
-    """The card to plan for: the named one, or this machine's. Raises :class:`dopsd.sizing.cards.CardError`."""
-    from dopsd.sizing.cards import card_here, card_of
+    """The card that is named; ``None``: this machine's. Raises :class:`dopsd.sizing.cards.CardError`."""
+    from dopsd.sizing.cards import card_of
 
-    return card_of(text) if text is not None else card_here()
+    return card_of(text) if text is not None else None
 
 
 def what_is_needed(params: Path, root: Path, card: Card | None) -> Iterator[str]:
-    """Lines on memory, disk and time of a base of true size; nothing where the settings or the base are at fault,
-    which is a finding already."""
+    """Lines on memory, disk and time of a base of true size, on that card or (``None``) this machine's; nothing where
+    the settings or the base are at fault, which is a finding already."""
     from dopsd.models import ModelError, resolved
+    from dopsd.sizing.plan import plan_for
     from dopsd.sizing.show import report
 
     try:
         settings = resolved(load_settings(params))
         yield ""
-        yield from report(settings, root, card)
+        plan = plan_for(settings, root)
+        yield from report(settings, plan, card or (card_here() if plan else None))
     except (SettingsError, ModelError):
         return
 
 
+def card_here() -> Card | None:
+    """This machine's first card, its rates measured in half a second, or what such a card has where others leave no
+    room for that; ``None`` without CUDA."""
+    import torch
+
+    from dopsd.sizing.cards import GIB, Card, CardError, card_of
+
+    if not torch.cuda.is_available():
+        return None
+    seen = torch.cuda.get_device_properties(0)
+    size = seen.total_memory / GIB
+    try:
+        teraflops, terabytes = _rates()
+    except RuntimeError:  # torch's own, and what its libraries raise where they cannot begin
+        try:
+            like = card_of(seen.name)
+        except CardError:
+            like = card_of(f"{size:.1f}")
+        teraflops, terabytes = like.teraflops, like.terabytes
+    return Card(seen.name, size, teraflops, terabytes)
+
+
+def _rates() -> tuple[float, float]:
+    """Teraflops of bfloat16 products, and terabytes that copies read and write, a second."""
+    import torch
+
+    side, size = 4096, 2**28
+    with torch.no_grad():
+        a = torch.randn(side, side, device="cuda", dtype=torch.bfloat16)
+        source = torch.empty(size, device="cuda", dtype=torch.uint8)
+        target = torch.empty_like(source)
+        product, copied = _seconds(lambda: a @ a), _seconds(lambda: target.copy_(source))
+    return 2 * side**3 / product / 1e12, 2 * size / copied / 1e12
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Of one call on the device, over a quarter of a second of them."""
+    import torch
+
+    work()
+    torch.cuda.synchronize()
+    started, calls = time.perf_counter(), 0
+    while (passed := time.perf_counter() - started) < 0.25:
+        work()
+        torch.cuda.synchronize()
+        calls += 1
+    return passed / calls
+
+
 def findings_table(findings: list[Finding]) -> Table:
     """The findings as a table for the terminal."""
-    table = Table("", "found", "advice", show_edge=False)
+    table = Table(show_edge=False)
+    table.add_column("", min_width=12)
+    table.add_column("found", min_width=12, overflow="fold")  # paths and addresses are what may break
+    table.add_column("advice", min_width=20)
     for f in findings:
         table.add_row(escape(f.what), f"[{_COLOURS[f.state]}]{escape(f.found)}[/]", escape(f.advice))
     return table
@@ -126,6 +181,7 @@ def _concepts(settings: Settings, root: Path) -> Iterator[Finding]:
 def _base(settings: Settings, root: Path) -> Iterator[Finding]:
     """The base is looked at where it lies, as every stage would before it loads anything; nothing is fetched."""
     from dopsd.models import ModelError, open_base, resolved
+    from dopsd.models.sizes import configurations
 
     def away(path: str | None) -> bool:
         return path is not None and path.count("/") == 1 and not (root / Path(path).expanduser()).is_dir()
@@ -134,6 +190,7 @@ def _base(settings: Settings, root: Path) -> Iterator[Finding]:
     try:
         settings = resolved(settings)
         if away(settings.model.path):
+            configurations(settings.model, root)  # what is known of it need not be fetched to be wrong
             yield Finding("base model", settings.model.path, "note", fetched)
             return
         if away(settings.model.vlm):

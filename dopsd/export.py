@@ -8,7 +8,7 @@ Of a full tuning, instead of the two files: ``transformer/``, a component as dif
 that it was trained beside (:mod:`dopsd.distill.weights`): ``from_pretrained(base, transformer=...)``.
 
 Tools disagree on the scale of an adapter whose alpha is not its rank (some take 1 where no alpha is stored). So the
-scale is folded into the weights: alpha equals rank in every file, and says so.
+scale is folded into the weights: alpha equals rank in the file for diffusers, and none is stored in the other.
 """
 
 from __future__ import annotations
@@ -18,21 +18,20 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import numpy as np
 import torch
 from PIL.Image import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
-from dopsd.config import Offload, Quantization
+from dopsd.config import AdapterKind, Offload, Quantization
 from dopsd.distill.adapters import adapter_applied, read_adapter
 from dopsd.distill.drawing import draw
-from dopsd.distill.kinds import SCALED, kind_of, module_of
-from dopsd.distill.weights import FORMAT, holds_weights, weights_applied
+from dopsd.distill.kinds import NAMES, SCALED, kind_of, module_of
+from dopsd.distill.weights import holds_weights, weights_applied
 from dopsd.files import whole_folder, write_tensors
 from dopsd.models.base import Family, Request
 from dopsd.models.loading import place_pipeline
@@ -119,7 +118,9 @@ def export_weights(weights: Path, out: Path, card: Card, base: Path) -> Path:
         model.save_pretrained(partial / WEIGHTS, max_shard_size=_SHARD)
         # the base's own: the library's names the folder that it was loaded from
         shutil.copyfile(base / WEIGHTS / "config.json", partial / WEIGHTS / "config.json")
-        (partial / CARD_FILE).write_text(render_card(card, rank=0, scale=1.0, dtype=dtype, comfyui=False, whole=True))
+        (partial / CARD_FILE).write_text(
+            render_card(card, rank=0, scale=1.0, dtype=dtype, kind="full"), encoding="utf-8"
+        )
     return out
 
 
@@ -130,10 +131,12 @@ def export_adapter(
     tensors, rank, scale = _scaled(adapter, dtype)
     with whole_folder(out) as partial:
         _write_diffusers(partial, tensors, rank)
-        comfyui = kind_of(list(tensors)) == "lora"  # of other kinds no name is known to load there
-        if comfyui:
+        kind = kind_of(list(tensors))
+        if kind == "lora":  # of other kinds no name is known to load there
             write_tensors(partial / COMFYUI_FILE, family.comfyui_lora(tensors, rank), {"format": "pt"})
-        (partial / CARD_FILE).write_text(render_card(card, rank=rank, scale=scale, dtype=dtype, comfyui=comfyui))
+        (partial / CARD_FILE).write_text(
+            render_card(card, rank=rank, scale=scale, dtype=dtype, kind=kind), encoding="utf-8"
+        )
     return out
 
 
@@ -151,6 +154,7 @@ def _write_diffusers(folder: Path, tensors: Mapping[str, Tensor], rank: int) -> 
     refused."""
     modules, kind = sorted(set(map(module_of, tensors))), kind_of(list(tensors))
     config = {"r": rank, "lora_alpha": rank, "target_modules": modules, "lora_dropout": 0.0, "bias": "none"}
+    config |= {"rank_pattern": {}, "alpha_pattern": {}}  # diffusers 0.36 to 0.38 load no file without
     if kind == "dora":
         config["use_dora"] = True
     header = {"format": "pt"}
@@ -161,10 +165,10 @@ def _write_diffusers(folder: Path, tensors: Mapping[str, Tensor], rank: int) -> 
 
 
 def render_card(
-    card: Card, *, rank: int, scale: float, dtype: torch.dtype, comfyui: bool = True, whole: bool = False
+    card: Card, *, rank: int, scale: float, dtype: torch.dtype, kind: AdapterKind | Literal["full"] = "lora"
 ) -> str:
-    """The model card as Markdown with YAML front matter. ``dtype``: of the files; ``comfyui``: whether there
-    is one for it; ``whole``: whether they hold a transformer and no adapter."""
+    """The model card as Markdown with YAML front matter. ``dtype`` and ``kind``: of the files; ``full`` is a
+    transformer."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
@@ -172,26 +176,8 @@ def render_card(
     environment.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)
     return environment.get_template("card.md.j2").render(
         card=card, diffusers_file=DIFFUSERS_FILE, comfyui_file=COMFYUI_FILE, rank=rank, scale=scale,
-        dtype=str(dtype).removeprefix("torch."), comfyui=comfyui, whole=whole,
+        dtype=str(dtype).removeprefix("torch."), kind=kind, named=NAMES.get(kind, ""),
     )  # fmt: skip
-
-
-def read_export(path: Path, out: Path) -> Path:
-    """Write the adapter in a ``DIFFUSERS_FILE``, or the weights in a folder of a transformer, to ``out``, in the form
-    that training leaves; returns ``out``.
-
-    A bfloat16 file gives the rounded adapter, which is the one that was given away.
-    """
-    if path.is_dir():
-        shards = [load_file(shard) for shard in path.glob("*.safetensors")]
-        write_tensors(out, {key: value for shard in shards for key, value in shard.items()}, {"format": FORMAT})
-        return out
-    with safe_open(path, framework="pt") as file:
-        config = json.loads((file.metadata() or {})["lora_adapter_metadata"])
-        tensors = {key.removeprefix("transformer."): file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-    rank, alpha = config["transformer.r"], float(config["transformer.lora_alpha"])
-    write_tensors(out, tensors, {"format": "dopsd-lora", "rank": str(rank), "alpha": repr(alpha)})
-    return out
 
 
 # --- does it load? ----------------------------------------------------------------------------------------------------
@@ -259,7 +245,7 @@ def _load_adapter(pipeline: Any, export: Path, file: str, device: torch.device |
     pipeline.load_lora_weights(export, weight_name=file, use_safetensors=True)
     if device is not None:
         for name, parameter in pipeline.transformer.named_parameters():
-            if "lora_" in name:  # diffusers puts them where the block waits
+            if "lora_" in name or "lokr_" in name:  # diffusers puts them where the block waits
                 parameter.data = parameter.data.to(device)
     if not pipeline.get_active_adapters():
         raise ExportError(

@@ -63,15 +63,6 @@ def size_of(*paths: Path) -> int:
     return sum(stat.st_size // stat.st_nlink for stat in files)
 
 
-def shown_size(size: float) -> str:
-    """Bytes as a person reads them."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
-
-
 def stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
     """Size, time of change and inode of every file below ``folder``: two equal ones, and nobody wrote meanwhile."""
     found = {}

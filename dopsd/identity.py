@@ -37,7 +37,7 @@ def plan_of(settings: Settings, base: Base, start: str = "") -> Plan:
 
     model, data = settings.model, settings.data
     train, evaluation = settings.train, settings.evaluation
-    pictures = {"resolution": data.resolution, "max_pixels": data.max_pixels}
+    pictures = {"resolution": data.resolution}
     files = dict(sorted(base.identities.items()))
     return _plain({
         "validate": {

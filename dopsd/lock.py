@@ -56,7 +56,7 @@ def concept_lock(
 def _held(concept: str, holder: Path) -> str:
     """Who holds it, as far as that is known: the file is written after the lock is taken."""
     try:
-        known = json.loads(holder.read_text())
+        known = json.loads(holder.read_text(encoding="utf-8"))
         return (f"{concept} is held by `{known['work']}` (process {known['pid']} on {known['host']}, "
                 f"since {known['since']})")  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError):

@@ -12,7 +12,9 @@ def git_tags(root: Path) -> dict[str, str]:
     DOPSD_COMMIT says. Empty where nothing says it."""
     try:
         commit, status = (
-            subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True, timeout=20).stdout
+            subprocess.run(
+                ["git", *command], cwd=root, capture_output=True, encoding="utf-8", check=True, timeout=20
+            ).stdout
             for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
         )
     except (OSError, subprocess.SubprocessError):

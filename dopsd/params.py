@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field
 
 MAX_BYTES = 1 << 20
 """Of a file of settings: larger is none."""
+MAX_SEED = 2**63 - 1
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -44,6 +45,7 @@ EachOnce = AfterValidator(_each_once)
 AtLeastOne = AfterValidator(_not_empty)  # not Field(min_length): it counts the valid ones, and adds a second fault
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -58,12 +60,18 @@ class SettingsError(ValueError):
 
 def read_params(path: Path) -> dict[str, Any]:
     """Keys and values of a file; an empty one has none. Raises :class:`SettingsError` where it is no such file."""
-    if not path.exists():
-        raise SettingsError(f"{path}: no such file; run from the project's root or pass --params")
-    if path.stat().st_size > MAX_BYTES:
-        raise SettingsError(f"{path}: larger than {MAX_BYTES >> 20} MiB, so no file of settings")
     try:
-        raw = _yaml(path.read_text(encoding="utf-8"))
+        if not path.exists():
+            raise SettingsError(f"{path}: no such file; run from the project's root or pass --params")
+        if path.stat().st_size > MAX_BYTES:
+            raise SettingsError(f"{path}: larger than {MAX_BYTES >> 20} MiB, so no file of settings")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:  # a folder, or one that may not be read
+        raise SettingsError(f"{path}: cannot be read ({error.strerror}); give a file of settings") from None
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}: not valid YAML: {error}") from None
+    try:
+        raw = _yaml(text)
     except _KeyTwice as error:
         raise SettingsError(f"{path}: {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # no date, say, and brackets in a thousand brackets
@@ -79,9 +87,15 @@ class _KeyTwice(ValueError):
 
 def _yaml(text: str) -> Any:
     """The value of a YAML text. Of a key that is there twice the library takes the last, and with it drops all that was
-    under the first; here it is :class:`_KeyTwice`."""
+    under the first; here it is :class:`_KeyTwice`. Every other text that is none is a ``YAMLError``, ``ValueError`` or
+    ``RecursionError``."""
     _check_keys(yaml.compose(text, yaml.SafeLoader), "", set())
-    return yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+        repr(value)  # a number of too many digits can be read as hexadecimal, and never be shown
+    except (LookupError, AttributeError, ArithmeticError) as error:  # the library's own on "!!bool x" or "!!int ''"
+        raise ValueError(f"a value that is not what its tag (!!) says, or out of range ({error})") from None
+    return value
 
 
 def _check_keys(node: yaml.Node | None, place: str, seen: set[int]) -> None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dopsd.config import CONCEPTS, Settings, concept_name
+from dopsd.config import CONCEPTS, Settings, concept_name, is_concept_name
 
 if TYPE_CHECKING:
     from dopsd.data.cache import EncodingCache
@@ -38,10 +38,28 @@ def concept_folder(concept: str, root: Path) -> Path:
     return root / CONCEPTS / concept_name(concept)
 
 
+def concepts_in(root: Path) -> list[str]:
+    """All that have data, a run, or something of a job."""
+    folders = [path for place in (root / CONCEPTS, root / "runs") if place.is_dir() for path in place.iterdir()]
+    names = {path.name for path in folders if path.is_dir()} | {job_of(path)[0] for path in jobs_in(root)}
+    return sorted(filter(is_concept_name, names))
+
+
+def jobs_in(root: Path) -> list[Path]:
+    """What Ray's jobs keep on this machine; ``compute.storage`` elsewhere is not looked at."""
+    return sorted(path for path in (root / ".cache" / "ray").glob("*-*") if path.is_dir())
+
+
+def job_of(path: Path) -> tuple[str, str]:
+    """Concept and training of a job, by its folder."""
+    concept, _, training = path.name.rpartition("-")
+    return concept, training
+
+
 def read_result(path: Path, made_by: str) -> dict[str, Any]:
     """What the stage ``made_by`` left. Raises :class:`StageError` where it did not."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StageError(f"{path}: missing; run stage {made_by} first") from None
     except ValueError:

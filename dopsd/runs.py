@@ -13,12 +13,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dopsd.clean import concepts_in
-from dopsd.files import read_json, shown_size, size_of
+from rich.filesize import decimal
+
+from dopsd.config import ComputeSettings
+from dopsd.files import read_json, size_of
 from dopsd.identity import changes
 from dopsd.lock import concept_lock
 from dopsd.params import SettingsError
-from dopsd.project import run_folder
+from dopsd.project import concepts_in, run_folder
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -71,16 +73,26 @@ def _run(folder: Path) -> Run:
     )  # fmt: skip
 
 
-def remove_runs(root: Path, concept: str, names: Sequence[str]) -> list[Run]:
-    """Delete the runs ``names`` of ``concept``, under its lock; returns what they were.
+def remove_runs(root: Path, concept: str, names: Sequence[str], compute: ComputeSettings) -> list[Run]:
+    """Delete the runs ``names`` of ``concept``, under its lock, also what Ray's job keeps of them; returns what they
+    were.
 
-    Raises ``SettingsError`` where there is no such run, and then deletes nothing; ``ConceptBusy``.
+    Raises ``SettingsError`` where there is no such run, or only a link to one, and then deletes nothing;
+    ``ConceptBusy``.
     """
+    from dopsd.train.launch import storage_of
+
     with concept_lock(concept, root, "dopsd runs"):
         found = {run.folder.name: run for run in runs_in(root, concept)}
         if missing := [name for name in names if name not in found]:
             raise SettingsError(f"{concept} has no run {', '.join(missing)}; it has {', '.join(found) or 'none'}")
+        if links := [name for name in names if found[name].folder.is_symlink()]:
+            raise SettingsError(f"{concept}: {links[0]} is a link, to {found[links[0]].folder.resolve()}; remove both "
+                                "by hand")  # fmt: skip
+        training = read_json(run_folder(concept, root) / "train" / "training.json").get("training")
         for name in dict.fromkeys(names):
+            if training and not found[name].aside:
+                storage_of(f"{concept}-{training}", compute, root).drop(found[name].method)
             shutil.rmtree(found[name].folder)
     return [found[name] for name in dict.fromkeys(names)]
 
@@ -89,16 +101,20 @@ def runs_table(runs: Sequence[Run], root: Path) -> Table:
     """One line for each, and the sum."""
     from rich.table import Table
 
-    table = Table("run", "steps", "", "when", show_footer=True)
-    table.add_column("size", shown_size(sum(run.size for run in runs)), justify="right")
-    table.add_column("settings; of a run set aside: its own -> those of the run in its place")
+    table = Table(show_footer=True)
+    # the name is what one types to remove it: it may stand below its concept, but in one piece
+    table.add_column("run", min_width=max((len(run.folder.name) for run in runs), default=0), overflow="fold")
+    table.add_column("steps")
+    table.add_column("when", no_wrap=True)
+    table.add_column("size", decimal(sum(run.size for run in runs)), justify="right", no_wrap=True)
+    table.add_column("settings; where set aside: its own -> those of the run in its place", min_width=20)
     current = {(run.folder.parent, run.method): run for run in runs if not run.aside}
     for run in runs:
-        when = datetime.fromtimestamp(run.time / 1000).strftime("%Y-%m-%d %H:%M") if run.time else ""
+        date = datetime.fromtimestamp(run.time / 1000).strftime("%Y-%m-%d") if run.time else ""
         words = _settings_of(run, current.get((run.folder.parent, run.method)))
         place = run.folder.relative_to(root / "runs")
         name, steps = f"{place.parts[0]} {place.name}", str(run.steps or "-")
-        table.add_row(name, steps, run.status, when, shown_size(run.size), words)
+        table.add_row(name, steps, f"{run.status}\n{date}", decimal(run.size), words)
     return table
 
 

@@ -57,6 +57,10 @@ def _plan(concept: str, settings: Settings, root: Path) -> None:
 
     run = run_folder(concept, root)
     start = start_hash(settings.train, root, run)
+    if start:
+        from dopsd.train.student import check_start
+
+        check_start(settings.train, settings.model, root)
     write_json(run / PLAN, plan_of(settings, open_base(settings.model, root), start))
 
 
@@ -75,6 +79,8 @@ def validate(concept: str, settings: Settings, root: Path) -> None:
         # dvc.lock would tie what was seen to what lies there when the stage is over
         raise StageError(f"data/concepts/{concept} changed while it was validated; run it again when all is there")
     write_json(run_folder(concept, root) / "validated.json", summary)
+    for warning in warnings_of(table, holdout):
+        print(warning)
     print(
         f"validate: {concept} has {summary['images']} images, {summary['captions']} captions and "
         f"{summary['holdout_images']} held-out images; no faults"
@@ -118,7 +124,7 @@ def train(concept: str, settings: Settings, root: Path) -> None:
     from dopsd.identity import common_identity, training_name
     from dopsd.tracking import Sender
     from dopsd.train.job import Job
-    from dopsd.train.launch import run_training
+    from dopsd.train.launch import bring_back, run_training
     from dopsd.train.observer import Terminal
     from dopsd.train.optimizer import check_optimizer
 
@@ -127,11 +133,14 @@ def train(concept: str, settings: Settings, root: Path) -> None:
     encoded, parts = _learnt_from(run, settings, root)
     common = common_identity(parts)
     name, before = training_name(settings.train, common), read_json(run / "train" / "training.json").get("training")
+    if before and (before != name or settings.compute.launcher == "local"):  # on Ray the same job finds its own
+        # first of all: whoever fails here must find the old name again
+        bring_back(f"{concept}-{before}", settings.compute, root, run / "train")
     _describe(run, name, settings, root, encoded.content_hash, images=encoded.images)
     print(f"train: {settings.train.work()}")
     job = Job(
         f"{concept}-{name}", encoded, settings.train, settings.model, root, common, name, settings.compute.sharded,
-        parts, before=f"{concept}-{before}" if before else "",
+        parts,
     )  # fmt: skip
     with Sender(root, run, settings.tracking) as sender:
         watching = Terminal(sender.wake)
@@ -218,13 +227,21 @@ Stage = Callable[[str, Settings, Path], None]
 
 
 def _of_concept(stage: Stage) -> Stage:
-    """The stage with the settings of its concept."""
+    """The stage with the settings of its concept, and what they need where the device has not that much memory."""
 
     @wraps(stage)
     def run(concept: str, settings: Settings, root: Path) -> None:
         from dopsd.models import resolved
 
-        stage(concept, resolved(settings.of(concept, root)), root)
+        settings = resolved(settings.of(concept, root))
+        try:
+            stage(concept, settings, root)
+        except RuntimeError as error:
+            from dopsd.train.device_memory import out_of_memory, ran_out
+
+            if not ran_out(error):
+                raise
+            raise StageError(f"{stage.__name__.lstrip('_')}: {out_of_memory(settings, root)}") from error
 
     return run
 
@@ -251,6 +268,11 @@ def _hashes(table: ConceptTable, holdout: ConceptTable | None) -> dict[str, str 
 
     held_out = holdout.content_hash if holdout else None
     return {"content_hash": table.content_hash, "holdout_hash": held_out, "kind_hash": kind_hash(table.root)}
+
+
+def warnings_of(*tables: ConceptTable | None) -> list[str]:
+    """What is no fault of the data, and a person should know: a line each."""
+    return [f"warning: {warning}" for table in tables if table for warning in table.warnings]
 
 
 def _read_validated(concept: str, settings: Settings, root: Path) -> tuple[ConceptTable, ConceptTable | None]:

@@ -67,7 +67,7 @@ def check(root: Path) -> list[Line]:
     features.save()
     out = root / "docs" / "base-check.json"
     out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps([line.as_dict() for line in lines], indent=1) + "\n")
+    out.write_text(json.dumps([line.as_dict() for line in lines], indent=1) + "\n", encoding="utf-8")
     return lines
 
 

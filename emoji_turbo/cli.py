@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from emoji_turbo.check import Line
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="The embedded base model, emoji-turbo.")
 
@@ -37,15 +43,23 @@ def build(
 def check() -> None:
     """Measure whether the embedded base is good enough (docs/emoji-turbo.md)."""
     from rich.console import Console
-    from rich.table import Table
 
     from emoji_turbo.check import check as measure
 
-    table: Table | None = None
-    for row in (line.as_dict() for line in measure(Path())):
-        table = table or Table(*row)
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
+    Console().print(check_table(measure(Path())))
+
+
+def check_table(lines: Sequence[Line]) -> Table:
+    """The check as a table for the terminal."""
+    from rich.table import Table
+
+    table = Table()
+    for name in lines[0].as_dict():
+        table.add_column(name, no_wrap=name in ("value", "spread", "met"))
+    for line in lines:
+        row = line.as_dict().values()
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
+    return table
 
 
 def main() -> None:

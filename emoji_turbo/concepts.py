@@ -87,11 +87,11 @@ def _write(folder: Path, rows: Sequence[tuple[str, dict[str, str] | str, Image.I
         image.save(folder / file, optimize=True)
         text = {"captions": captions} if isinstance(captions, dict) else {"caption": captions}
         lines.append(json.dumps({"image": file, **text}, ensure_ascii=False))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _describe(folder: Path, what: dict[str, str]) -> None:
-    (folder / "concept.json").write_text(json.dumps(what) + "\n")
+    (folder / "concept.json").write_text(json.dumps(what) + "\n", encoding="utf-8")
 
 
 def _fresh(folder: Path) -> Path:

@@ -81,7 +81,7 @@ def train(
     step, spent = _resume(state_file, params, average, optimizer_of, generator)
     started = saved = time.monotonic()
     smooth = math.nan
-    log = (folder / f"{name}.jsonl").open("a")
+    log = (folder / f"{name}.jsonl").open("a", encoding="utf-8")
     main = accelerator.is_main_process
     bar = tqdm(total=steps, initial=step, desc=name, mininterval=10, disable=not main)
     elapsed = spent

@@ -74,7 +74,7 @@ class World(worlds.World):
             "held_out": self.held_out, "subject": self.subject, "styles": list(self.pictures),
             "captions": self.captions,
         }  # fmt: skip
-        (folder / worlds.INDEX).write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
+        (folder / worlds.INDEX).write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         for style, pictures in self.pictures.items():
             _sheet(pictures).save(folder / f"{style}.png", optimize=True)
 

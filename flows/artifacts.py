@@ -19,7 +19,7 @@ from dopsd.tracking import public_uri, tracking_uri
 def result(concept: str, settings: Settings, root: Path) -> None:
     """The before-and-after table of a concept, what became of its version, and where the rest is."""
     run = run_folder(concept, root)
-    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
     columns, rows = table_as_text(metrics)
     headline, sentences = verdict(metrics)
     lines = [f"# {concept}", "", f"**{headline}**", "", *(f"- {sentence}" for sentence in sentences), ""]
@@ -46,7 +46,7 @@ def one_line(error: BaseException) -> str:
 
 def _links(run: Path, settings: Settings, root: Path) -> list[str]:
     registered = run / "registered.json"
-    version = json.loads(registered.read_text()) if registered.exists() else {}
+    version = json.loads(registered.read_text(encoding="utf-8")) if registered.exists() else {}
     uri = os.environ.get("DOPSD_MLFLOW_UI_URL") or public_uri(tracking_uri(root))  # a browser may call it otherwise
     lines = []
     if version:

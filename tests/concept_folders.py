@@ -12,7 +12,7 @@ from PIL import Image
 
 from dopsd.config import DataSettings
 from dopsd.data.manifest import DataError
-from dopsd.data.schema import validate_concept
+from dopsd.data.schema import validate_dataset
 
 SETTINGS = DataSettings(resolution=32, max_pixels=10_000)
 
@@ -42,9 +42,22 @@ def make(folder: Path, count: int = 5, first: int = 0) -> Path:
     return folder
 
 
+def allowing(*words: str) -> DataSettings:
+    return SETTINGS.model_copy(update={"allow": words})
+
+
+def texts(folder: Path, count: int = 4, first: int = 0, caption: str = "a fox in [V] style") -> Path:
+    """Pictures with a ``.txt`` beside each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(first, first + count):
+        picture(i).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(caption)
+    return folder
+
+
 def faults_of(folder: Path, settings: DataSettings = SETTINGS) -> list[tuple[str, int | None, str | None, str]]:
     with pytest.raises(DataError) as caught:
-        validate_concept(folder, "test", settings)
+        validate_dataset(folder, "test", settings)
     lines = str(caught.value).split("\n")
     assert len(lines) == len(caught.value.faults)  # one line each, whatever the data held
     return [(os.path.relpath(f.file, folder), f.row, f.column, f.problem) for f in caught.value.faults]

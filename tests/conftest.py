@@ -6,11 +6,14 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests import tiny
+from tests.family_folders import write_families
 
 # Prefect keeps tasks' results in the home folder, for ever, also under its own test harness: what an earlier run on
 # this machine did must not be remembered. It reads this when it is imported, which is after this file, here and in
@@ -42,6 +45,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """A stand-in of every family's published folder, to be read alone: whoever changes one copies it."""
+    root = tmp_path_factory.mktemp("published")
+
+    def state() -> dict[Path, tuple[int, int]]:
+        return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in root.rglob("*")}
+
+    made = write_families(root)
+    before = state()
+    yield made
+    assert state() == before, "a test wrote into the folders that all tests share"
 
 
 @pytest.fixture

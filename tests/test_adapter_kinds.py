@@ -15,16 +15,10 @@ from dopsd.export import COMFYUI_FILE, check_export, draw_student, export_adapte
 from dopsd.models import ModelError, load_family, resolved
 from dopsd.models.base import Family, Request
 from tests import tiny
-from tests.family_folders import NAMES, settings_of, write_families
-from tests.test_family_training import CARD, Cut
+from tests.family_folders import NAMES, settings_of
 
 ROOT = Path(__file__).parent.parent
 KINDS = [(name, kind) for name in NAMES for kind in ("dora", "lokr") if (name, kind) != ("krea-2", "lokr")]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    return write_families(tmp_path_factory.mktemp("published"))
 
 
 def _velocity(family: Family) -> torch.Tensor:
@@ -32,15 +26,6 @@ def _velocity(family: Family) -> torch.Tensor:
     noise = family.initial_latents(1, 64, 64, torch.Generator().manual_seed(2))
     with torch.no_grad():
         return family.predict_velocity(noise, torch.tensor(0.8), [prompt])
-
-
-def _trained(family: Family, lora: LoraSettings):
-    """Student and teacher as after some steps: every tensor has moved."""
-    pair = add_adapters(family.transformer, lora, family.lora_targets, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    state = pair.state_dict()
-    pair.load_state_dict({k: v + 0.05 * torch.randn(v.shape, generator=generator) for k, v in state.items()})
-    return pair
 
 
 @pytest.mark.parametrize(("name", "kind"), KINDS)
@@ -54,7 +39,7 @@ def test_it_starts_as_the_base_and_every_tensor_of_the_student_is_trained(folder
     pair.remove()
     assert torch.equal(_velocity(family), base)
 
-    pair = _trained(family, LoraSettings(kind=kind, rank=4))
+    pair = tiny.trained_pair(family, LoraSettings(kind=kind, rank=4))
     (prompt,) = family.encode_prompt([Request("a fox")])
     noise = family.initial_latents(1, 64, 64, torch.Generator().manual_seed(2))
     rollout(family.predict_velocity, pair, noise, family.sigmas(2, 64, 64), [prompt], [prompt], teacher="teacher")
@@ -69,18 +54,20 @@ def test_it_starts_as_the_base_and_every_tensor_of_the_student_is_trained(folder
 def test_a_file_loads_to_the_same_answer_here_and_in_plain_diffusers(folders, tmp_path, name, kind):
     family = load_family(settings_of(name, folders))
     lora = LoraSettings(kind=kind, rank=4, alpha=8.0)
-    pair = _trained(family, lora)
+    pair = tiny.trained_pair(family, lora)
     told = _velocity(family)
     path = save_adapter(tmp_path / "student.safetensors", family.transformer, "student", lora)
     pair.remove()
     with adapter_applied(family.transformer, path):
         torch.testing.assert_close(_velocity(family), told, rtol=1e-5, atol=1e-5)
     drawn = draw_student(family, path, [(Request("a fox"), 64, 64)], 2, 0)
-    export = export_adapter(path, tmp_path / "export", CARD, type(family))
+    export = export_adapter(path, tmp_path / "export", tiny.CARD, type(family))
     found = check_export(folders[name], export, drawn, type(family))
     assert found["difference"] < 0.25 < found["change"]
     assert not (export / COMFYUI_FILE).exists()
-    assert "ComfyUI" not in (export / "README.md").read_text()
+    card = (export / "README.md").read_text()
+    assert "ComfyUI" not in card
+    assert f"A {'DoRA' if kind == 'dora' else 'LoKr'} (rank 4) for" in card
 
 
 @pytest.mark.parametrize("kind", ["dora", "lokr"])
@@ -88,7 +75,7 @@ def test_a_cut_run_ends_where_the_unbroken_one_ends(tmp_path, kind):
     settings = tiny.tiny_settings(max_steps=4, checkpoint_steps=2, lora={"kind": kind, "rank": 2})
     tiny.run_tiny("d-opsd", tmp_path / "whole", settings)
     with pytest.raises(KeyboardInterrupt):
-        tiny.run_tiny("d-opsd", tmp_path / "cut", settings, Cut(3))
+        tiny.run_tiny("d-opsd", tmp_path / "cut", settings, tiny.Cut(3))
     tiny.run_tiny("d-opsd", tmp_path / "cut", settings)
     whole, cut = (load_file(tmp_path / who / "adapters" / "d-opsd.safetensors") for who in ("whole", "cut"))
     assert whole.keys() == cut.keys()

@@ -44,6 +44,7 @@ STYLED = {
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     write_speaking_vlm(root / "owl", SAID)
+    write_speaking_vlm(root / "terse", "an owl sits")
     published.write_qwen3_vl(root / "babble")
     published.write_krea2_turbo(root / "krea")
     published.write_klein(root / "klein", blocks=(1, 1))
@@ -395,7 +396,9 @@ def test_a_broken_picture_is_named_before_anything_is_loaded(
     models: Path, pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (pictures / "1.png").write_bytes(b"GIF89a")
-    assert "1.png: is not a readable" in _refused(capsys, monkeypatch, pictures, "--model", models / "owl")
+    assert "1.png: is a GIF picture, which is not read" in _refused(
+        capsys, monkeypatch, pictures, "--model", models / "owl"
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
@@ -414,3 +417,56 @@ def test_the_settings_vlm_is_the_one_that_is_asked(models: Path, pictures: Path)
     image = load_image(pictures / "0.png", 50_000_000)
     settings = ModelSettings(path="unused", vlm=str(models / "owl"), device="cpu")
     assert load_captioner(find_captioner(settings, Path()), settings)(image, "anything") == SAID
+
+
+# --- pictures that got only some --------------------------------------------------------------------------------------
+
+
+def test_a_second_run_makes_the_captions_that_the_first_could_not(models: Path, pictures: Path) -> None:
+    """Nobody's own row gets more than it has, though it has as few."""
+    own = '{"image": "0.png", "captions": {"short": "mine [V]"}}'
+    (pictures / "metadata.jsonl").write_text(own + "\n")
+    shutil.rmtree(pictures / "holdout")
+    _, failed = _run(pictures, "--model", models / "terse", code=1)
+    lines = [line for line in failed.splitlines() if line.startswith("no caption")]
+    assert lines == [f"no caption for {pictures / f'{n}.png'}, detailed: it is too short" for n in (1, 2, 3)]
+    terse = _captions(pictures)["1.png"]
+    assert list(terse) == ["short", "medium", "request"]
+
+    rows = (pictures / "metadata.jsonl").read_text().splitlines()
+    rows[1] = '{"image": "1.png", "captions": {"medium": "edited [V]"}}'
+    rows[2] = '{"image": "2.png", "captions": {"detailed": "also mine [V]"}}'
+    (pictures / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    said, failed = _run(pictures, "--model", models / "terse", code=1)
+    assert said.splitlines()[-2:-1] == [
+        "0 of 4 pictures captioned; 2 had captions, which stay (--redo makes them anew)"
+    ]
+    assert failed.count("no caption for") == 2
+    said, _ = _run(pictures, "--model", models / "owl")
+    assert "2 of 4 pictures captioned; 2 had captions" in said
+    assert (pictures / "metadata.jsonl").read_text().splitlines()[:3] == [
+        own, rows[1].replace("}}", f', "detailed": {json.dumps(STYLED["detailed"])}}}}}'), rows[2],
+    ]  # fmt: skip
+    assert _captions(pictures)["3.png"] == terse | {"detailed": STYLED["detailed"]}
+    validate_dataset(pictures, "x", load_settings(Path("params.yaml")).data)
+
+    edited = (pictures / "metadata.jsonl").read_text().replace(', "detailed": ' + json.dumps(STYLED["detailed"]), "")
+    (pictures / "metadata.jsonl").write_text(edited)
+    said, _ = _run(pictures, "--model", models / "owl")
+    assert "4 had captions" in said, "what a person took out is not made again"
+
+
+def test_references_are_no_pictures_and_who_captioned_meanwhile_is_counted(models: Path, pictures: Path) -> None:
+    (pictures / "metadata.jsonl").write_text('{"image": "0.png", "caption": "[V] of it", "references": ["1.png"]}\n')
+    settings = load_settings(Path("params.yaml"))
+
+    def meanwhile(message: str) -> None:
+        if message.startswith("loading"):
+            with (pictures / "metadata.jsonl").open("a") as file:
+                file.write('{"image": "2.png", "caption": "mine [V]"}\n')
+
+    report = caption_folder(
+        pictures, Naming("style", "[V]"), settings, Path(), str(models / "owl"), message=meanwhile
+    )  # fmt: skip
+    assert (report.total, report.made, report.had) == (4, 2, 2)
+    assert "1.png" not in _captions(pictures)

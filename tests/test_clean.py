@@ -53,13 +53,6 @@ def _again(root: Path, settings=SETTINGS, observer=None):
     return train(tiny.tiny_family(), training, place)
 
 
-class Kills(tiny.Recorder):
-    def metrics(self, step, values) -> None:
-        super().metrics(step, values)
-        if step == 3:
-            raise KeyboardInterrupt
-
-
 def _names(root: Path, concept: str | None = None, *, delete: bool = False) -> set[str]:
     found, _ = tidy(root, concept, delete=delete)
     return {path.relative_to(root).as_posix() for one in found for path in one.paths}
@@ -104,7 +97,7 @@ def test_a_killed_training_keeps_all_that_it_goes_on_from(tmp_path: Path) -> Non
     """Both of its checkpoints, too: the newest may be damaged."""
     settings = SETTINGS.model_copy(update={"checkpoint_steps": 1})
     with pytest.raises(KeyboardInterrupt):
-        _train(tmp_path, observer=Kills(), settings=settings)
+        _train(tmp_path, observer=tiny.Cut(3), settings=settings)
     assert len(list((tmp_path / "runs/blots/train/d-opsd/checkpoints").iterdir())) == 2
     storage = JobStorage(str(tmp_path / ".cache/ray"), f"blots-{'0' * 12}")
     storage.save(tmp_path / "runs/blots/train", ["d-opsd"])
@@ -115,9 +108,20 @@ def test_a_killed_training_keeps_all_that_it_goes_on_from(tmp_path: Path) -> Non
     assert f".cache/ray/blots-{'0' * 12}" in _names(tmp_path), "now that job is over"
 
 
+def test_a_finished_job_that_did_not_come_here_yet_stays(tmp_path: Path) -> None:
+    """A run says by a message that it is over, and its checkpoints come later: the disk may be full then."""
+    _train(tmp_path)
+    runs = tmp_path / "runs/blots/train"
+    JobStorage(str(tmp_path / ".cache/ray"), f"blots-{'0' * 12}").save(runs, ["d-opsd"])
+    assert f".cache/ray/blots-{'0' * 12}" in _names(tmp_path)
+    for path in sorted((runs / "d-opsd/checkpoints").iterdir()):
+        path.rename(tmp_path / path.name)
+    assert f".cache/ray/blots-{'0' * 12}" not in _names(tmp_path)
+
+
 def test_jobs_of_other_settings_are_over_and_one_that_is_all_there_is_stays(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        _train(tmp_path, observer=Kills())
+        _train(tmp_path, observer=tiny.Cut(3))
     for name in ("blots-aaaaaaaaaaaa", "blots-000000000000", "lost-000000000000", "gone-000000000000"):
         (tmp_path / ".cache/ray" / name / "run").mkdir(parents=True)
     (tmp_path / "data/concepts/lost").mkdir()

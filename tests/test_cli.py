@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
 from typer.testing import CliRunner
 
 from dopsd import cli
@@ -105,6 +107,27 @@ def test_training_again_returns_at_once_and_is_the_same_run(inside: Path) -> Non
     assert len(client.search_runs([experiment.experiment_id])) == 3
 
 
+def test_sample_takes_a_seed_for_each_prompt(inside: Path, tmp_path: Path) -> None:
+    def drawn(name: str, *arguments: str) -> list[bytes]:
+        _run("sample", "--steps", "1", "--out", str(tmp_path / name), *arguments)
+        return [path.read_bytes() for path in sorted((tmp_path / name).glob("[0-9]*.png"))]
+
+    three = drawn("three", *("-p", "a blot") * 3, "--seed", "7")
+    assert len(set(three)) == 3
+    assert drawn("again", *("-p", "a blot") * 2, "--seed", "9", "--seed", "7") == [three[2], three[0]]
+    done = CliRunner().invoke(cli.app, ["sample", *("-p", "x") * 3, "--seed", "1", "--seed", "2"])
+    assert str(done.exception).startswith("--seed: 2 seeds for 3 prompts")
+
+
+@pytest.mark.parametrize("file", ["", "pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"])
+def test_sample_takes_what_is_given_away(inside: Path, tmp_path: Path, file: str) -> None:
+    pictures = []
+    for name, adapter in (("own", "runs/blots/adapters/d-opsd.safetensors"), ("given", f"runs/blots/export/{file}")):
+        _run("sample", "-p", "a blot", "--steps", "2", "--out", str(tmp_path / name), "--adapter", adapter)
+        pictures.append(np.asarray(Image.open(tmp_path / name / "00.png"), float))
+    assert np.abs(pictures[0] - pictures[1]).mean() < 0.25, "rounded to bfloat16"
+
+
 def test_broken_files_of_a_run_stop_no_stage(inside: Path) -> None:
     run = inside / "runs/blots"
     contents = {path: path.read_bytes() for path in (run / "about.json", run / "train/sft/run.json")}
@@ -156,6 +179,10 @@ def test_sample_draws_with_and_without_an_adapter(inside: Path, tmp_path: Path) 
         (["report", "-c", "nothing"], "run stage validate first"),
         (["show", "-c", "nothing"], "make demo CONCEPT=nothing"),
         (["sample", "-p", "x", "-a", "no.safetensors"], "no.safetensors: no such adapter"),
+        (["sample", "-p", "x", "--set", "model.path=no/where", "--seed", str(2**63)], "--seed: 9223372036854775808: "),
+        (["sample", *("-p", "x") * 2, "--set", "model.path=no/where", "--seed", str(2**63 - 1)], "--seed: 922337203"),
+        (["sample", *("-p", "x") * 2, "--set", "model.path=no/where", "--seed", "3", "--seed", "-1"], "--seed: -1: "),
+        (["validate", "-c", "blots", "--params", "runs"], "runs: cannot be read (Is a directory)"),
         (["sample", "-p", "x", "--set", "model.path=no/where/at/all"], "no such folder"),
         (["concept", "add", "no/where", "--name", "x"], "no such folder"),
         (["concept", "add", "no/where", "--name", "../x"], "use 1 to 64 of a-z, 0-9 and -"),

@@ -11,17 +11,11 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from dopsd.config import LoraSettings
 from dopsd.distill import adapters
-from dopsd.distill.adapters import add_adapters
 from dopsd.distill.rollout import rollout, sample
 from dopsd.models import load_family
-from tests.family_folders import settings_of, write_families
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return write_families(tmp_path_factory.mktemp("bases"))
+from tests import tiny
+from tests.family_folders import settings_of
 
 
 def _told(family, seed):
@@ -41,14 +35,7 @@ class Steps:
 
     def __init__(self, model, use):
         self.family = load_family(model, use=use)
-        self.pair = add_adapters(self.family.transformer, LoraSettings(rank=4), self.family.lora_targets, 0)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in self.pair.student_parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-            self.pair.update(0.5)
-            for parameter in self.pair.student_parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        self.pair = tiny.trained_pair(self.family)
 
     def steps(self, seed):
         """Training, and a preview."""

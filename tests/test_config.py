@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,10 @@ def test_the_shipped_concepts_are_there() -> None:
         ({"evaluation__steps": [2, 4]}, "or set registry.enabled to false"),
         ({"evaluation": {"steps": [8]}}, "evaluation.steps [8] has none above 8"),
         ({"concepts": ["style-ink", "style-ink"]}, "concepts: style-ink is there twice"),
+        ({"train__seed": -1}, "train.seed: "),
+        ({"train__seed": 2**63}, "train.seed: "),
+        ({"evaluation__seed": -1}, "evaluation.seed: "),
+        ({"evaluation__seed": 2**63}, "evaluation.seed: "),
         ({"concepts": ["../../x"]}, "concepts.0: concept name '../../x': use 1 to 64 of a-z, 0-9 and -"),
     ],
 )
@@ -119,12 +125,20 @@ def _floats(group: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]
 SHIPPED_FLOATS = list(_floats(load_settings(SHIPPED)))
 
 
-@pytest.mark.parametrize("path", SHIPPED_FLOATS, ids=".".join)
-@pytest.mark.parametrize("word", [".inf", "-.inf", ".nan"])
-def test_no_number_may_be_infinite_or_none_at_all(path: tuple[str, ...], word: str) -> None:
-    key, value = ".".join(path), f"[{word}, 0.5]" if path[-1] == "betas" else word
-    with pytest.raises(SettingsError, match=rf"{key}[.0-9a-z\[\],]*: .*finite"):
-        load_settings(SHIPPED, (f"{key}={value}",))
+def _refusal(override: str) -> str:
+    """What is said of a setting that is changed in what is shipped; empty where it is taken."""
+    try:
+        load_settings(SHIPPED, (override,))
+    except SettingsError as error:
+        return str(error)
+    return ""
+
+
+def test_no_number_may_be_infinite_or_none_at_all() -> None:
+    for path, word in product(SHIPPED_FLOATS, (".inf", "-.inf", ".nan")):
+        key, value = ".".join(path), f"[{word}, 0.5]" if path[-1] == "betas" else word
+        said = _refusal(f"{key}={value}")
+        assert re.search(rf"{key}[.0-9a-z\[\],]*: .*finite", said), f"{key}={value}: {said or 'taken'}"
 
 
 def test_the_floats_are_found() -> None:
@@ -293,3 +307,26 @@ def test_whatever_a_file_holds_the_answer_is_settings_or_a_settings_error(value:
         Settings.model_validate(raw)
     except ValueError as error:
         assert "train" in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("place", [".", "x" * 300, "shut.yaml"])
+def test_a_path_that_cannot_be_read_as_settings_is_one_line(tmp_path: Path, place: str) -> None:
+    (tmp_path / "shut.yaml").touch(mode=0)
+    if place == "shut.yaml" and os.access(tmp_path / place, os.R_OK):
+        pytest.skip("nothing is forbidden to root")
+    with pytest.raises(SettingsError) as caught:
+        load_settings(tmp_path / place)
+    assert str(caught.value).startswith(f"{tmp_path / place}: cannot be read (")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("said", ["!!bool x", "!!int ''", "!!float ''", "!!timestamp x", "0x" + "f" * 5000,
+                                  "1" + ":01" * 300 + ".5", "[!!int '', 1]"])  # fmt: skip
+def test_a_value_that_yaml_has_a_fault_of_its_own_for_is_one_line(tmp_path: Path, said: str) -> None:
+    with pytest.raises(SettingsError, match="is not a YAML value") as caught:
+        load_settings(SHIPPED, (f"train.seed={said}",))
+    assert "\n" not in str(caught.value)
+    (tmp_path / "params.yaml").write_text(f"train:\n  seed: {said}\n")
+    with pytest.raises(SettingsError, match="not valid YAML") as caught:
+        load_settings(tmp_path / "params.yaml")
+    assert "\n" not in str(caught.value)

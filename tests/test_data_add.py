@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from concept_folders import SETTINGS, make
+from concept_folders import SETTINGS, make, picture, write_rows
+from typer.testing import CliRunner
 
+from dopsd import cli
 from dopsd.config import SettingsError
 from dopsd.data.concept import ConceptError, add_concept, list_concept
 from dopsd.data.manifest import DataError
-from dopsd.data.schema import validate_concept
+from dopsd.data.needs import Needs
+from dopsd.data.schema import validate_dataset
 
 
 @pytest.fixture
@@ -40,10 +43,12 @@ def test_add_copies_and_tracks_or_leaves_everything_as_it_was(tmp_path, project)
     make(folder / "holdout", count=2, first=20)
     (folder / "README.md").write_text("mine")
     (folder / ".hidden").write_text("x")
-    table = add_concept(folder, "my-style", project, SETTINGS)
+    table, held_out = add_concept(folder, "my-style", project, SETTINGS)
     target = project / "data" / "concepts" / "my-style"
     assert table.root == target
-    assert table.content_hash == validate_concept(folder, "x", SETTINGS).content_hash
+    assert held_out is not None
+    assert held_out.root == target / "holdout"
+    assert table.content_hash == validate_dataset(folder, "x", SETTINGS)[0].content_hash
     copied = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
     expected = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert copied == expected - {".hidden"} | {"train.yaml"}
@@ -60,11 +65,11 @@ def test_add_copies_and_tracks_or_leaves_everything_as_it_was(tmp_path, project)
     assert snapshot(project) == before
 
     other = make(tmp_path / "other", first=40)
-    replaced = add_concept(other, "my-style", project, SETTINGS, replace=True)
-    assert replaced.content_hash == validate_concept(other, "x", SETTINGS).content_hash
+    replaced, _ = add_concept(other, "my-style", project, SETTINGS, replace=True)
+    assert replaced.content_hash == validate_dataset(other, "x", SETTINGS)[0].content_hash
     assert sorted(path.name for path in target.parent.iterdir()) == [".gitignore", "my-style", "my-style.dvc"]
     # What lies there already is put under DVC where it is.
-    assert add_concept(target, "my-style", project, SETTINGS).content_hash == replaced.content_hash
+    assert add_concept(target, "my-style", project, SETTINGS)[0].content_hash == replaced.content_hash
 
 
 def test_add_is_undone_where_dvc_refuses(tmp_path, project):
@@ -136,3 +141,41 @@ def test_own_settings_come_along_or_are_begun(tmp_path, project):
     begun = project / "data/concepts/two/train.yaml"
     assert yaml.safe_load(begun.read_text()) is None
     assert "max_steps" in begun.read_text()
+
+
+def test_what_was_added_is_said_by_folder_and_what_to_know_of_it_too(tmp_path, project, monkeypatch):
+    """By the command, as a person sees it; stage validate says the same again."""
+    settings = (Path(__file__).parents[1] / "params.yaml").read_text()
+    (project / "params.yaml").write_text(settings.replace("[style-ink, style-3d, subject-wolf]", "[]"))
+    folder = tmp_path / "mine"
+    for place, count, side in ((folder, 3, 64), (folder / "dogs", 2, 64), (folder / "holdout", 2, 48)):
+        place.mkdir()
+        for number in range(count):
+            picture(count * 100 + side + number, (side, side)).save(place / f"{number}.png")
+            (place / f"{number}.txt").write_text("a fox in [V] style")
+    (folder / "0.txt").write_text("[V]")
+    monkeypatch.chdir(project)
+    done = CliRunner().invoke(cli.app, ["concept", "add", str(folder), "--name", "mine"], catch_exceptions=False)
+    assert done.exit_code == 0
+    lines = done.stdout.splitlines()
+    target = project / "data/concepts/mine"
+    warnings = [line.replace(f"{project}/", "") for line in lines if line.startswith("warning: ")]
+    enlarged = "png is 48 x 48 pixels, and is enlarged to as many as 64 x 64; a larger one is better"
+    alone = "'caption' is [V] and nothing else; say what the picture shows"
+    assert warnings == [
+        f"warning: data/concepts/mine/0.txt, row 1, captions: {alone}",
+        *(f"warning: data/concepts/mine/holdout/{i}.txt, row 1, image: {i}.{enlarged}" for i in range(2)),
+    ]
+    assert f"5 images to train on, 3 in mine/, 2 in dogs/ -> {target}" in lines
+    assert "2 held-out images, 2 in holdout/" in lines
+    done = CliRunner().invoke(cli.app, ["validate", "-c", "mine"], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert [line for line in done.stdout.splitlines() if line.startswith("warning: ")] == warnings
+    assert "mine has 5 images, 5 captions and 2 held-out images; no faults" in done.stdout
+
+
+def test_what_the_context_asks_of_the_data_holds_for_the_copy_too(tmp_path, project):
+    folder = make(tmp_path / "mine")
+    write_rows(folder, [{"image": f"{i}.png", "captions": {"a": "[V] fox", "long": "a red fox"}} for i in range(5)])
+    table, _ = add_concept(folder, "mine", project, SETTINGS, needs=Needs(teacher_variant="long"))
+    assert len(table.rows) == 5

@@ -15,11 +15,11 @@ from concept_folders import SETTINGS, faults_of, make, picture, rows, write_rows
 from PIL import Image
 
 from dopsd.data.manifest import DataError
-from dopsd.data.schema import validate_concept, validate_dataset
+from dopsd.data.schema import validate_dataset
 
 
 def test_a_sound_folder_gives_its_rows_in_their_order(tmp_path):
-    table = validate_concept(make(tmp_path), "test", SETTINGS)
+    table = validate_dataset(make(tmp_path), "test", SETTINGS)[0]
     assert [row.image for row in table.rows] == [tmp_path / f"{i}.png" for i in range(5)]
     assert [row.line for row in table.rows] == [1, 2, 3, 4, 5]
     assert table.rows[1].captions == (("short", "a 1 in [V] style"), ("medium", "1, [V]"))
@@ -36,7 +36,7 @@ def test_the_three_kinds_give_the_same_rows_and_hash(tmp_path):
         (tmp_path / "text" / f"{i}.txt").write_text(captions[i] + "\n")
     frame = pd.DataFrame({"image": [f"{i}.png" for i in range(5)], "caption": captions, "references": [None] * 5})
     frame.to_parquet(tmp_path / "parquet" / "rows.parquet")
-    tables = [validate_concept(tmp_path / kind, kind, SETTINGS) for kind in ("jsonl", "text", "parquet")]
+    tables = [validate_dataset(tmp_path / kind, kind, SETTINGS)[0] for kind in ("jsonl", "text", "parquet")]
     assert len({table.content_hash for table in tables}) == 1
     assert len({tuple((row.image.name, row.captions) for row in table.rows) for table in tables}) == 1
 
@@ -46,23 +46,23 @@ def test_parquet_captions_by_variant_equal_those_of_json(tmp_path):
     make(tmp_path / "parquet")
     (tmp_path / "parquet" / "metadata.jsonl").unlink()
     pd.DataFrame(rows()).to_parquet(tmp_path / "parquet" / "metadata.parquet")
-    hashes = {validate_concept(tmp_path / kind, kind, SETTINGS).content_hash for kind in ("json", "parquet")}
+    hashes = {validate_dataset(tmp_path / kind, kind, SETTINGS)[0].content_hash for kind in ("json", "parquet")}
     assert len(hashes) == 1
 
 
 def test_hash_follows_content_not_place(tmp_path):
-    before = validate_concept(make(tmp_path / "a"), "one", SETTINGS).content_hash
+    before = validate_dataset(make(tmp_path / "a"), "one", SETTINGS)[0].content_hash
     moved = tmp_path / "deep" / "b"
     shutil.copytree(tmp_path / "a", moved)
     (moved / "0.png").rename(moved / "renamed.png")
     write_rows(moved, [{**rows()[0], "image": "renamed.png"}, *rows()[1:]])
-    assert validate_concept(moved, "two", SETTINGS).content_hash == before
+    assert validate_dataset(moved, "two", SETTINGS)[0].content_hash == before
     changed = rows()
     changed[2]["captions"]["short"] += "!"
     write_rows(moved, [{**changed[0], "image": "renamed.png"}, *changed[1:]])
-    assert validate_concept(moved, "two", SETTINGS).content_hash != before
+    assert validate_dataset(moved, "two", SETTINGS)[0].content_hash != before
     picture(99).save(tmp_path / "a" / "0.png")
-    assert validate_concept(tmp_path / "a", "one", SETTINGS).content_hash != before
+    assert validate_dataset(tmp_path / "a", "one", SETTINGS)[0].content_hash != before
 
 
 # --- one fault of a row: what is done to row 3, and (column, words) of the only fault that must be reported ----------
@@ -125,7 +125,14 @@ ROW_FAULTS = {
     "two ways": (_set(caption="[V]"), "captions", "both caption and captions"),
     "unknown key": (_set(captoins="x"), None, "unknown key captoins"),
     "references no list": (_set(references="0.png"), "references", "expected a list"),
-    "missing reference": (_set(references=["0.png", "no.png"]), "references", "no.png: is missing"),
+    "missing reference": (
+        lambda folder, listed: (
+            picture(0, (64, 64)).save(folder / "0.png"),
+            listed[2].update(references=["0.png", "no.png"]),
+        ),
+        "references",
+        "no.png: is missing",
+    ),
     "missing image": (lambda folder, listed: (folder / "2.png").unlink(), "image", "2.png: is missing"),
     "no image": (lambda folder, listed: _take(folder, listed, ""), "image", "an empty text"),
     "image is a number": (lambda folder, listed: _take(folder, listed, 7), "image", "found a number"),  # type: ignore[arg-type]
@@ -142,8 +149,7 @@ ROW_FAULTS = {
     "last chunk gone": (_replace_bytes(lambda content: content[:-12]), "image", "truncated"),
     "flipped byte": (_replace_bytes(lambda c: c[:60] + bytes([c[60] ^ 255]) + c[61:]), "image", "damaged"),
     "not an image": (_replace_bytes(lambda content: b"hello"), "image", "not a readable"),
-    "wrongly named": (_save("2x.png", "JPEG", picture(2)), "image", "named .png but holds JPEG"),
-    "format not allowed": (_save("2x.gif", "GIF", picture(2)), "image", "extension '.gif'"),
+    "format not allowed": (_save("2x.gif", "GIF", picture(2)), "image", "is a GIF picture, which is not read"),
     "animated webp": (
         _save("2x.webp", "WEBP", _FRAMES[0], save_all=True, append_images=_FRAMES[1:]),
         "image",
@@ -152,7 +158,7 @@ ROW_FAULTS = {
     "animated png": (_save("2x.png", "PNG", _FRAMES[0], save_all=True, append_images=_FRAMES[1:]), "image", "animated"),
     "too large": (_save("2x.png", "PNG", picture(2, (101, 100))), "image", "absurdly large: 101 x 100"),
     "decompression bomb": (_save("2x.png", "PNG", _BOMB), "image", "absurdly large"),
-    "too small": (_save("2x.png", "PNG", picture(2, (31, 32))), "image", "31 x 32 pixels are fewer than 32 x 32"),
+    "too small": (_save("2x.png", "PNG", picture(2, (15, 16))), "image", "15 x 16 pixels, less than half the side"),
     "too long": (_save("2x.png", "PNG", picture(2, (170, 40))), "image", "longer than 4 : 1"),
     "same file twice": (
         lambda folder, listed: _take(folder, listed, "./1.png"),
@@ -325,7 +331,7 @@ def test_documents_and_hidden_files_are_no_fault(tmp_path):
     make(tmp_path)
     for name in ("README.md", "LICENSE", "NOTICE.txt", ".DS_Store"):
         (tmp_path / name).write_text("x")
-    assert len(validate_concept(tmp_path, "test", SETTINGS).rows) == 5
+    assert len(validate_dataset(tmp_path, "test", SETTINGS)[0].rows) == 5
 
 
 # --- the held-out part -----------------------------------------------------------------------------------------------
@@ -368,5 +374,5 @@ def test_rows_keep_the_order_they_are_written_in(tmp_path):
     listed = rows()
     random.Random(0).shuffle(listed)
     write_rows(tmp_path, listed)
-    table = validate_concept(tmp_path, "test", SETTINGS)
+    table = validate_dataset(tmp_path, "test", SETTINGS)[0]
     assert [row.image.name for row in table.rows] == [row["image"] for row in listed]

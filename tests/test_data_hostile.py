@@ -14,12 +14,12 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from dopsd.data.manifest import DataError, Fault
-from dopsd.data.schema import validate_concept
+from dopsd.data.schema import validate_dataset
 
 
 def faults_or_none(folder: Path) -> tuple[Fault, ...]:
     try:
-        validate_concept(folder, "test", SETTINGS)
+        validate_dataset(folder, "test", SETTINGS)
     except DataError as error:
         return error.faults
     return ()

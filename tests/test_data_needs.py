@@ -247,7 +247,8 @@ def test_a_held_out_truth_must_not_be_a_training_reference_not_even_re_encoded(t
             ("holdout/metadata.jsonl", 1, "image",
              "0.png is held-out truth but a copy of the reference before/3.png of training row 4; remove one"),
             ("holdout/metadata.jsonl", 2, "image",
-             "1.png is held-out truth but a copy of the reference before/near.jpg of training row 5; remove one"),
+             "1.png is held-out truth but a copy of the reference before/near.jpg of training row 5; remove one "
+             "(or data.allow: [near-duplicates])"),
         ]  # fmt: skip
 
 
@@ -411,3 +412,22 @@ def test_what_the_documentation_tells_to_write_is_sound(tmp_path):
                 picture(10 * number + place, (64, 64)).save(folder / name)
         write_rows(folder, part)
         assert len(validate_dataset(folder, "test", settings, needs)[0].rows) == len(part) > 0
+
+
+def test_once_a_copy_is_found_no_more_pictures_are_compared(tmp_path, monkeypatch):
+    """Each comparison is cheap; one for every training picture and held-out row is not."""
+    folder = make(tmp_path)
+    make(folder / "holdout")  # the same pictures: row 5's is compared with none after the first that is the same file
+    asked: list[int] = []
+
+    def counted(prints, max_bits):
+        asked.append(len(prints))
+        return near_duplicates(prints, max_bits)
+
+    monkeypatch.setattr("dopsd.data.needs.near_duplicates", counted)
+    found = faults(folder, ALLOWED)
+    assert [problem for *_, problem in found] == [
+        f"{row['image']} is held-out truth but a copy of the training picture {row['image']}; remove one"
+        for row in rows(5)
+    ]
+    assert asked == [10], "all at once, and never again"

@@ -14,20 +14,13 @@ from tests import tiny
 STEPS = 3
 
 
-def _setting(family, dtype=torch.float32, kind="ema", seed=0):
+def _setting(family, dtype=torch.float32, kind="ema"):
     """A pair of adapters that differ, noise, grid, prompts and contexts of two examples."""
     if dtype != family.dtype:
         family.transformer.to(dtype)
-    pair = add_adapters(family.transformer, LoraSettings(rank=4), family.lora_targets, 0, kind, dtype)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in pair.student_parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-        pair.update(0.5)
-        for parameter in pair.student_parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    pair = tiny.trained_pair(family, size=0.2, kind=kind, dtype=dtype)
     examples = tiny.tiny_examples(2)
-    noise = family.initial_latents(2, tiny.SIDE, tiny.SIDE, generator).to(dtype)
+    noise = family.initial_latents(2, tiny.SIDE, tiny.SIDE, torch.Generator().manual_seed(0)).to(dtype)
     sigmas = family.sigmas(STEPS, tiny.SIDE, tiny.SIDE).to(dtype)
     return pair, noise, sigmas, [e.prompt for e in examples], [e.context for e in examples]
 

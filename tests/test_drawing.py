@@ -6,15 +6,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dopsd.config import LoraSettings
+from dopsd.data.cache import EncodingCache
 from dopsd.distill import drawing
 from dopsd.distill.adapters import adapted_layers, add_adapters
 from dopsd.distill.drawing import batch_of, draw, pictures
 from dopsd.distill.rollout import rollout, sample
+from dopsd.evaluation.suite import EvaluationError, Subject, evaluate
 from dopsd.models.z_image import ZImage
+from dopsd.train.observer import Previews
 from dopsd.train.trainer import Place, Training, train
 from tests import tiny
+from tests.tiny_evaluation import small_world, tiny_run_settings, write_concept
 
 SIDE = tiny.SIDE
 
@@ -135,9 +140,10 @@ def test_a_preview_that_does_not_fit_is_skipped_and_training_goes_on_as_ever(tmp
         training = Training("d-opsd", settings, tiny.tiny_examples(), "identity", previews=shown)
         train(family, training, Place(place / "train", place / "adapters", seen))
         losses[name] = [row.get("train/loss") for row in seen.values]
-        strips[name] = {path.name: _pixels([Image.open(path)]) for path in (place / "train/previews").glob("*.png")}
+        strips[name] = {path.name: _pixels([Image.open(path)]) for path in (place / "train/previews").glob("*.webp")}
         said[name] = [text for text in seen.messages if "memory" in text]
     assert losses["free"] == losses["tight"] == losses["none"]
+    assert sorted(strips["free"]) == [f"{who}-{step:06}.webp" for who in ("student", "teacher") for step in (0, 1, 2)]
     assert strips["tight"].keys() == strips["free"].keys()
     assert all(np.abs(strips["tight"][key] - strips["free"][key]).max() <= 1 for key in strips["free"])
     assert (strips["none"], said["free"], said["tight"]) == ({}, [], [])
@@ -146,20 +152,48 @@ def test_a_preview_that_does_not_fit_is_skipped_and_training_goes_on_as_ever(tmp
     ]
 
 
+# --- the evaluation where memory is short
+
+
+def test_a_batch_that_does_not_fit_is_drawn_in_halves_and_one_picture_is_one_clear_line(tmp_path):
+    """Without a world, so that nothing but the sampling asks for memory."""
+    table, _ = write_concept(tmp_path / "concept", small_world(), {"kind": "style"}, holdout=False)
+
+    def evaluated(family, **changes):
+        settings = tiny_run_settings(prompts=["a [V] fox", "a [V] owl", "a [V] cat", "a [V] ox"], **changes)
+        subjects, cache = [Subject("base", None)], EncodingCache(tmp_path / "cache")
+        return evaluate(family, table, None, None, subjects, settings, cache, tmp_path / "out")
+
+    tight = Cramped.of("transformer", 2)
+    numbers = evaluated(tight)["scores"]
+    assert {count for _, count in tight.seen} == {4, 2}
+    for key, value in evaluated(tiny.tiny_family())["scores"]["concept"]["base"].items():
+        assert numbers["concept"]["base"][key] == pytest.approx(value, rel=1e-2, abs=1e-3)
+    with pytest.raises(EvaluationError, match="64 x 64 pixels") as error:
+        evaluated(Cramped.of("transformer", 0))
+    assert "\n" not in str(error.value)
+    assert "1.61 GiB" in str(error.value)
+
+
+def test_the_batch_size_is_a_bound_and_the_pictures_pixels_choose(tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing, "PIXELS", 2 * 64 * 64)
+    table, _ = write_concept(tmp_path / "concept", small_world(), {"kind": "style"}, holdout=False)
+    for bound, most in ((32, 2), (1, 1)):
+        family = Cramped.of("nowhere", 0)
+        settings = tiny_run_settings(prompts=["a [V] fox", "a [V] owl", "a [V] cat"], batch_size=bound)
+        cache = EncodingCache(tmp_path / "cache")
+        evaluate(family, table, None, None, [Subject("base", None)], settings, cache, tmp_path / "out")
+        assert max(count for _, count in family.seen) == most
+
+
 # --- in which precision
 
 
-def _half(family):
+def _half(family, lora=LoraSettings(rank=4)):  # noqa: B008 - it cannot change
     """A family whose transformer is bfloat16, with a student and a teacher in float32 that are not the base."""
     family.transformer.to(torch.bfloat16)
     family.dtype = torch.bfloat16
-    pair = add_adapters(family.transformer, LoraSettings(rank=4), family.lora_targets, 0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in pair.student_parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-        pair.update(0.5)
-    return pair
+    return tiny.trained_pair(family, lora)
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
@@ -200,6 +234,44 @@ def test_leaving_out_pefts_casts_changes_no_bit_of_loss_or_gradient(family, chec
     assert all(torch.equal(without, by_peft) for without, by_peft in zip(*found, strict=True))
 
 
+class _Products(TorchDispatchMode):
+    """How often something is multiplied by a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.mul.Tensor and not isinstance(args[1], torch.Tensor)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("scale", "dora"), [(1.0, False), (2.0, False), (1.0, True)])
+def test_leaving_out_a_scale_of_one_changes_no_bit_of_loss_or_gradient(family, half, scale, dora):
+    """Against peft's own forward, which is still there for every other scale and kind."""
+    lora = LoraSettings(rank=4, alpha=4 * scale, kind="dora" if dora else "lora")
+    pair, examples = _half(family, lora) if half else tiny.trained_pair(family, lora), tiny.tiny_examples(2)
+    layers, found, products = list(adapted_layers(family.transformer, "student").values()), [], []
+    family.velocity(_noise(family, 2), torch.tensor(0.5), [e.context for e in examples])  # tables are made once
+    for own in (True, False):
+        if not own:
+            for layer in layers:
+                del layer.forward
+        with _Products() as counted:
+            rollout_of = (_noise(family, 2), family.sigmas(2, SIDE, SIDE), [e.prompt for e in examples])
+            end, loss = rollout(family.velocity, pair, *rollout_of, [e.context for e in examples], teacher="teacher")
+        products.append(counted.count)
+        found.append([end, loss, *[parameter.grad for parameter in pair.student_parameters()]])
+        for parameter in pair.student_parameters():
+            parameter.grad = None
+    assert all(float(gradient.abs().max()) > 0 for gradient in found[0][2:])
+    assert all(torch.equal(without, by_peft) for without, by_peft in zip(*found, strict=True))
+    # of each layer: student and backward in two states, and the teacher where it is not merged into the weights
+    fewer = len(layers) * (6 if half else 4) if scale == 1 and not dora else 0
+    assert products[1] - products[0] == fewer
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_where_no_autocast_is_active_pefts_casts_stay(family, dtype):
     """A float32 base, whatever its adapter: a bfloat16 one needs its input cast."""
@@ -209,3 +281,18 @@ def test_where_no_autocast_is_active_pefts_casts_stay(family, dtype):
     }
     with pair.select("student"):
         assert torch.isfinite(sample(family, tiny.tiny_prompts(1), 1, SIDE, SIDE, _noise(family, 1))).all()
+
+
+def test_where_processes_draw_in_step_nothing_is_tried_again_and_no_preview_is_skipped(tmp_path):
+    """The others would wait for this one: the error ends the training, as any out of memory."""
+    family = Cramped.of("transformer", 1)
+    family.transformer.sharded = True
+    with pytest.raises(torch.OutOfMemoryError):
+        draw(family, tiny.tiny_prompts(2), 1, _noise(family, 2), SIDE, SIDE, most=2)
+    assert [count for _, count in family.seen] == [2]
+    family = Cramped.of("decoder", 0)
+    family.transformer.sharded = True
+    shown = [tiny.Preview("a fox", tiny.tiny_prompts(1)[0], SIDE, SIDE)]
+    pair = add_adapters(family.transformer, LoraSettings(rank=4), family.lora_targets, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        Previews(family, shown, tiny.tiny_examples(), 1, 1, 0).show(0, pair, False, tmp_path, tiny.Recorder())

@@ -12,64 +12,28 @@ import pytest
 import torch
 from PIL import Image
 
-from dopsd.config import LoraSettings, ReplaySettings, Settings, load_settings
+from dopsd.config import LoraSettings, ReplaySettings, load_settings
 from dopsd.data.cache import EncodingCache
 from dopsd.data.schema import validate_dataset
-from dopsd.distill import drawing
 from dopsd.distill.adapters import STUDENT, adapted_layers, add_adapters, save_adapter
-from dopsd.evaluation import headline, prompts
+from dopsd.evaluation import prompts
 from dopsd.evaluation.metrics import laplacian_energy
 from dopsd.evaluation.probe import world_picture
 from dopsd.evaluation.report import ReportError, write_report
-from dopsd.evaluation.scoring import Bootstrap, Cell
 from dopsd.evaluation.suite import EvaluationError, Subject, evaluate
-from dopsd.evaluation.table import headline_table, table_as_text
+from dopsd.evaluation.table import headline_tables, table_as_text
 from dopsd.evaluation.verdict import verdict
 from emoji_turbo.captions import concept_caption
 from emoji_turbo.pictures import World
-from tests.test_drawing import Cramped
 from tests.tiny import tiny_family
+from tests.tiny_evaluation import WORLD, small_world, tiny_run_settings, write_concept
 
-WORLD = Path(__file__).parent.parent / "data" / "base" / "emoji-turbo" / "world"
-HOLDOUT, TRAINING = 12, 4
 HOSTILE = '<script src="https://evil.example/x.js">alert(\'[V]\')</script> & "quotes"'
 
 
 @pytest.fixture(scope="module")
 def world() -> World:
-    whole = World.load(WORLD)
-    count = 34
-    pictures = {style: stack[:count] for style, stack in whole.pictures.items()}
-    return replace(
-        whole, labels=whole.labels[:count], codes=whole.codes[:count], pictures=pictures, held_out=(5,),
-        known=tuple(i for i in range(count) if i != 5), subject=5,
-    )  # fmt: skip
-
-
-def tiny_run_settings(**changes) -> Settings:
-    evaluation = {"steps": [1, 2], "few_steps": 2, "max_prompts": 10, "curve_prompts": 4, "kept_prompts": 6}
-    values = {
-        "concepts": ["inked"], "model": {"path": "nowhere"}, "data": {"resolution": 64},
-        "train": {"max_steps": 1, "batch_size": 1, "learning_rate": 1e-3}, "evaluation": evaluation | changes,
-        "registry": {"enabled": False},
-    }  # fmt: skip
-    return Settings.model_validate(values)
-
-
-def write_concept(folder: Path, world: World, kind: dict | None, holdout: bool = True):
-    """A style data set of the world's ink pictures: concepts 0-11 held out, 12-15 to train on."""
-    parts = [(folder, range(HOLDOUT, HOLDOUT + TRAINING))] + ([(folder / "holdout", range(HOLDOUT))] if holdout else [])
-    for place, concepts in parts:
-        place.mkdir(parents=True)
-        rows = []
-        for i in concepts:
-            world_picture(world, "ink", i).save(place / f"{i}.png")
-            rows.append({"image": f"{i}.png", "caption": concept_caption(world.labels[i])})
-        (place / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    tables = validate_dataset(folder, "inked", tiny_run_settings().data)
-    if kind is not None:
-        (folder / "concept.json").write_text(json.dumps(kind))
-    return tables
+    return small_world()
 
 
 def write_adapter(path: Path, scale: float) -> Path:
@@ -223,10 +187,10 @@ def test_captions_that_were_trained_on_are_not_called_unseen(run, tmp_path, worl
         tmp_path / "out",
     )  # fmt: skip
     page = write_report(tmp_path / "out", tmp_path / "none", {}, tmp_path / "report.html").read_text()
-    for said in (page, headline_table(metrics).title):
+    for said in (page, headline_tables(metrics)[0].title):
         assert "1 captions of the training pictures" in said
         assert "not trained on" not in said
-    assert "prompts that were not trained on" in headline_table(run[1]).title, "it has a holdout"
+    assert "prompts that were not trained on" in headline_tables(run[1])[0].title, "it has a holdout"
 
 
 def test_a_concept_that_says_what_it_is_wrongly_is_a_clear_error(tmp_path, world):
@@ -299,60 +263,7 @@ def test_the_shipped_evaluation_asks_nothing_that_replay_would_learn(concept):
     assert not kept & set(settings.train.replay.prompts)
 
 
-# --- headline numbers -------------------------------------------------------------------------------------------------
-
-
-def cell(**values: list[float]) -> Cell:
-    """Two prompts' scores, three times over: six are the fewest on which a gap is measured."""
-    repeated = {key: np.tile(np.array(value), 3) for key, value in values.items()}
-    return Cell(repeated, torch.zeros(len(next(iter(repeated.values()))), 1))
-
-
-def test_headline_numbers_are_the_ratios_they_claim():
-    cells = {
-        ("concept", "base", 4): cell(style=[0.0, 0.2], cosine=[0.3, 0.3], sharpness=[0.4, 0.4]),
-        ("concept", "teacher", 4): cell(style=[0.8, 1.0], cosine=[0.3, 0.3], sharpness=[0.5, 0.5]),
-        ("concept", "d-opsd", 4): cell(style=[0.6, 0.8], cosine=[0.4, 0.4], sharpness=[0.5, 0.5]),
-        ("concept", "d-opsd", 32): cell(style=[1.0, 0.75]),
-        ("kept", "base", 4): cell(style=[0.5, 0.5], cosine=[0.5, 0.3], mse=[0.1, 0.1]),
-        ("kept", "d-opsd", 4): cell(style=[0.5, 0.4], cosine=[0.4, 0.4], mse=[0.1, 0.3]),
-    }
-    omitted: dict[str, str] = {}
-    numbers = headline.headline(cells, ["base", "teacher", "d-opsd"], 4, 32, 1, Bootstrap(0), omitted)["d-opsd"]
-    assert numbers.values["gap_closed_style"] == pytest.approx((0.7 - 0.1) / (0.9 - 0.1))
-    assert "gap_closed_truth" not in numbers.values
-    assert "not measurably better than the base" in omitted["gap_closed_truth"]
-    assert numbers.values["sharpness_vs_base"] == pytest.approx(1.25)
-    assert numbers.values["kept_style"] == pytest.approx(0.9)
-    assert numbers.values["kept_cosine"] == pytest.approx(1)
-    assert numbers.values["kept_mse"] == pytest.approx(2)
-    assert numbers.values["kept_lowest"] == pytest.approx(0.9)
-    assert numbers.values["retention_style"] == pytest.approx(0.6 / 1.0, rel=1e-4), "both on the curve's one prompt"
-    low, high = numbers.intervals["gap_closed_style"]
-    assert low == pytest.approx(0.75)
-    assert high == pytest.approx(0.75)
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_noise_is_no_success(seed):
-    """Random weights: base, teacher and student differ by chance alone, and no gap may come of it."""
-    draw = np.random.default_rng(seed)
-
-    def chance(count: int) -> Cell:
-        return Cell({"train_similarity": 0.25 + 0.01 * draw.standard_normal(count)}, torch.zeros(count, 1))
-
-    for count in (2, 5, 40):
-        cells = {("concept", model, 4): chance(count) for model in ("base", "teacher", "d-opsd")}
-        cells["concept", "teacher", 4].values["train_similarity"] -= 0.004  # a little behind, as often as not
-        omitted: dict[str, str] = {}
-        numbers = headline.headline(cells, ["base", "teacher", "d-opsd"], 4, 4, count, Bootstrap(0), omitted)["d-opsd"]
-        assert "gap_closed_style" not in numbers.values, (seed, count)
-        metrics = {
-            "models": ["base", "teacher", "d-opsd"], "few_steps": 4, "most_steps": 4, "omitted": omitted,
-            "style_score": "train_similarity", "intervals": {"headline": {"d-opsd": numbers.intervals}},
-            "headline": {"d-opsd": numbers.values},
-        }  # fmt: skip
-        assert verdict(metrics)[0].startswith("Nothing can be said of whether D-OPSD learnt the new style:")
+# --- the verdict ------------------------------------------------------------------------------------------------------
 
 
 def test_a_gap_whose_interval_holds_nothing_is_not_learnt(run):
@@ -443,43 +354,17 @@ def test_a_missing_evaluation_says_which_stage_to_run(tmp_path):
 
 
 def test_the_table_is_the_same_everywhere(run):
-    table = headline_table(run[1])
+    (table,) = headline_tables(run[1])
     titles, rows = table_as_text(run[1])
-    assert [column.header for column in table.columns] == titles
+    assert list(table.columns[0].cells) == titles[1:]
+    assert [column.header for column in table.columns[1:]] == [row[0] for row in rows]
     assert [row[0] for row in rows] == ["base, untuned", "teacher", "D-OPSD", "SFT", "truth, decoded", "truth"]
     style = titles.index("style ↑")
     assert rows[0][style].startswith(f"{run[1]['scores']['concept']['base']['style']:.3f} (")
 
 
-# --- memory
-
-
-def test_a_batch_that_does_not_fit_is_drawn_in_halves_and_one_picture_is_one_clear_line(run, world, tmp_path):
-    """Without a world, so that nothing but the sampling asks for memory."""
-    table, _ = write_concept(tmp_path / "concept", world, {"kind": "style"}, holdout=False)
-
-    def evaluated(family, **changes):
-        settings = tiny_run_settings(prompts=["a [V] fox", "a [V] owl", "a [V] cat", "a [V] ox"], **changes)
-        subjects, cache = [Subject("base", None)], EncodingCache(tmp_path / "cache")
-        return evaluate(family, table, None, None, subjects, settings, cache, tmp_path / "out")
-
-    tight = Cramped.of("transformer", 2)
-    numbers = evaluated(tight)["scores"]
-    assert {count for _, count in tight.seen} == {4, 2}
-    for key, value in evaluated(tiny_family())["scores"]["concept"]["base"].items():
-        assert numbers["concept"]["base"][key] == pytest.approx(value, rel=1e-2, abs=1e-3)
-    with pytest.raises(EvaluationError, match="64 x 64 pixels") as error:
-        evaluated(Cramped.of("transformer", 0))
-    assert "\n" not in str(error.value)
-    assert "1.61 GiB" in str(error.value)
-
-
-def test_the_batch_size_is_a_bound_and_the_pictures_pixels_choose(run, world, tmp_path, monkeypatch):
-    monkeypatch.setattr(drawing, "PIXELS", 2 * 64 * 64)
-    table, _ = write_concept(tmp_path / "concept", world, {"kind": "style"}, holdout=False)
-    for bound, most in ((32, 2), (1, 1)):
-        family = Cramped.of("nowhere", 0)
-        settings = tiny_run_settings(prompts=["a [V] fox", "a [V] owl", "a [V] cat"], batch_size=bound)
-        cache = EncodingCache(tmp_path / "cache")
-        evaluate(family, table, None, None, [Subject("base", None)], settings, cache, tmp_path / "out")
-        assert max(count for _, count in family.seen) == most
+def test_the_largest_seed_is_one_too(run):
+    """The networks' libraries take 64 bits of a seed, or 32, and here it is multiplied."""
+    _, metrics, again, _ = run
+    assert again("largest", seed=2**63 - 1)["seed"] == 2**63 - 1
+    assert metrics["seed"] == 1234

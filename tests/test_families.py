@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -15,16 +14,10 @@ from torch import Tensor
 from dopsd.distill.rollout import sample
 from dopsd.models import load_family
 from dopsd.models.base import Family, Request
-from tests.family_folders import NAMES, settings_of, write_families
+from tests.family_folders import NAMES, settings_of
 
 CAPTIONS = ("a fox", "a red boat in [V] style at dawn", "an owl")
 SIZES = ((128, 128), (96, 160))
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    """A stand-in of each published layout."""
-    return write_families(tmp_path_factory.mktemp("published"))
 
 
 @pytest.fixture(scope="module")

@@ -16,16 +16,11 @@ from dopsd.models.base import Family, Request
 from dopsd.models.flux2_klein import references_of
 from dopsd.models.z_image import context_inputs
 from tests import published
-from tests.family_folders import NAMES, picture, settings_of, write_families
+from tests.family_folders import NAMES, picture, settings_of
 from tests.published_tokens import VISION_TEMPLATE
 from tests.test_families import drawn, noise_of, pipeline_of
 
 CAPTION = "a fox in [V] style"
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    return write_families(tmp_path_factory.mktemp("published"))
 
 
 @pytest.fixture(scope="module")

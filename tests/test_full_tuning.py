@@ -1,36 +1,25 @@
-"""Full fine-tuning against a plain loop in float32, and its promises: the base comes back, files load, refusals."""
+"""Full fine-tuning against a plain loop in float32, broken-off runs, and what cannot be trained is refused."""
 
 from __future__ import annotations
 
 import copy
 import json
 import math
-from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoModel, DiffusionPipeline
-from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from dopsd import identity
 from dopsd.config import SettingsError, TrainSettings, load_settings
 from dopsd.data.dataset import BucketSampler
-from dopsd.distill.adapters import AdapterError, adapter_applied
-from dopsd.distill.rollout import rollout
-from dopsd.distill.weights import holds_weights, train_weights
-from dopsd.export import CARD_FILE, WEIGHTS, ExportError, check_export, draw_student, export_trained, read_export
-from dopsd.models import load_family
-from dopsd.models.base import Family, Request
-from dopsd.models.quantized import blocks_of
+from dopsd.models.base import Family
 from tests import tiny
-from tests.family_folders import NAMES, settings_of, write_families
-from tests.test_family_training import CARD, Cut
 
 ROOT = Path(__file__).parent.parent
 FULL: dict[str, Any] = {
@@ -48,26 +37,8 @@ def full(**changes: Any) -> TrainSettings:
     return TrainSettings.model_validate(FULL | changes | {"teacher": teacher})
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_families(tmp_path_factory.mktemp("published"))
-
-
 def _state(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(sorted((folder / "train" / "checkpoints").iterdir())[-1] / "tensors.safetensors")
-
-
-def _answer(family: Family) -> torch.Tensor:
-    noise = family.initial_latents(1, 64, 64, torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        return family.velocity(noise, torch.tensor(0.8), tiny.tiny_prompts(1))
-
-
-def _moved(parameters: list[nn.Parameter], size: float = 0.05, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
 
 
 # --- the plain loop ---------------------------------------------------------------------------------------------------
@@ -165,9 +136,9 @@ def test_the_trainer_ends_where_the_plain_loop_ends(tmp_path: Path, method: Any,
         kinds["teacher"] = averaged, teacher
     for who, (ours, theirs) in kinds.items():
         errors = {
-            key: float((ours[key] - value).norm() / moved)
+            key: float((ours[key] - value).norm() / way)
             for key, value in theirs.items()
-            if (moved := float((value - start[key]).norm())) > 0
+            if (way := float((value - start[key]).norm())) > 0
         }
         assert len(errors) == len(theirs) - sum(torch.equal(ours[k], start[k]) for k in ours), who
         # single layers with next to no gradient feel float32's rounding most: Adam makes steps of equal size of it
@@ -183,7 +154,7 @@ def test_a_broken_off_run_ends_bit_for_bit_where_the_unbroken_one_does(tmp_path:
     settings = full(max_steps=6, checkpoint_steps=3, teacher=teacher)
     tiny.run_tiny("d-opsd", tmp_path / "whole", settings)
     with pytest.raises(KeyboardInterrupt):
-        tiny.run_tiny("d-opsd", tmp_path / "cut", settings, Cut(5))
+        tiny.run_tiny("d-opsd", tmp_path / "cut", settings, tiny.Cut(5))
     tiny.run_tiny("d-opsd", tmp_path / "cut", settings)
     whole, cut = _state(tmp_path / "whole"), _state(tmp_path / "cut")
     assert whole.keys() == cut.keys()
@@ -202,7 +173,7 @@ def test_moments_in_a_byte_train_and_resume_too(tmp_path: Path) -> None:
     settings = full(optimizer="adamw-8bit", max_steps=4, checkpoint_steps=2)
     tiny.run_tiny("d-opsd", tmp_path / "whole", settings)
     with pytest.raises(KeyboardInterrupt):
-        tiny.run_tiny("d-opsd", tmp_path / "cut", settings, Cut(3))
+        tiny.run_tiny("d-opsd", tmp_path / "cut", settings, tiny.Cut(3))
     tiny.run_tiny("d-opsd", tmp_path / "cut", settings)
     whole, cut = _state(tmp_path / "whole"), _state(tmp_path / "cut")
     assert {value.dtype for key, value in whole.items() if key.endswith("state1")} >= {torch.uint8}
@@ -218,260 +189,6 @@ def test_a_checkpoint_holds_each_thing_once(tmp_path: Path) -> None:
     assert {value.dtype for value in large.values()} == {torch.float32}
 
 
-# --- the pair ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("waiting", ["device", "cpu"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", NAMES)
-def test_each_answers_with_its_own_weights_and_the_base_comes_back(
-    folders: dict[str, Path], name: str, dtype: str, waiting: Any
-) -> None:
-    """Of every family, beside a bfloat16 base too: all weights learn, and the base answers as ever while they do."""
-    family = load_family(settings_of(name, folders, dtype=dtype))
-    (prompt,) = family.encode_prompt([Request("a fox")])
-    noise = family.initial_latents(1, 64, 64, torch.Generator().manual_seed(2))
-
-    def answer() -> torch.Tensor:
-        with torch.no_grad():
-            return family.velocity(noise, torch.tensor(0.8), [prompt])
-
-    own = list(family.transformer.named_parameters())
-    before, hooks, base = [p.clone() for _, p in own], _hooks(family.transformer), answer()
-    pair = train_weights(family.transformer, None, "ema", waiting)
-    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.1, "atol": 0.1 * float(base.abs().max())}
-    torch.testing.assert_close(answer(), base, **close)
-    state = pair.state_dict()
-    assert {value.dtype for value in state.values()} == {torch.float32}
-    parameters = pair.student_parameters()
-    assert len(parameters) == len(own)
-    _moved(parameters)
-    rollout(family.velocity, pair, noise, family.sigmas(2, 64, 64), [prompt], [prompt], teacher=None)
-    unmoved = [
-        key
-        for (key, _), p in zip(own, parameters, strict=True)
-        if p.grad is None or not p.grad.abs().max() > 0 or not p.grad.isfinite().all()
-    ]
-    assert not unmoved
-    student = answer()
-    with pair.select("teacher"):
-        torch.testing.assert_close(answer(), base, **close)
-    pair.update(0.5)
-    with pair.select("teacher"):
-        teacher = answer()
-        with pair.select(None):
-            # the same bits of weights; a product's last bit depends on where in memory they begin
-            assert all(torch.equal(p, b) for p, b in zip(family.transformer.parameters(), before, strict=True))
-            torch.testing.assert_close(answer(), base, rtol=1e-5, atol=1e-5)
-        assert torch.equal(answer(), teacher)
-    assert torch.equal(answer(), student)
-    assert not torch.equal(student, base)
-    assert not torch.equal(teacher, base)
-    assert not torch.equal(teacher, student)
-    pair.remove()
-    after = list(family.transformer.named_parameters())
-    assert all(a is b and n == m for (n, a), (m, b) in zip(after, own, strict=True))
-    assert all(torch.equal(a, b) and not a.requires_grad for (_, a), b in zip(after, before, strict=True))
-    assert _hooks(family.transformer) == hooks
-    assert torch.equal(answer(), base)
-
-
-def _hooks(module: nn.Module) -> int:
-    return sum(len(part._forward_pre_hooks) + len(part._forward_hooks) for part in module.modules())
-
-
-def test_weights_that_wait_are_on_the_device_a_block_at_a_time() -> None:
-    """Looked at from within every block, as it computes: its own are copies, all others' are those that wait."""
-    family = tiny.tiny_family()
-    pair = train_weights(family.transformer, None, "ema", "cpu")
-    blocks, seen = blocks_of(family.transformer), []
-    assert len(blocks) > 3
-
-    def look(number: int) -> None:
-        waiting = {id(value) for value in (*pair._teacher.values(), *pair._base.values())}
-        seen.append([any(id(p) in waiting for p in block.parameters()) for block in blocks])
-        assert seen[-1] == [other != number for other in range(len(blocks))]
-
-    for number, block in enumerate(blocks):
-        first = next(child for child in block.modules() if isinstance(child, nn.Linear))
-        first.register_forward_hook(lambda *_, number=number: look(number))
-    for who in ("teacher", None):
-        with pair.select(who):
-            _answer(family)
-    assert len(seen) == 2 * len(blocks)
-    for block in blocks:  # the student's own stay
-        assert {id(p) for p in block.parameters()} <= {id(p) for p in pair.student_parameters()}
-
-
-def test_a_frozen_teacher_has_no_weights_and_a_pattern_must_match() -> None:
-    family = tiny.tiny_family()
-    pair = train_weights(family.transformer, REFINER, "frozen")
-    assert pair.teacher is None
-    assert sorted(len(names) for names in pair.matched.values()) == [1, 2]
-    assert len(pair.student_parameters()) == 3, "a query, and two of the feed-forward's three"
-    with pytest.raises(AdapterError, match="no weights of a teacher: the teacher is 'frozen'"), pair.select("teacher"):
-        pass
-    pair.remove()
-    with pytest.raises(AdapterError, match="'nothing' matches no linear layer"):
-        train_weights(family.transformer, ("nothing",))
-
-
-def test_a_parameter_in_two_places_is_one() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
-            self.second.weight = self.first.weight
-
-    model = Tied().requires_grad_(False)
-    pair = train_weights(model, None)
-    assert list(pair.state_dict()) == [f"{who}/{key}" for who in ("student", "teacher")
-                                       for key in ("first.weight", "first.bias", "second.bias")]  # fmt: skip
-    for who in ("student", "teacher", None):
-        with pair.select(who):
-            assert model.first.weight is model.second.weight
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def student(tmp_path: Path) -> tuple[Family, Path, torch.Tensor, torch.Tensor]:
-    """A family, a file of weights trained on it, what they answer, and what the base does."""
-    family = tiny.tiny_family()
-    base = _answer(family)
-    pair = train_weights(family.transformer, None)
-    _moved(pair.student_parameters())
-    trained = _answer(family)
-    path = pair.save(tmp_path / "student.safetensors")
-    pair.remove()
-    return family, path, trained, base
-
-
-def test_a_file_loads_to_the_identical_output_and_the_base_comes_back(student: Any) -> None:
-    family, path, trained, base = student
-    own = {name: (parameter, parameter.clone()) for name, parameter in family.transformer.named_parameters()}
-    for ends in (nullcontext(), pytest.raises(RuntimeError, match="in the middle")):
-        with ends, adapter_applied(family.transformer, path):
-            assert torch.equal(_answer(family), trained)
-            if not isinstance(ends, nullcontext):
-                raise RuntimeError("in the middle")
-        assert torch.equal(_answer(family), base)
-        after = dict(family.transformer.named_parameters())
-        assert all(after[name] is kept and torch.equal(kept, value) for name, (kept, value) in own.items())
-    assert not holds_weights(path.with_name("none.safetensors"))
-
-
-def test_beside_a_bfloat16_base_a_file_is_half_and_the_rounded_student(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
-    family = load_family(settings_of("flux2-klein", folders, dtype="bfloat16"))
-    pair = train_weights(family.transformer, None, "frozen")
-    _moved(pair.student_parameters(), 1e-3)
-    names = [name for name, _ in family.transformer.named_parameters()]
-    expected = dict(zip(names, (p.detach().bfloat16() for p in pair.student_parameters()), strict=True))
-    path = pair.save(tmp_path / "student.safetensors")
-    pair.remove()
-    found = load_file(path)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], value) and found[key].dtype == torch.bfloat16 for key, value in expected.items())
-    with adapter_applied(family.transformer, path):
-        assert all(torch.equal(p, expected[name]) for name, p in family.transformer.named_parameters())
-
-
-def test_a_file_that_does_not_fit_is_refused_and_the_base_stays(student: Any, folders: dict[str, Path]) -> None:
-    family, path, _, base = student
-    tensors = load_file(path)
-    for change in ({"other.weight": torch.zeros(2)}, {"layers.0.attention.to_q.weight": torch.zeros(2, 2)}):
-        save_file(tensors | change, path, metadata={"format": "dopsd-full"})
-        with (
-            pytest.raises(AdapterError, match=f"{next(iter(change))} does not fit the base; wrong base model"),
-            adapter_applied(family.transformer, path),
-        ):
-            pass
-        assert torch.equal(_answer(family), base)
-    quantized = load_family(settings_of("z-image", folders, quantization="int8"))
-    with (
-        pytest.raises(AdapterError, match=r"take the place of plain weights: set model\.quantization to none"),
-        adapter_applied(quantized.transformer, path),
-    ):
-        pass
-
-
-# --- what is given away -----------------------------------------------------------------------------------------------
-
-ASKED = [(Request("a fox in [V] style"), 64, 64), (Request("a red boat in [V] style"), 64, 64)]
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("targets", [None, (r"to_q",)], ids=["all", "some"])
-def test_an_export_opened_by_plain_diffusers_draws_the_students_pictures(
-    folders: dict[str, Path], tmp_path: Path, name: str, targets: Any
-) -> None:
-    family = load_family(settings_of(name, folders))
-    pair = train_weights(family.transformer, targets, "frozen")
-    _moved(pair.student_parameters(), 0.02 if targets is None else 0.1)
-    path = pair.save(tmp_path / "student.safetensors")
-    pair.remove()
-    out = export_trained(path, tmp_path / "export", CARD, type(family), folders[name])
-    assert sorted(file.name for file in out.iterdir()) == [CARD_FILE, WEIGHTS]
-    assert (out / WEIGHTS / "config.json").read_bytes() == (folders[name] / WEIGHTS / "config.json").read_bytes()
-    drawn = draw_student(family, path, ASKED, 2, seed=3)
-    compared = check_export(folders[name], out, drawn, type(family))
-    assert compared["change"] > 2, "what was trained is to be seen"
-    assert compared["difference"] < 0.25
-
-    # as the card says it, apart from this project's own way of comparing
-    transformer = AutoModel.from_pretrained(str(out / WEIGHTS), torch_dtype=torch.float32, use_safetensors=True)
-    pipeline = DiffusionPipeline.from_pretrained(
-        folders[name], transformer=transformer, torch_dtype=torch.float32, use_safetensors=True
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    one = drawn[0]
-    image = pipeline(**family.call(one.request, one.height, one.width, one.steps, one.noise)).images[0]
-    assert _apart(image, one.image) < 0.25
-    again = read_export(out / WEIGHTS, tmp_path / "again.safetensors")
-    with adapter_applied(family.transformer, again):
-        weights = dict(family.transformer.named_parameters())
-        assert all(torch.equal(weights[key], value) for key, value in load_file(path).items())
-
-
-def _apart(a: Image.Image, b: Image.Image) -> float:
-    left, right = (torch.frombuffer(bytearray(i.convert("RGB").tobytes()), dtype=torch.uint8).float() for i in (a, b))
-    return float((left - right).abs().mean())
-
-
-def test_an_export_of_other_weights_is_an_error(folders: dict[str, Path], tmp_path: Path) -> None:
-    family = load_family(settings_of("z-image", folders))
-    pair = train_weights(family.transformer, None, "frozen")
-    files = []
-    for seed in (0, 1):
-        _moved(pair.student_parameters(), 0.02, seed)
-        files.append(pair.save(tmp_path / f"{seed}.safetensors"))
-    pair.remove()
-    drawn = draw_student(family, files[0], ASKED[:1], 2, seed=3)
-    out = export_trained(files[1], tmp_path / "export", CARD, type(family), folders["z-image"])
-    with pytest.raises(ExportError, match="transformer: plain diffusers draws other pictures than the trained student"):
-        check_export(folders["z-image"], out, drawn, type(family))
-
-
-def test_the_card_says_how_it_is_loaded(folders: dict[str, Path], tmp_path: Path) -> None:
-    family = load_family(settings_of("z-image", folders, dtype="bfloat16"))
-    pair = train_weights(family.transformer, None, "frozen")
-    path = pair.save(tmp_path / "student.safetensors")
-    pair.remove()
-    out = export_trained(path, tmp_path / "export", CARD, type(family), folders["z-image"])
-    text = (out / CARD_FILE).read_text()
-    code = text.split("```python\n")[1].split("```")[0]
-    compile(code, "card", "exec")
-    assert "transformer=transformer" in code
-    assert "lora" not in text.lower()
-    assert "base_model_relation: adapter" not in text
-    assert "whole, in bfloat16" in text
-    (file,) = (out / WEIGHTS).glob("*.safetensors")
-    assert {value.dtype for value in load_file(file).values()} == {torch.bfloat16}
-
-
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
@@ -484,7 +201,7 @@ def test_the_card_says_how_it_is_loaded(folders: dict[str, Path], tmp_path: Path
         ("z-image-turbo", ("train.tune=full", "compute.sharded=true"), "train.tune: full trains the base's own"),
         ("z-image-turbo", ("train.teacher.weights=cpu",), "train.teacher.weights: cpu is for train.tune: full"),
         ("z-image-turbo", ("train.tune=full", "train.teacher.weights=cpu", "model.compile=true"),
-         "changes a block's weights at every call"),
+         "weights: cpu changes blocks; leave model.compile false"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_trained_is_refused_in_one_line(recipe: str, overrides: tuple[str, ...], said: str) -> None:

@@ -20,22 +20,17 @@ from typer.testing import CliRunner
 from dopsd import cli, gain_report
 from dopsd.config import Settings, load_settings
 from dopsd.data.cache import EncodingCache
-from dopsd.data.schema import validate_concept
+from dopsd.data.schema import validate_dataset
 from dopsd.gain_report import GainReport, Measured, as_json, beyond_chance, gain_table, report_gain, verdict, ways_of
 from dopsd.models import load_family
 from dopsd.models.base import ENCODERS
 from dopsd.train.encode import encode_concept
 from dopsd.train.gain import choose, compare, teacher_gain
 from tests import tiny
-from tests.family_folders import settings_of, write_families
+from tests.family_folders import settings_of
 from tests.tiny_project import blot, make_project
 
 VISIONS = ("vlm", "encoder")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    return write_families(tmp_path_factory.mktemp("published"))
 
 
 def settings(name: str, folders: dict[str, Path], **model: Any) -> Settings:
@@ -77,7 +72,7 @@ def directly(one: Settings, folder: Path, count: int, seeds: int, drop: str | No
     ``drop``: a caption variant that this data set is taken not to have.
     """
     one = one.of("blots", folder.parents[2])
-    table = validate_concept(folder, "blots", one.data)
+    table = validate_dataset(folder, "blots", one.data)[0]
     table = replace(table, rows=tuple(
         replace(row, captions=tuple(pair for pair in row.captions if pair[0] != drop)) for row in table.rows
     ))  # fmt: skip
@@ -234,7 +229,7 @@ def test_a_way_that_the_base_lacks_the_eyes_for_is_left_out(folders, tmp_path):
 def test_a_context_too_long_for_the_model_is_left_out_unless_it_is_the_one_that_is_set(folders, tmp_path):
     folder = write_concept(tmp_path, long=True)
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    lines[1]["captions"]["long"] = "blot " * 600
+    lines[1]["captions"]["long"] = "[V] " + "blot " * 600
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report, _ = report_gain("blots", settings("z-image", folders), tmp_path, images=2, seeds=1)
     assert [m.way.context for m in report.measured] == ["vlm", "vlm"]

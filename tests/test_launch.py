@@ -24,8 +24,9 @@ from safetensors.torch import load_file
 from dopsd.config import ComputeSettings, Settings, load_settings
 from dopsd.data.encoded import read_encoded
 from dopsd.stages import STAGES
+from dopsd.train.errors import LaunchError
 from dopsd.train.job import Job
-from dopsd.train.launch import connect_ray, run_training
+from dopsd.train.launch import bring_back, connect_ray, run_training
 from dopsd.train.storage import JobStorage
 from dopsd.train.trainer import TrainError
 from tests import tiny
@@ -244,7 +245,7 @@ def test_what_a_killed_job_of_other_settings_left_in_its_storage_is_not_lost(
         raise KeyboardInterrupt
 
     def job(name: str, *overrides: str) -> Job:
-        return replace(_job(project, name, *overrides), parts={"data": "x"}, before="killed")
+        return replace(_job(project, name, *overrides), parts={"data": "x"})
 
     with pytest.raises(KeyboardInterrupt):
         _train(job("killed", "train.max_steps=6"), tmp_path, _Watcher(5, stop), launcher="local")
@@ -252,7 +253,8 @@ def test_what_a_killed_job_of_other_settings_left_in_its_storage_is_not_lost(
     JobStorage(str(tmp_path / "storage"), "killed").save(run.parent, ["d-opsd"])
     shutil.rmtree(run / "checkpoints")  # on this side there are log and pictures alone
     rows = (run / "log.jsonl").read_text()
-    watcher = _Watcher()
+    watcher, compute = _Watcher(), ComputeSettings(launcher=launcher, storage=str(tmp_path / "storage"))
+    bring_back("killed", compute, project, run.parent)
     _train(job("other", override), tmp_path, watcher, launcher=launcher, cpus_per_worker=1)
     assert not [path for path in (tmp_path / "storage").rglob("*") if path.is_file() and "killed" in str(path)]
     if "max_steps" in override:
@@ -264,6 +266,30 @@ def test_what_a_killed_job_of_other_settings_left_in_its_storage_is_not_lost(
         assert (aside / "checkpoints/step-00000004/tensors.safetensors").exists()
         assert (aside / "log.jsonl").read_text() == rows, "and not the one of its checkpoint"
         assert any("learning_rate 0.01 -> 0.001, max_steps 6 -> 12 since" in text for text in watcher.messages)
+
+
+def test_what_cannot_be_fetched_now_is_fetched_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage tells itself by a file which job was before: it may not forget it while that job is not here."""
+    root = make_project(tmp_path / "project", methods=["d-opsd"], max_steps=2)
+    for stage in ("validate", "encode", "train"):
+        STAGES[stage]("blots", load_settings(root / "params.yaml", ["tracking.enabled=false"]), root)
+    runs = root / "runs/blots/train"
+    name = json.loads((runs / "training.json").read_text())["training"]
+    JobStorage(str(root / ".cache/ray"), f"blots-{name}").save(runs, ["d-opsd"])
+    shutil.rmtree(runs / "d-opsd/checkpoints")
+    changed = load_settings(root / "params.yaml", ["tracking.enabled=false", "train.learning_rate=1e-3"])
+
+    def away(*_: Any) -> None:
+        raise OSError("nobody answers")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(JobStorage, "load", away)
+        with pytest.raises(LaunchError, match="cannot read the storage"):
+            STAGES["train"]("blots", changed, root)
+    STAGES["train"]("blots", changed, root)
+    assert (runs / "d-opsd.previous-1/checkpoints/step-00000002/state.json").exists()
 
 
 def test_jobs_that_do_not_fit_side_by_side_queue(

@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
-from dopsd.config import METHODS
+from dopsd.config import Method
 from tests import tiny
+
+METHODS = get_args(Method)
 
 CURVES = Path(__file__).with_suffix(".json")
 SIZES = ((64, 64), (48, 80))

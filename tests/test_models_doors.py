@@ -11,12 +11,7 @@ import pytest
 from dopsd.config import Settings
 from dopsd.models import ModelError, load_family, references_rule, resolved, teaching_of
 from tests import published, tiny
-from tests.family_folders import NAMES, settings_of, write_families
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    return write_families(tmp_path_factory.mktemp("published"))
+from tests.family_folders import NAMES, settings_of
 
 
 @pytest.fixture

@@ -10,16 +10,24 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import Qwen3ForCausalLM
 
 from dopsd.config import LoraSettings, ModelSettings
-from dopsd.distill.adapters import AdapterPair, adapter_applied, add_adapters, remove_adapters, save_adapter
+from dopsd.distill.adapters import (
+    AdapterPair,
+    adapted_layers,
+    adapter_applied,
+    remove_adapters,
+    save_adapter,
+)
 from dopsd.distill.rollout import rollout, sample
 from dopsd.export import DIFFUSERS_FILE, check_export, draw_student, export_adapter
 from dopsd.models import ModelError, load_family
 from dopsd.models.base import Family, Request
+from dopsd.models.loading import place
 from dopsd.models.quantized import blocks_of, quantize
-from tests.family_folders import NAMES, picture, settings_of, write_families
-from tests.test_family_training import CARD
+from tests.family_folders import NAMES, picture, settings_of
+from tests.tiny import CARD, trained_pair
 
 KINDS = ("int8", "fp8", "nf4")
 LORA = LoraSettings(rank=4)
@@ -27,22 +35,8 @@ BITS = {"int8": 0.01, "fp8": 0.04, "nf4": 0.11}
 """How far rounded weights are from the base's, relative, at most."""
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    return write_families(tmp_path_factory.mktemp("published"))
-
-
 def _family(name: str, folders: dict[str, Path], **more: Any) -> Family:
     return load_family(settings_of(name, folders, **more))
-
-
-def _adapted(family: Family) -> AdapterPair:
-    """Student and teacher that differ from the base and from each other."""
-    pair = add_adapters(family.transformer, LORA, family.lora_targets, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    state = pair.state_dict()
-    pair.load_state_dict({k: v + 0.05 * torch.randn(v.shape, generator=generator) for k, v in state.items()})
-    return pair
 
 
 def _step(family: Family, pair: AdapterPair) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,7 +45,7 @@ def _step(family: Family, pair: AdapterPair) -> tuple[torch.Tensor, torch.Tensor
     (context,) = family.encode_context([Request("a fox")], [picture(64, 64)])
     noise = family.initial_latents(1, 64, 64, torch.Generator().manual_seed(2))
     sigmas = family.sigmas(2, 64, 64)
-    _, loss = rollout(family.predict_velocity, pair, noise, sigmas, [prompt], [context], teacher="teacher")
+    _, loss = rollout(family.velocity, pair, noise, sigmas, [prompt], [context], teacher="teacher")
     return loss, torch.cat([torch.as_tensor(p.grad).flatten() for p in pair.student_parameters()])
 
 
@@ -89,15 +83,31 @@ def test_loss_and_gradients_are_those_of_plain_weights_of_the_same_values(folder
         own, same = dict(rounded.parts[part].named_parameters()), dict(plain.parts[part].named_parameters())
         assert all(torch.equal(own[n], same[n]) for n in others), "what is outside of the blocks keeps its precision"
     plain.parts.release(["vision"])  # it looks through the text encoder, whose values were replaced
-    (loss, grads), (expected, truth) = _step(rounded, _adapted(rounded)), _step(plain, _adapted(plain))
+    (loss, grads), (expected, truth) = _step(rounded, trained_pair(rounded)), _step(plain, trained_pair(plain))
     assert loss == pytest.approx(float(expected), rel=1e-4)
     assert _away(grads, truth) < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_on_a_rounded_bfloat16_base_cast_nothing_and_no_bit_changes(folders, kind):
+    family = _family("z-image", folders, quantization=kind, dtype="bfloat16")
+    pair, found = trained_pair(family), []
+    layers = list(adapted_layers(family.transformer, "student").values())
+    assert {layer.cast_input_dtype_enabled for layer in layers} == {False}
+    for cast in (False, True):
+        for layer in layers:
+            layer.cast_input_dtype_enabled = cast
+        loss, grads = _step(family, pair)
+        found.append(torch.cat([loss.reshape(1), grads]))
+        for parameter in pair.student_parameters():
+            parameter.grad = None
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_rounded_base_is_drawn_by_plain_diffusers_rounded_alike(folders, tmp_path, name):
     family = _family(name, folders, quantization="int8")
-    _adapted(family)
+    trained_pair(family)
     path = save_adapter(tmp_path / "student.safetensors", family.transformer, "student", LORA)
     remove_adapters(family.transformer, ("student", "teacher"))
     export = export_adapter(path, tmp_path / "export", CARD, type(family))
@@ -111,7 +121,7 @@ def test_the_rounded_base_is_drawn_by_plain_diffusers_rounded_alike(folders, tmp
 def test_an_adapter_of_a_rounded_base_fits_the_base_itself(folders, tmp_path, kind):
     """The velocity with the adapter differs by no more than the two bases do without it, and a half."""
     rounded, plain = _family("z-image", folders, quantization=kind), _family("z-image", folders)
-    _adapted(rounded)
+    trained_pair(rounded)
     path = save_adapter(tmp_path / "student.safetensors", rounded.transformer, "student", LORA)
     remove_adapters(rounded.transformer, ("student", "teacher"))
     (prompt,) = plain.encode_prompt([Request("a fox")])
@@ -127,7 +137,7 @@ def test_an_adapter_of_a_rounded_base_fits_the_base_itself(folders, tmp_path, ki
 
 def test_a_library_that_is_not_installed_is_one_line(folders, monkeypatch):
     monkeypatch.setattr("dopsd.models.quantized.find_spec", lambda _: None)
-    with pytest.raises(ModelError, match=r"nf4 needs bitsandbytes; `pip install 'dopsd\[quantization\]'` brings it"):
+    with pytest.raises(ModelError, match=r"nf4 needs bitsandbytes; `pip install -e '.\[quantization\]'` brings it"):
         _family("z-image", folders, quantization="nf4")
 
 
@@ -141,7 +151,7 @@ WAITING = {"gradient_checkpointing": "every", "offload": "group"}
 def test_where_weights_wait_and_what_is_computed_twice_changes_nothing(folders, monkeypatch, name, how):
     monkeypatch.setattr("dopsd.distill.adapters._MERGED_PARAMETERS", 0)  # weights that wait are not merged
     there, waiting = _family(name, folders), _family(name, folders, **how)
-    (loss, grads), (expected, truth) = _step(waiting, _adapted(waiting)), _step(there, _adapted(there))
+    (loss, grads), (expected, truth) = _step(waiting, trained_pair(waiting)), _step(there, trained_pair(there))
     assert loss == pytest.approx(float(expected), rel=1e-5)  # a copy lies elsewhere, and its product may round so
     assert _away(grads, truth) < 1e-5
 
@@ -166,7 +176,7 @@ def test_two_blocks_are_on_the_device_at_once(folders, monkeypatch, kind):
     blocks = blocks_of(family.transformer)
     each = max(sum(1 for _ in block.parameters()) for block in blocks)
     assert len(blocks) > 4
-    pair = _adapted(family)
+    pair = trained_pair(family)
     monkeypatch.setattr(offload, "_copy", counted)
     _step(family, pair)
     assert 0 < most <= 3 * each
@@ -231,3 +241,16 @@ def test_nf4_is_the_published_grid():
     nearest = (groups / scale).unsqueeze(-1).sub(grid).abs().argmin(-1)
     expected = (grid[nearest] * scale).reshape(weight.shape)
     assert _away(_weights(block[0]), expected) < 0.02, "of which the scales' own rounding is all"
+
+
+@pytest.mark.parametrize("blocks", ["there", "in turn"])
+def test_tied_weights_stay_one_on_their_device(folders, blocks):
+    """klein 4B's head is its embeddings: the pipeline's text encoder has as many parameters there as before."""
+    model = Qwen3ForCausalLM.from_pretrained(folders["flux2-klein"] / "text_encoder").requires_grad_(False)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    before, ids = sum(value.numel() for value in model.parameters()), torch.arange(5)[None]
+    expected = model(input_ids=ids).logits
+    place(model, torch.device("cpu"), "none", blocks)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert sum(value.numel() for value in model.parameters()) == before
+    assert torch.equal(model(input_ids=ids).logits, expected)

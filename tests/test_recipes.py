@@ -102,7 +102,7 @@ def test_a_recipe_names_every_key_and_is_as_published(recipe: str) -> None:
 @pytest.mark.parametrize("recipe", FACTS)
 def test_a_recipe_does_not_ask_a_large_model_for_too_much_at_once(recipe: str) -> None:
     settings = load_settings(_file(recipe))
-    assert settings.model.gradient_checkpointing == "every"
+    assert settings.model.gradient_checkpointing == "auto"
     assert settings.train.batch_size == settings.evaluation.batch_size == 1
     assert settings.data.resolution == 1024
     assert settings.train.preview_steps >= 100

@@ -15,7 +15,8 @@ from mlflow import MlflowClient
 
 from dopsd.config import LoraSettings, ModelSettings, RegistrySettings
 from dopsd.distill.adapters import adapter_parameters, add_adapters, read_adapter, save_adapter
-from dopsd.export import CARD_FILE, COMFYUI_FILE, DIFFUSERS_FILE, Card, draw_student, export_adapter, read_export
+from dopsd.export import CARD_FILE, COMFYUI_FILE, DIFFUSERS_FILE, draw_student, export_adapter
+from dopsd.given import read_export
 from dopsd.identity import VersionIdentity
 from dopsd.models import load_family
 from dopsd.models.base import Request
@@ -27,8 +28,6 @@ from tests import tiny
 
 SETTINGS = RegistrySettings(min_retention=0.9, tolerance=0.02)
 MADE = VersionIdentity(data="d1", settings="s1", base="b1", method="m1")
-CARD = Card(concept="style-ink", base="b", method="d-opsd", steps=2, placeholder="[V]", prompt="p", call={},
-            images=4, data_hash="d1", training={})  # fmt: skip
 
 
 def scores(style: float = 0.5, cosine: float = 0.4, retention: float = 0.97, asked: str = "q") -> dict[str, Any]:
@@ -107,7 +106,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     save_adapter(folder / "d-opsd.safetensors", family.transformer, "student", lora)
     pair.remove()
     (folder / "d-opsd.json").write_text("{}\n")
-    export = export_adapter(folder / "d-opsd.safetensors", folder / "export", CARD, ZImage)
+    export = export_adapter(folder / "d-opsd.safetensors", folder / "export", tiny.CARD, ZImage)
     asked = [(Request("a fox in [V] style"), 64, 64)]
     drawn = draw_student(family, folder / "d-opsd.safetensors", asked, 2, seed=0)
     files = {

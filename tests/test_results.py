@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+
+from benchmarks import results
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 
 
-@pytest.fixture(scope="module")
-def results() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("results", ROOT / "benchmarks" / "results.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["results"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_shipped_page_is_what_the_shipped_numbers_make(results: ModuleType) -> None:
+def test_the_shipped_page_is_what_the_shipped_numbers_make() -> None:
     runs = json.loads((DOCS / "results.json").read_text())
     reading = (DOCS / "results-reading.md").read_text()
     assert (DOCS / "results.md").read_text() == results.document(runs, reading)
@@ -52,7 +40,7 @@ def _run(seed: int, tuned: dict[str, float], **words: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_a_row_is_the_mean_over_the_seeds_that_have_it(results: ModuleType) -> None:
+def test_a_row_is_the_mean_over_the_seeds_that_have_it() -> None:
     page = results.document([_run(0, {"a": 0.3, "b": 0.5}, pen=0.9), _run(1, {"a": 0.4})], "how to read it")
     lines = dict(line.strip("| ").split(" | ", 1) for line in page.splitlines() if line.startswith("| "))
     assert "2026-11-28 to 2026-11-29" in page
@@ -63,7 +51,7 @@ def test_a_row_is_the_mean_over_the_seeds_that_have_it(results: ModuleType) -> N
 
 
 @pytest.mark.parametrize(("concept", "counted"), [("style-ink", 152), ("style-3d", 168)])
-def test_rows_differ_in_what_they_name_alone(results: ModuleType, concept: str, counted: int) -> None:
+def test_rows_differ_in_what_they_name_alone(concept: str, counted: int) -> None:
     rows = [row for row in results.ROWS if concept in row.concepts]
     settings = {row.name: results._settings(concept, 0, row) for row in rows}
     shipped = settings["d-opsd"].train

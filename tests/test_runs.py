@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from dopsd.cli import app
+from dopsd.config import ComputeSettings
 from dopsd.lock import ConceptBusy, concept_lock
 from dopsd.params import SettingsError
 from dopsd.runs import remove_runs, runs_in, runs_table
+from dopsd.train.storage import JobStorage
 from tests import tiny
+from tests.tiny_project import ROOT
 
 
 def _train(root: Path, method: str = "d-opsd", **settings: object) -> None:
@@ -60,18 +64,18 @@ def test_all_runs_are_listed_with_their_steps_and_what_was_other_about_them(root
 
 
 def test_a_run_goes_when_it_is_named_and_no_other(root: Path) -> None:
-    (gone,) = remove_runs(root, "blots", ["d-opsd.previous-1"])
+    (gone,) = remove_runs(root, "blots", ["d-opsd.previous-1"], ComputeSettings())
     assert (gone.folder.name, gone.steps) == ("d-opsd.previous-1", 3)
     assert _names(root) == ["d-opsd", "d-opsd.previous-2", "sft"]
     with pytest.raises(
         SettingsError, match=r"blots has no run d-opsd\.previous-1; it has d-opsd, d-opsd\.previous-2, sft"
     ):
-        remove_runs(root, "blots", ["sft", "d-opsd.previous-1"])
+        remove_runs(root, "blots", ["sft", "d-opsd.previous-1"], ComputeSettings())
     for name in ("../train", "..", "", "sft/checkpoints"):
         with pytest.raises(SettingsError, match="has no run"):
-            remove_runs(root, "blots", [name])
+            remove_runs(root, "blots", [name], ComputeSettings())
     with concept_lock("blots", root, "dopsd train"), pytest.raises(ConceptBusy):
-        remove_runs(root, "blots", ["sft"])
+        remove_runs(root, "blots", ["sft"], ComputeSettings())
     assert _names(root) == ["d-opsd", "d-opsd.previous-2", "sft"]
 
 
@@ -86,14 +90,36 @@ def test_a_run_of_a_version_that_wrote_nothing_down_is_listed_too(root: Path) ->
 def test_one_that_is_moved_back_goes_on_with_its_settings(root: Path) -> None:
     """As the help says."""
     train = root / "runs/blots/train"
-    remove_runs(root, "blots", ["d-opsd"])
+    remove_runs(root, "blots", ["d-opsd"], ComputeSettings())
     (train / "d-opsd.previous-1").rename(train / "d-opsd")
     _train(root, max_steps=4)
     assert {run.folder.name: run.steps for run in runs_in(root)} == {"d-opsd": 4, "d-opsd.previous-2": 2, "sft": 2}
 
 
+def test_what_a_job_on_ray_keeps_of_a_run_goes_with_it(root: Path, tmp_path: Path) -> None:
+    """Else its workers would go on with what was removed."""
+    runs, compute = root / "runs/blots/train", ComputeSettings(storage=str(tmp_path / "storage"))
+    (runs / "training.json").write_text('{"training": "aaaaaaaaaaaa"}')
+    storage = JobStorage(str(tmp_path / "storage"), "blots-aaaaaaaaaaaa")
+    storage.save(runs, ["d-opsd", "sft"])
+    remove_runs(root, "blots", ["d-opsd.previous-1"], compute)
+    assert storage.further_than(tmp_path / "nothing") == ["d-opsd", "sft"]
+    remove_runs(root, "blots", ["d-opsd"], compute)
+    assert storage.further_than(tmp_path / "nothing") == ["sft"]
+
+
+def test_a_link_to_a_run_is_left_alone(root: Path, tmp_path: Path) -> None:
+    runs = root / "runs/blots/train"
+    (runs / "sft").rename(tmp_path / "elsewhere")
+    (runs / "sft").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SettingsError, match="sft is a link"):
+        remove_runs(root, "blots", ["d-opsd", "sft"], ComputeSettings())
+    assert "d-opsd" in _names(root)
+
+
 def test_the_command(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root)
+    shutil.copy(ROOT / "params.yaml", root)  # it says where jobs keep their checkpoints
     monkeypatch.setenv("COLUMNS", "200")
     listed = CliRunner().invoke(app, ["runs"])
     assert listed.exit_code == 0, listed.output

@@ -27,7 +27,7 @@ from dopsd import champions
 from dopsd.config import LoraSettings, RegistrySettings, load_settings
 from dopsd.data.images import bucket_size, load_image
 from dopsd.distill.adapters import adapter_parameters, add_adapters, save_adapter
-from dopsd.export import CARD_FILE, DIFFUSERS_FILE, Card, export_adapter
+from dopsd.export import CARD_FILE, DIFFUSERS_FILE, export_adapter
 from dopsd.identity import VersionIdentity
 from dopsd.models import load_family
 from dopsd.models.flux2_klein import Flux2Klein
@@ -35,6 +35,8 @@ from dopsd.registry import Registry
 from dopsd.registry.serving import FewStepModel
 from tests import published
 from tests.family_folders import picture, settings_of
+from tests.profiles import DISPLAY_P3, SRGB, grey_profile
+from tests.tiny import CARD
 
 CALL = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 1.0}
 
@@ -97,7 +99,7 @@ def test_columns_are_known_by_their_names(model: FewStepModel) -> None:
     assert model.pipeline[0]["prompt"] == "make it [V] 0"
 
 
-@pytest.mark.parametrize("size", [(64, 64), (96, 64), (64, 128), (640, 80), (123, 457)])
+@pytest.mark.parametrize("size", [(64, 64), (96, 64), (64, 128), (640, 80), (123, 457), (480, 512)])
 def test_an_edit_has_its_first_images_shape_and_the_trained_area(model: FewStepModel, size: tuple[int, int]) -> None:
     model.call |= {"height": 512, "width": 512}
     model.predict(None, _table([encoded(Image.new("RGB", size)), encoded(Image.new("RGB", (64, 256)))], None))
@@ -119,12 +121,23 @@ def test_pictures_are_read_as_those_that_were_trained_on(model: FewStepModel, tm
     files = {
         "clear.png": encoded(clear), "deep.png": encoded(deep),
         "turned.jpg": encoded(picture(96, 64), "JPEG", exif=turned), "lossy.webp": encoded(picture(96, 64), "WEBP"),
+        "wide.jpg": encoded(picture(96, 64), "JPEG", icc_profile=DISPLAY_P3.profile()),
+        "clear-wide.png": encoded(clear, icc_profile=DISPLAY_P3.profile()),
+        "grey.png": encoded(picture(96, 64).convert("L"), icc_profile=grey_profile(1.8)),
+        "deep-grey.png": encoded(deep, icc_profile=grey_profile(1.8)),
+        "srgb.png": encoded(picture(96, 64), icc_profile=SRGB.profile()),
+        "broken.png": encoded(picture(96, 64), icc_profile=b"x" * 200),
+        "other.png": encoded(picture(96, 64), icc_profile=grey_profile(1.8)),
     }  # fmt: skip
-    model.predict(None, _table(list(files.values())))
-    for (name, content), taken in zip(files.items(), model.pipeline[0]["image"], strict=True):
+    for content in files.values():
+        model.predict(None, _table([content]))
+    for (name, content), asked in zip(files.items(), model.pipeline, strict=True):
+        (taken,) = asked["image"]
         (tmp_path / name).write_bytes(base64.b64decode(content))
-        assert np.array_equal(taken, load_image(tmp_path / name, 10**6)), name
-    assert model.pipeline[0]["image"][2].size == (64, 96)
+        trained = np.asarray(load_image(tmp_path / name, 10**6), dtype=int)
+        # a profile that means sRGB moves nothing in training, and here what it does by rounding
+        assert np.abs(trained - taken).max() <= (name == "srgb.png"), name
+    assert model.pipeline[2]["image"][0].size == (64, 96)
 
 
 def test_wrapped_base64_is_taken(model: FewStepModel) -> None:
@@ -258,9 +271,7 @@ def klein(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     student = save_adapter(folder / "d-opsd.safetensors", family.transformer, "student", lora)
     pair.remove()
     (folder / "d-opsd.json").write_text("{}\n")
-    card = Card(concept="c", base="b", method="d-opsd", steps=2, placeholder="[V]", prompt="p", call={}, images=4,
-                data_hash="d", training={})  # fmt: skip
-    export = export_adapter(student, folder / "export", card, Flux2Klein)
+    export = export_adapter(student, folder / "export", CARD, Flux2Klein)
     return {
         "adapter": export / DIFFUSERS_FILE, "card": export / CARD_FILE,
         "about": folder / "d-opsd.json", "base": base,

@@ -1,10 +1,8 @@
-"""Memory and time said in advance: the counter by hand, the peaks of the project's own code at true widths, advice."""
+"""Memory and time said in advance: the counter by hand, and the peaks of the project's own code at true widths."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import re
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -16,38 +14,18 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dopsd.config import LoraSettings, load_settings
 from dopsd.distill.loss import distillation_loss
 from dopsd.distill.rollout import sample
-from dopsd.models import family_class, load_family, resolved
+from dopsd.models import family_class, load_family
 from dopsd.models.base import Parts, Request
 from dopsd.models.sizes import PartSize, block_lists, configurations, shortened, skeleton
 from dopsd.sizing import runs
-from dopsd.sizing.cards import CARDS, CardError, card_of
 from dopsd.sizing.counter import counting, materialise
-from dopsd.sizing.plan import Choice, Plan, Stage, advice, checkpointing_that_fits, plan_for
-from dopsd.sizing.runs import Cost, Work
-from dopsd.sizing.show import needs, proposals
-from tests.family_folders import NAMES, picture, settings_of, write_families
+from dopsd.sizing.plan import Choice, Plan, advice, plan_for
+from dopsd.sizing.runs import Cost
+from tests.family_folders import NAMES, picture, settings_of
 from tests.published_configs import PARAMETERS, PUBLISHED
-
-ROOT = Path(__file__).resolve().parents[1]
-GIB = 2**30
-RECIPES = {"z-image-turbo": "z-image-turbo", "klein-4b": "flux2-klein-4b", "klein-9b": "flux2-klein-9b",
-           "krea-2": "krea-2-turbo"}  # fmt: skip
-
-
-def settings(model: str, *overrides: str) -> Any:
-    return resolved(load_settings(ROOT / "recipes" / f"{RECIPES[model]}.yaml", overrides))
-
-
-@cache
-def plan(model: str) -> Plan:
-    """Counted once for all tests."""
-    made = plan_for(settings(model), ROOT)
-    assert made is not None
-    return made
-
+from tests.sized import GIB, RECIPES, ROOT, plan, settings, small
 
 # --- the counter ------------------------------------------------------------------------------------------------------
 
@@ -129,8 +107,7 @@ def test_parameters_are_the_published_ones(model: str) -> None:
         assert PartSize.of(skeleton("text_encoder", found, family)).parameters == PARAMETERS[model, "text_encoder"]
 
 
-def test_a_folder_here_is_counted_from_its_own_files(tmp_path: Path) -> None:
-    folders = write_families(tmp_path)
+def test_a_folder_here_is_counted_from_its_own_files(folders: dict[str, Path]) -> None:
     for name in NAMES:
         model = settings_of(name, folders)
         found = configurations(model, Path())
@@ -180,13 +157,6 @@ def test_the_peaks_agree_with_those_of_another_simulation() -> None:
     work = {kind: plan("z-image-turbo").runs(Choice()).training(kind).operations / 1e12 for kind in ("every", "none")}  # type: ignore[arg-type]
     assert work["every"] == pytest.approx(251, rel=0.05)
     assert work["none"] == pytest.approx(194, rel=0.05)
-
-
-def small() -> Work:
-    """klein 4B at its widths and 256 px."""
-    work = replace(plan("klein-4b").work, height=256, width=256, lora=LoraSettings(rank=8))
-    work.__dict__["transformer"] = plan("klein-4b").work.transformer
-    return work
 
 
 def student_peak(kind: Any, single: int = 1, states: int = 1) -> float:
@@ -266,149 +236,111 @@ def test_encoders_that_are_kept_are_noticed() -> None:
     assert _held_by(release=False) > _held_by(release=True) + 1e9
 
 
-# --- what fits --------------------------------------------------------------------------------------------------------
+# --- full tuning ------------------------------------------------------------------------------------------------------
 
 
-def test_the_ladder_goes_down_and_each_card_gets_what_fits_it() -> None:
-    made, start = plan("z-image-turbo"), Choice("every")
-    ladder = list(made.ladder(start))
-    assert [choice.resolution for choice in ladder] == [1024] * 7 + [768, 512]
-    peaks = [made.train(choice).peak for choice in ladder[:7]]
-    assert all(a >= b for a, b in pairwise(peaks))
-    for gib in (8, 12, 16, 24, 48, 80):
-        found = made.proposal(start, gib * GIB)
-        assert found is not None
-        assert made.fits(found, gib * GIB)
-        assert not any(made.fits(choice, gib * GIB) for choice in ladder[: ladder.index(found)])
-    assert made.proposal(start, 1 * GIB) is None
+@cache
+def full_plan() -> Plan:
+    made = plan_for(settings("z-image-turbo", "train.tune=full"), ROOT)
+    assert made is not None
+    return made
 
 
-def test_the_teachers_peak_is_told_from_the_students() -> None:
-    """klein's teacher reads the picture too: with few blocks its answer is the most, with all of them the student's
-    gradients are."""
-    work = plan("klein-4b").work
-    taught, learnt = work.train_shortened("every", {"transformer_blocks": 1, "single_transformer_blocks": 1})
-    assert taught.peak > learnt.peak
-    assert 0 < taught.operations < learnt.operations
-    assert work.train("every").peak > taught.peak
+def test_full_tuning_counts_all_that_it_keeps() -> None:
+    """Bytes of every weight, by hand: student, teacher and gradients in float32, two moments, the base in bfloat16."""
+    made, count = full_plan(), PARAMETERS["z-image-turbo", "transformer"]
+    assert made.work.adapter == count
+    by_hand = {
+        Choice("every"): 4 + 4 + 4 + 8 + 2,
+        Choice("every", optimizer="adamw-8bit"): 4 + 4 + 4 + 2 * (1 + 4 / 256) + 2,
+        Choice("every", waiting="cpu"): 4 + 4 + 8,
+    }
+    for choice, each in by_hand.items():
+        rows = dict(made.train(choice).rows)
+        rest = rows.pop("activations") + rows.pop("vae decoder")
+        assert sum(rows.values()) == pytest.approx(each * count)
+        assert 1e9 < rest < 6e9, "a block in bfloat16, or one that visits, and not all of them"
+    assert made.host(Choice(waiting="cpu")) == 2e9 + (2 + 4) * count
+    assert made.disk()["two checkpoints"] == 2 * (4 + 4 + 8) * count
+    assert "adapter" not in made.stages(Choice("every"))[2].rows or not made.stages(Choice("every"))[2].rows["adapter"]
 
 
-def test_an_adapter_has_as_many_parameters_as_it_really_gets() -> None:
-    assert plan("z-image-turbo").work.adapter == 158_760_960
-    assert small().adapter * 8 == plan("klein-4b").work.adapter == 96_337_920
+def test_full_tuning_is_proposed_what_it_can_have() -> None:
+    made, before = full_plan(), Choice("every")
+    (large, small) = (made.proposal(before, gib * GIB) for gib in (140, 80))
+    assert large is not None
+    assert large.waiting == "device"
+    assert small == replace(before, optimizer="adamw-8bit", waiting="cpu")
+    assert small.lines(before) == {"train": {"optimizer": "adamw-8bit", "teacher": {"weights": "cpu"}}}
+    assert made.proposal(before, 48 * GIB) is None
+    assert all(one.quantization == "none" and one.offload == "none" for one in made.ladder(before))
+    line = advice(settings("z-image-turbo", "train.tune=full"), 80 * GIB, ROOT)
+    assert "train.optimizer=adamw-8bit, train.teacher.weights=cpu" in line
 
 
-def test_some_of_the_card_is_kept_free() -> None:
-    stage = Stage("train", {"weights": 10e9, "activations": 2e9})
-    assert stage.peak == 12e9
-    assert stage.fits(13.5e9)
-    assert not stage.fits(13.4e9)
+def test_some_layers_leave_the_rest_in_bfloat16() -> None:
+    some = plan_for(settings("z-image-turbo", "train.tune=full", "train.lora.targets=[to_q]"), ROOT)
+    assert some is not None
+    assert some.work.adapter == 34 * 3840 * 3840
+    waiting = some.train(Choice("every", waiting="cpu")).rows["transformer"]
+    assert waiting == 2 * (PARAMETERS["z-image-turbo", "transformer"] - some.work.adapter)
 
 
-def test_auto_is_the_least_checkpointing_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = plan("z-image-turbo")
-    assert [made.checkpointing(Choice(), gib * GIB) for gib in (16, 24, 48, 80)] == [
-        "every", "every", "every-second", "none",
-    ]  # fmt: skip
-    assert made.checkpointing(Choice(offload="group"), 80 * GIB) == "every"
-    state = torch.get_rng_state()
-    monkeypatch.setattr("dopsd.sizing.plan.plan_for", lambda *_: Plan(small()))
-    assert checkpointing_that_fits(settings("klein-4b", "data.resolution=256"), 80 * GIB) == "none"
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.get_default_dtype() == torch.float32
+# --- settings that forbid others --------------------------------------------------------------------------------------
+
+SHARDED = ("compute.sharded=true", "compute.workers=2")
 
 
-def test_a_smaller_batch_is_tried_before_anything_else() -> None:
-    first = next(plan("z-image-turbo").ladder(Choice(batch=4, accumulation=2)))
-    assert (first.batch, first.accumulation) == (1, 8)
+@pytest.mark.parametrize(
+    "overrides", [(), ("train.lora.kind=dora",), SHARDED, ("model.compile=true",), ("train.tune=full",),
+                  ("train.tune=full", "model.compile=true"), ("train.replay.prompts=[a fox]", "train.replay.weight=1")],
+)  # fmt: skip
+def test_whatever_is_proposed_can_be_written_into_the_settings(overrides: tuple[str, ...]) -> None:
+    made = plan_for(settings("klein-4b", *overrides), ROOT)
+    assert made is not None
+    before = Choice.of(settings("klein-4b", *overrides))
+    rungs = list(made.ladder(before))
+    for rung in rungs:
+        written = [
+            f"{group}.{name}.weights={value['weights']}" if isinstance(value, dict) else f"{group}.{name}={value}"
+            for group, names in rung.lines(before).items()
+            for name, value in names.items()
+        ]
+        assert Choice.of(settings("klein-4b", *overrides, *written)) == rung
+    plain = {"dora", "true", "full"} & {text.partition("=")[2] for text in overrides if "compile" not in text}
+    assert any(rung.quantization == "nf4" for rung in rungs) == (not plain)
+    assert any(rung.offload == "group" for rung in rungs) == (not overrides or "replay" in overrides[0])
+    assert any(rung.waiting == "cpu" for rung in rungs) == (overrides == ("train.tune=full",))
+    assert rungs[-1].resolution == 512
 
 
-def test_quantised_and_offloaded_weights_are_what_arithmetic_says() -> None:
-    made = plan("z-image-turbo")
-    size = made.sizes["transformer"]
-    plain, int8, nf4, group = (
-        made.weights("transformer", Choice("every", **change))  # type: ignore[arg-type]
-        for change in ({}, {"quantization": "int8"}, {"quantization": "nf4"}, {"offload": "group"})
-    )
-    assert plain == 2 * PARAMETERS["z-image-turbo", "transformer"]
-    assert plain - int8 == pytest.approx(size.linear * (2 - 8.02 / 8))
-    assert plain - nf4 == pytest.approx(size.linear * (2 - 4.127 / 8))
-    encoder = 2 * made.sizes["text_encoder"].parameters
-    assert made.host(Choice()) == 2e9 + plain, "the largest component comes in through it"
-    assert made.host(Choice(offload="model")) == 2e9 + plain + encoder
-    assert group < 4.1 * max(size.blocks) + 2 * (size.parameters - sum(size.blocks))
+def test_a_base_that_is_divided_is_counted_whole_and_that_is_said() -> None:
+    divided = settings("klein-4b", *SHARDED)
+    made = plan("klein-4b")
+    assert made.chosen(divided, 80 * GIB).checkpointing == "every", "as dopsd.train.device_memory has it"
+    assert made.chosen(settings("klein-4b"), 80 * GIB).checkpointing == "none"
+    every = "model.gradient_checkpointing=every"
+    assert "raise compute.workers" in advice(settings("klein-4b", *SHARDED, every), 2 * GIB, ROOT)
+    assert "no settings known" in advice(settings("klein-4b", "train.lora.kind=dora", every), 2 * GIB, ROOT)
 
 
-def test_settings_become_a_choice_and_back() -> None:
-    before = Choice.of(settings("z-image-turbo"))
-    assert before == Choice("every", accumulation=4)
-    after = replace(before, checkpointing="none", quantization="nf4", resolution=512)
-    assert after.lines(before) == {
-        "model": {"gradient_checkpointing": "none", "quantization": "nf4"}, "data": {"resolution": 512},
-    }  # fmt: skip
+@pytest.mark.parametrize("model", RECIPES)
+def test_register_counts_the_text_encoder_that_the_pipeline_loads(model: str) -> None:
+    """With all of its layers, and klein 9B's head, which is not tied to its embeddings."""
+    made = plan(model)
+    rows = made._register(Choice("every", quantization="int8")).rows
+    layers = PARAMETERS[model, "text_encoder"] * 2 - rows["text encoder, all of it"]
+    linear = made._whole_encoder.linear
+    assert layers == pytest.approx(linear * (2 - 8.02 / 8))
+    assert made.disk()["base, where published in bfloat16"] >= 2 * PARAMETERS[model, "text_encoder"]
 
 
-def test_an_out_of_memory_becomes_advice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dopsd.sizing.plan.plan_for", lambda *_: plan("z-image-turbo"))
-    said = advice(settings("z-image-turbo"), 16 * GIB)
-    assert "\n" not in said
-    assert "model.quantization=int8" in said
-    assert "something else" in advice(settings("z-image-turbo"), 24 * GIB)
-    assert "no settings" in advice(settings("z-image-turbo"), 1 * GIB)
-    monkeypatch.setattr("dopsd.sizing.plan.plan_for", lambda *_: None)
-    assert "train.batch_size" in advice(settings("z-image-turbo"), GIB)
-
-
-def test_cards_are_found_by_name_or_size() -> None:
-    assert card_of("RTX 4090").gib == card_of("24").gib == 24
-    assert card_of("NVIDIA GeForce RTX 4060 Ti").name == "RTX 4060 Ti"
-    assert card_of("NVIDIA H100 80GB HBM3").name == "H100"
-    assert card_of("20 GB").teraflops == card_of("RTX 4090").teraflops
-    assert card_of("500").gib == 500
-    with pytest.raises(CardError, match="--card Voodoo: give its memory"):
-        card_of("Voodoo")
-    assert len({card.name for card in CARDS}) == len(CARDS)
-
-
-def test_hours_follow_the_card_and_the_work() -> None:
-    made, choice = plan("z-image-turbo"), Choice("every", accumulation=4)
-    assert made.hours(choice, card_of("RTX 4090")) == pytest.approx(62 * 1000 / 3600, rel=0.3)  # docs: 62 s a step
-    assert made.hours(choice, card_of("H100")) == pytest.approx(15 * 1000 / 3600, rel=0.3)
-    fast = made.hours(replace(choice, checkpointing="none"), card_of("H100"))
-    assert fast < made.hours(choice, card_of("H100")) < made.hours(replace(choice, quantization="nf4"), card_of("H100"))
-
-
-def test_what_is_said_fits_80_columns_and_can_be_pasted() -> None:
-    made, choice, card = plan("z-image-turbo"), Choice("every", accumulation=4), card_of("16")
-    lines = [*needs(made, choice, card), *proposals(made, choice, card)]
-    assert [part for line in lines for part in line.splitlines() if len(part) > 80] == []
-    text = "\n".join(lines)
-    assert re.search(r"^train {41,}1\d\.\d GB   of 17\.2: too much$", text, re.MULTILINE)
-    assert "  transformer                                   12.3 GB" in text
-    assert "    model:\n      quantization: int8\n" in text
-    roomy = "\n".join(proposals(made, choice, card_of("H100")))
-    assert "Faster" in roomy
-    assert "gradient_checkpointing: none" in roomy
-    assert "They fit 24 GB" in "\n".join(proposals(made, choice, card_of("24")))
-
-
-def test_the_page_is_made_of_its_numbers_and_they_are_todays() -> None:
-    """``python benchmarks/memory.py`` writes both anew."""
-    spec = importlib.util.spec_from_file_location("memory_page", ROOT / "benchmarks" / "memory.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    numbers = json.loads(module.NUMBERS.read_text())
-    assert module.PAGE.read_text() == module.page(numbers)
-    assert max(map(len, module.PAGE.read_text().splitlines())) <= 120
-    written = numbers["bases"]["z-image-turbo"]
-    for stage in plan("z-image-turbo").stages(Choice("every")):
-        assert written["stages"][stage.name]["peak"] == pytest.approx(stage.peak / 1e9, rel=0.02)
-    for recipe, base in numbers["bases"].items():
-        said = re.search(
-            r"([\d.]+) GB\s+to train \(([\d.]+) without", (ROOT / "recipes" / f"{recipe}.yaml").read_text()
-        )
-        assert said is not None
-        assert float(said[1]) == pytest.approx(base["stages"]["train"]["peak"], rel=0.02)
-        assert float(said[2]) == pytest.approx(base["cards"][-1]["gb"]["train"], rel=0.02)
+def test_the_page_has_full_tunings_memory_as_it_is_today() -> None:
+    written, made = json.loads((ROOT / "docs" / "benchmarks" / "memory.json").read_text()), full_plan()
+    found = written["bases"]["z-image-turbo"]["full"]
+    for optimizer in ("adamw", "adamw-8bit"):
+        for ending, waiting in (("", "device"), (", `cpu`", "cpu")):
+            peak = made.train(Choice("every", optimizer=optimizer, waiting=waiting)).peak  # type: ignore[arg-type]
+            assert found[optimizer + ending] == pytest.approx(peak / 1e9, rel=0.02)
+    assert found["checkpoints"] == pytest.approx(made.disk()["two checkpoints"] / 1e9, rel=0.02)
+    assert found["host memory, `cpu`"] == pytest.approx(made.host(Choice(waiting="cpu")) / 1e9, rel=0.02)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dopsd.config import METHODS
+from dopsd.config import Method
 from dopsd.data.dataset import Example
 from dopsd.train import objective as objectives
 from dopsd.train.objective import Draw, Objective
 from tests import tiny
+
+METHODS = get_args(Method)
 
 STUDENT, TEACHER, BASE = 0.3, 0.7, 0.1
 """The weight of who answers: ``u = weight * x + (1 + sigma) * what it is told``."""

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from dopsd.config import SettingsError
 from dopsd.train.optimizer import check_optimizer, make_optimizer
 from tests import tiny
-from tests.test_family_training import Cut
 
 SETTINGS = {"optimizer": "adamw-8bit", "max_steps": 6, "checkpoint_steps": 2, "lora": {"rank": 64}}
 """Only from 4,096 values on are moments kept in a byte: a layer of 64 x 64."""
@@ -38,7 +37,7 @@ def test_a_cut_run_ends_where_the_unbroken_one_ends(tmp_path: Path):
     settings = tiny.tiny_settings(**SETTINGS)
     tiny.run_tiny("d-opsd", tmp_path / "whole", settings)
     with pytest.raises(KeyboardInterrupt):
-        tiny.run_tiny("d-opsd", tmp_path / "cut", settings, Cut(5))
+        tiny.run_tiny("d-opsd", tmp_path / "cut", settings, tiny.Cut(5))
     checkpoints = tmp_path / "cut" / "train" / "checkpoints"
     saved = load_file(checkpoints / "step-00000004" / "tensors.safetensors")
     assert any(value.dtype == torch.uint8 and key.startswith("optimizer/") for key, value in saved.items())
@@ -49,5 +48,5 @@ def test_a_cut_run_ends_where_the_unbroken_one_ends(tmp_path: Path):
 
 def test_without_the_library_it_is_one_line(monkeypatch):
     monkeypatch.setattr("dopsd.train.optimizer.find_spec", lambda _: None)
-    with pytest.raises(SettingsError, match=r"adamw-8bit needs bitsandbytes; `pip install 'dopsd\[quantization\]'`"):
+    with pytest.raises(SettingsError, match=r"adamw-8bit needs bitsandbytes; `pip install -e '.\[quantization\]'`"):
         check_optimizer(tiny.tiny_settings(optimizer="adamw-8bit"))

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 STEPS = 3
 RUNS = {
     "d-opsd": {"batch_size": 4, "replay": {"weight": 0.5, "prompts": ["a fox"]}},
+    worker.FULL: {"batch_size": 4, "tune": "full", "learning_rate": 1e-3},
     worker.SHARDED: {"batch_size": 4, "replay": {"weight": 0.5, "prompts": ["a fox"]}},
     "sft": {"batch_size": 1, "accumulation": 3, "replay": {"weight": 0.5, "prompts": ["a fox"]}},
 }
@@ -29,10 +30,6 @@ RUNS = {
 def _settings(method):
     # plain steps along the gradient: Adam's first ones are signs, which hide how large a difference is
     return tiny.tiny_settings(max_steps=STEPS, checkpoint_steps=STEPS, sft_compute_factor=1.0, **RUNS[method])
-
-
-def _method(name):
-    return "d-opsd" if name == worker.SHARDED else name
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +65,7 @@ def pair(request, together, tmp_path_factory):
     """A method trained by one process, and by two: (method, folder of the one, folder of the two)."""
     alone = tmp_path_factory.mktemp("alone")
     with worker.kept_gradients(alone / "gradients.safetensors"):
-        tiny.run_tiny(_method(request.param), alone, _settings(request.param))
+        tiny.run_tiny(worker.method_of(request.param), alone, _settings(request.param))
     return request.param, alone, together / request.param
 
 
@@ -93,10 +90,11 @@ def test_two_workers_learn_what_one_does(pair):
     for mine, theirs in zip(_log(together / "0"), _log(alone), strict=True):
         for key in ("train/loss", "train/grad_norm"):
             assert mine[key] == pytest.approx(theirs[key], rel=2e-5), (method, mine["step"], key)
-    file = f"{_method(method)}.safetensors"
+    file = f"{worker.method_of(method)}.safetensors"
     one, two = load_file(alone / "adapters" / file), load_file(together / "0" / "adapters" / file)
     assert one.keys() == two.keys()
-    moved = max(float(value.abs().max()) for key, value in one.items() if "lora_B" in key)
+    start = dict(tiny.tiny_family().transformer.named_parameters()) if method == worker.FULL else {}
+    moved = max(float((value - start.get(key, 0)).abs().max()) for key, value in one.items() if "lora_A" not in key)
     assert moved > 1e-3, "the run learnt something, so that equality means something"
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-3, atol=2e-4)
@@ -130,6 +128,34 @@ def test_one_process_exchanges_nothing():
     assert values == {"train/loss": 3.0}
     assert seconds == 4.0
     assert parameter.grad.tolist() == [1.0, 2.0]
+
+
+def test_gradients_of_a_whole_model_take_several_vectors_and_are_the_same(monkeypatch):
+    """As if two processes had the same: everything comes out twice, but for the first one's clock."""
+    sent = []
+
+    class Two:
+        num_processes, is_main_process = 2, True
+
+        def reduce(self, tensor, reduction):
+            sent.append(tensor.numel())
+            return 2 * tensor
+
+    def exchanged():
+        generator = torch.Generator().manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.zeros(size)) for size in ((3, 2), (5,), (1,), (40,), (2,))]
+        for parameter in parameters[:-1]:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        return [*exchange(Two(), parameters, {"train/loss": torch.tensor(3.0)}, 4.0), *(p.grad for p in parameters)]
+
+    whole = exchanged()
+    monkeypatch.setattr("dopsd.train.parallel._TOGETHER", 12)
+    parts = exchanged()
+    assert sent == [54 + 2, 12, 40, 2 + 2], "one vector, then three; a tensor that is larger alone takes one"
+    assert parts[:2] == whole[:2] == [{"train/loss": 6.0}, 8.0]
+    assert all(torch.equal(a, b) for a, b in zip(whole[2:], parts[2:], strict=True))
+    assert float(whole[2].abs().sum()) > 0
+    assert not whole[-1].any()
 
 
 def test_a_batch_that_is_not_shared_evenly_is_refused_where_the_base_is_divided(tmp_path, monkeypatch):

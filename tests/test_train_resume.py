@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -83,14 +83,8 @@ def unbroken(tmp_path_factory):
 @pytest.mark.usefixtures("children")
 @pytest.mark.parametrize("step", [1, 3, 4, 8])
 def test_a_run_broken_off_after_any_step_ends_bit_for_bit_where_the_unbroken_one_does(tmp_path, unbroken, step):
-    class Breaks(tiny.Recorder):
-        def metrics(self, at, values):
-            super().metrics(at, values)
-            if at == step:
-                raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        tiny.run_tiny("d-opsd", tmp_path, _settings("d-opsd"), Breaks())
+        tiny.run_tiny("d-opsd", tmp_path, _settings("d-opsd"), tiny.Cut(step))
     seen = tiny.Recorder()
     result = tiny.run_tiny("d-opsd", tmp_path, _settings("d-opsd"), seen)
     checkpoint = (step - 1) // 3 * 3
@@ -182,13 +176,8 @@ def test_a_run_whose_checkpoints_cannot_be_read_is_set_aside_and_not_written_ove
 
 
 def test_a_run_without_a_checkpoint_is_not_kept(tmp_path):
-    class Breaks(tiny.Recorder):
-        def metrics(self, at, values):
-            super().metrics(at, values)
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        tiny.run_tiny("d-opsd", tmp_path, tiny.tiny_settings(), Breaks())
+        tiny.run_tiny("d-opsd", tmp_path, tiny.tiny_settings(), tiny.Cut(0))
     tiny.run_tiny("d-opsd", tmp_path, tiny.tiny_settings(learning_rate=1.0))
     assert not list(tmp_path.glob("*.previous*"))
 
@@ -206,14 +195,8 @@ def test_more_steps_go_on_where_the_run_is_and_end_bit_for_bit_as_an_unbroken_lo
     def settings(steps):
         return tiny.tiny_settings(max_steps=steps, checkpoint_steps=2, sft_compute_factor=1.5, **LENGTHS[method])
 
-    class Breaks(tiny.Recorder):
-        def metrics(self, at, values):
-            super().metrics(at, values)
-            if killed and at == 3:
-                raise KeyboardInterrupt
-
-    with suppress(KeyboardInterrupt):
-        tiny.run_tiny(method, tmp_path / "a", settings(4), Breaks())
+    with pytest.raises(KeyboardInterrupt) if killed else nullcontext():
+        tiny.run_tiny(method, tmp_path / "a", settings(4), tiny.Cut(3 if killed else None))
     at = 2 if killed else 6 if method == "sft" else 4
     seen = tiny.Recorder()
     tiny.run_tiny(method, tmp_path / "a", settings(8), seen)
@@ -235,14 +218,8 @@ def test_more_steps_go_on_where_the_run_is_and_end_bit_for_bit_as_an_unbroken_lo
 @pytest.mark.parametrize(("method", "steps"), [("d-opsd", 6), ("d-opsd", 4), ("sft", 4)])
 def test_fewer_steps_that_are_not_behind_go_on_too(tmp_path, method, steps):
     """At step 4 there is a checkpoint, and with 4 steps nothing more to do but to write the adapter."""
-
-    class Breaks(tiny.Recorder):
-        def metrics(self, at, values):
-            if at == 5:
-                raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        tiny.run_tiny(method, tmp_path / "a", tiny.tiny_settings(max_steps=20), Breaks())
+        tiny.run_tiny(method, tmp_path / "a", tiny.tiny_settings(max_steps=20), tiny.Cut(5))
     seen = tiny.Recorder()
     mine = tiny.run_tiny(method, tmp_path / "a", tiny.tiny_settings(max_steps=steps), seen)
     assert _says(seen, f"max_steps 20 -> {steps}; going on from step 4")

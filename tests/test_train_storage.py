@@ -17,14 +17,8 @@ METHODS = ("d-opsd",)
 def run(tmp_path: Path) -> Path:
     """A run that was killed after its second checkpoint."""
     settings = tiny.tiny_settings(max_steps=6, checkpoint_steps=2, preview_steps=1)
-
-    class Kills(tiny.Recorder):
-        def metrics(self, step, values) -> None:
-            if step == 5:
-                raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        tiny.run_tiny("d-opsd", tmp_path / "here", settings, Kills())
+        tiny.run_tiny("d-opsd", tmp_path / "here", settings, tiny.Cut(5))
     (tmp_path / "here" / "train").rename(tmp_path / "here" / "d-opsd")
     return tmp_path / "here"
 

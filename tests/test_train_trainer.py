@@ -4,6 +4,7 @@ import dataclasses
 import json
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,13 +12,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dopsd.config import METHODS, TrainSettings
+from dopsd.config import Method, TrainSettings
 from dopsd.distill.adapters import adapter_applied, add_adapters
 from dopsd.train import checkpoint as ckpt
 from dopsd.train.objective import Objective
 from dopsd.train.observer import save_strip
 from dopsd.train.trainer import Place, TrainError, Training, learning_rate, milestones, train
 from tests import tiny
+
+METHODS = get_args(Method)
 
 REPLAY = {"weight": 0.5, "prompts": ["a fox"]}
 
@@ -38,10 +41,7 @@ def _steps(folder):
 def test_gradients_of_4_examples_one_by_one_are_those_of_the_batch(method):
     """Each example has its own draws, whatever it is batched with; prompts of other lengths do not matter either."""
     family, examples, settings = tiny.tiny_family(), tiny.tiny_examples(4), tiny.tiny_settings(replay=REPLAY)
-    pair = add_adapters(family.transformer, settings.lora, family.lora_targets, 0)
-    with torch.no_grad():
-        for parameter in pair.student_parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    pair = tiny.trained_pair(family, settings.lora)
     targets = [example.latents for example in examples]
     objective = Objective(
         method, settings, family, family.predict_velocity, pair, examples, targets, tiny.tiny_prompts()
@@ -199,17 +199,11 @@ def test_by_itself_a_checkpoint_is_written_every_ten_minutes_of_steps_and_goes_o
         saved.append(checkpoint.step)
         return ckpt.save_checkpoint(folder, checkpoint)
 
-    def kill(step, values):
-        if step == 5:
-            raise KeyboardInterrupt
-
     monkeypatch.setattr("dopsd.train.trainer.time", Clock())
     monkeypatch.setattr("dopsd.train.trainer.ckpt", SimpleNamespace(**{**vars(ckpt), "save_checkpoint": save}))
     settings = tiny.tiny_settings(max_steps=9, checkpoint_steps=None)
-    killed = tiny.Recorder()
-    killed.metrics = kill
     with pytest.raises(KeyboardInterrupt):
-        tiny.run_tiny("d-opsd", tmp_path / "killed", settings, killed)
+        tiny.run_tiny("d-opsd", tmp_path / "killed", settings, tiny.Cut(5))
     before = list(saved)
     tiny.run_tiny("d-opsd", tmp_path / "killed", settings)
     after = saved[len(before) :]

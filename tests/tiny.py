@@ -1,7 +1,8 @@
 """A random Z-Image of some ten thousand parameters: the real classes, all of them, at a size that runs in milliseconds.
 
 ``tiny_family()`` is the real :class:`dopsd.models.z_image.ZImage` over it; ``tiny_examples()`` are encoded examples of
-random content. Run as a script it waits for a line, then trains and prints a line per step, for tests that kill it:
+random content; ``trained_pair()`` is a student with its teacher as after some steps. Run as a script it waits for a
+line, then trains and prints a line per step, for tests that kill it:
 ``python -m tests.tiny METHOD RUN_FOLDER SETTINGS_JSON``.
 """
 
@@ -9,19 +10,22 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models import AutoencoderKL, ZImageTransformer2DModel
+from torch import nn
 
-from dopsd.config import Method, TrainSettings
+from dopsd.config import LoraSettings, Method, TrainSettings
 from dopsd.data.dataset import Example, Preview
 from dopsd.data.encoded import Encoded
+from dopsd.distill.adapters import AdapterPair, add_adapters
+from dopsd.export import Card
 from dopsd.identity import made_of, training_identity
-from dopsd.models.base import Conditioning, Parts, Teaching
+from dopsd.models.base import Conditioning, Family, Parts, Teaching
 from dopsd.models.loading import Blocks, place, use_plain_attention
 from dopsd.models.z_image import ZImage
 from dopsd.train.trainer import Place, Training, TrainResult, train
@@ -77,10 +81,34 @@ def tiny_family(seed: int = 0) -> ZImage:
     )
 
 
+def moved(parameters: Iterable[nn.Parameter], size: float = 0.05, seed: int = 0) -> None:
+    """As after some steps: all of them, each by random numbers of deviation ``size``."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+
+
+def trained_pair(
+    family: Family, lora: LoraSettings = LoraSettings(rank=4), size: float = 0.1, **more: Any  # noqa: B008
+) -> AdapterPair:  # fmt: skip
+    """Adapters on its transformer as after some steps: student and teacher differ from the base and from each other."""
+    pair = add_adapters(family.transformer, lora, family.lora_targets, 0, **more)
+    moved(pair.student_parameters(), size, 0)
+    pair.update(0.5)
+    moved(pair.student_parameters(), size, 1)
+    return pair
+
+
 @cache
 def tiny_family_of_grids() -> ZImage:
     """One that is asked for noise levels alone, made once."""
     return tiny_family()
+
+
+CARD = Card(concept="c", base="maker/base", method="d-opsd", steps=4, placeholder="[V]", prompt="p", call={}, images=4,
+            data_hash="d", training={})  # fmt: skip
+"""Of an export whose card is not what is looked at."""
 
 
 def random_conditioning(tokens: int, generator: torch.Generator) -> Conditioning:
@@ -156,6 +184,19 @@ class Recorder:
 
     def message(self, text: str) -> None:
         self.messages.append(text)
+
+
+class Cut(Recorder):
+    """Ends the run after a step, as a power cut would; without one it is a :class:`Recorder`."""
+
+    def __init__(self, step: int | None) -> None:
+        super().__init__()
+        self.step = step
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        super().metrics(step, values)
+        if step == self.step:
+            raise KeyboardInterrupt
 
 
 def run_tiny(

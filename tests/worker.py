@@ -28,6 +28,13 @@ from tests import tiny
 
 SHARDED = "sharded"
 """A run of d-opsd whose processes divide the transformer among them."""
+FULL = "full"
+"""A run of d-opsd that trains the transformer's own weights."""
+
+
+def method_of(name: str) -> Any:
+    """What a run of that name trains by."""
+    return "d-opsd" if name in (SHARDED, FULL) else name
 
 
 @contextmanager
@@ -55,7 +62,7 @@ def main() -> None:
     rank = os.environ["RANK"]
     for name, settings in runs.items():
         counts.clear()
-        method, blocks = ("d-opsd", "sharded") if name == SHARDED else (name, "there")
+        method, blocks = method_of(name), "sharded" if name == SHARDED else "there"
         with kept_gradients(folder / name / f"gradients-{rank}.safetensors"):
             tiny.run_tiny(method, folder / name / rank, TrainSettings.model_validate(settings), blocks=blocks)
         (folder / name / f"counts-{rank}.json").write_text(json.dumps(counts))

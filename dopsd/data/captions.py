@@ -2,7 +2,8 @@
 
 They are written the way the folder has its others: into ``metadata.jsonl``, or as a ``.txt`` beside each picture, which
 holds one caption only. A folder with no captions at all gets a ``metadata.jsonl``. What a person wrote stays, to the
-byte: a row is looked at again at the moment it is written.
+byte: a row is looked at again at the moment it is written. Of a picture that got only some of its captions the others'
+names are noted in a hidden file beside: a person's own row has as many as it has.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from ..files import whole_file
+from ..files import read_json, whole_file, write_json
+from .folders import not_for_training
 from .images import EXTENSIONS, ImageError, load_image
-from .manifest import HOLDOUT, METADATA, DataError, Fault, concept_files
-from .records import is_text, read_jsonl, read_texts, shown, stem_of
+from .manifest import HOLDOUT, METADATA, DataError, Fault, Layout, concept_files, describe_kinds, layout_of
+from .records import BAD_NAME, as_on_disk, composed, is_text, read_jsonl, read_texts, shown, stem_of
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -29,12 +31,14 @@ _BOM = b"\xef\xbb\xbf"
 class Uncaptioned:
     """A picture that gets captions. ``part``: the concept folder or its held-out part; ``image``: relative to it.
 
-    ``source``: the file that its captions are written to, relative to ``part``.
+    ``source``: the file that its captions are written to, relative to ``part``. ``lacking``: the only captions that are
+    to be made, where an earlier run made the others; empty: all of them.
     """
 
     part: Path
     image: str
     source: str
+    lacking: tuple[str, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -51,9 +55,11 @@ class Uncaptioned:
         return self.source != METADATA
 
 
-def uncaptioned(folder: Path, redo: bool = False) -> tuple[list[Uncaptioned], int]:
-    """The pictures without captions (all of them with ``redo``), held-out ones too, and how many pictures there are.
+def uncaptioned(folder: Path, redo: bool = False, any_folder: bool = False) -> tuple[list[Uncaptioned], int]:
+    """The pictures without captions (all of them with ``redo``), held-out ones too, and how many pictures there are;
+    what is a reference and nothing else is none.
 
+    ``any_folder``: whatever its sub-folders are called, their pictures are to be captioned.
     Raises :class:`DataError` with every reason why captions cannot be written there; no picture is opened.
     """
     if not folder.is_dir():
@@ -68,14 +74,15 @@ def uncaptioned(folder: Path, redo: bool = False) -> tuple[list[Uncaptioned], in
         folder / HOLDOUT: [file.removeprefix(inner) for file in files if file.startswith(inner)],
     }
     found: list[Uncaptioned] = []
-    faults: list[Fault] = []
-    total = 0
+    named = {} if any_folder else not_for_training(parts[folder])[0]
+    faults = [Fault(shown(str(folder / name)), None, None, problem) for name, problem in named.items()]
+    total, empty = 0, True
     for part, names in parts.items():
-        images = [name for name in names if _suffix(name) in EXTENSIONS]
-        total += len(images)
-        if images:
-            found += _of_part(part, names, images, redo, faults)
-    if not total:
+        layout = layout_of(names)
+        if layout.images:
+            more, count = _of_part(part, names, layout, redo, faults)
+            found, total, empty = found + more, total + count, False
+    if empty:
         faults.append(Fault(str(folder), None, None, f"no pictures there ({', '.join(EXTENSIONS)}); check the path"))
     for part in {one.target.parent for one in found}:
         if not os.access(part, os.W_OK):
@@ -86,23 +93,20 @@ def uncaptioned(folder: Path, redo: bool = False) -> tuple[list[Uncaptioned], in
 
 
 def _of_part(
-    part: Path, names: Sequence[str], images: Sequence[str], redo: bool, faults: list[Fault]
-) -> list[Uncaptioned]:
-    stems = {stem_of(image) for image in images}
-    beside = [name for name in names if _suffix(name) == ".txt" and stem_of(name) in stems]
-    tables = [name for name in names if _suffix(name) == ".parquet"]
-    kinds = [*([METADATA] if METADATA in names else []), *tables, *beside[:1]]
-    if len(kinds) > 1:
-        problem = f"captions are given in more than one way ({', '.join(map(shown, kinds))}); keep only one"
-        faults.append(Fault(str(part), None, None, problem))
-        return []
-    if tables:
+    part: Path, names: Sequence[str], layout: Layout, redo: bool, faults: list[Fault]
+) -> tuple[list[Uncaptioned], int]:
+    source = next(iter(layout.kinds), METADATA)
+    if len(layout.kinds) > 1:
+        faults.append(Fault(str(part), None, None, describe_kinds(layout)))
+        return [], 0
+    if source != METADATA and not layout.beside:
         problem = f"captions are not written into parquet; write them there yourself, or give {METADATA} instead"
-        faults.append(Fault(str(part / tables[0]), None, None, problem))
-        return []
-    found = list(
-        _by_texts(part, images, beside, redo, faults) if beside else _by_rows(part, names, images, redo, faults)
-    )
+        faults.append(Fault(str(part / source), None, None, problem))
+        return [], 0
+    if layout.beside:
+        found, count = list(_by_texts(part, layout, redo, faults)), len(layout.images)
+    else:
+        found, count = _by_rows(part, names, layout.images, redo, faults)
     twins = Counter(one.source for one in found if one.single)
     for source in (source for source, pictures in twins.items() if pictures > 1):
         problem = "two pictures share this one caption file; give each a name of its own"
@@ -113,13 +117,11 @@ def _of_part(
             problem = "is a link that leaves the folder, or no file; take it out of the folder"
             fault = Fault(str(one.target), None, None, problem)
             faults += [fault] if fault not in faults else []
-    return found
+    return found, count
 
 
-def _by_texts(
-    part: Path, images: Sequence[str], texts: Sequence[str], redo: bool, faults: list[Fault]
-) -> Iterator[Uncaptioned]:
-    for record in read_texts(part, images, texts):
+def _by_texts(part: Path, layout: Layout, redo: bool, faults: list[Fault]) -> Iterator[Uncaptioned]:
+    for record in read_texts(part, layout.images, layout.beside):
         blank = record.captions is not None and not _any_text(record.captions)
         if record.row == 0 and record.image is not None:
             yield Uncaptioned(part, record.image, f"{stem_of(record.image)}.txt")
@@ -131,44 +133,59 @@ def _by_texts(
 
 def _by_rows(
     part: Path, names: Sequence[str], images: Sequence[str], redo: bool, faults: list[Fault]
-) -> Iterator[Uncaptioned]:
-    listed: set[str] = set()
-    known = set(names)
-    for record in read_jsonl(part, METADATA) if METADATA in known else ():
-        value = _value(_lines(part / METADATA)[record.row - 1]) if record.row else None
+) -> tuple[list[Uncaptioned], int]:
+    found: dict[str, Uncaptioned] = {}
+    listed, references = set[str](), set[str]()
+    known, noted = set(names), read_json(_notes(part / METADATA))
+    records = list(read_jsonl(part, METADATA)) if METADATA in known else []
+    as_on_disk(records, names)
+    lines = _lines(part / METADATA) if METADATA in known else []
+    for record in records:
+        value = _value(lines[record.row - 1]) if record.row else None
         lacks = value is not None and _lacks(value)
         unread = [pair for pair in record.problems if not (lacks and pair[0] in ("caption", "captions"))]
         faults += _faults(part, METADATA, record.row, unread)
         if record.image is None:
             continue
-        listed |= {os.path.normpath(name) for name in (record.image, *record.references)}
-        if unread or not (lacks or redo):
+        image = os.path.normpath(record.image)
+        listed.add(image)
+        references |= {os.path.normpath(name) for name in record.references}
+        whole = lacks or redo
+        left = () if whole or value is None or record.references else _left(value, noted.get(image))
+        if unread or not (whole or left):
             continue
         problem = ""
-        if os.path.normpath(record.image) not in known:
-            problem = f"{record.image}: no picture of this folder; give a path inside it, or remove the row"
+        if image not in known:
+            problem = f"{record.image}: no picture of this folder; give a path inside it, with /, or remove the row"
         elif record.references:
             problem = "this row is an edit (it has references), and its caption says what to change: write it yourself"
         if problem:
             faults += _faults(part, METADATA, record.row, [("image", problem)])
         else:
-            yield Uncaptioned(part, record.image, METADATA)
-    for image in images:
-        if image not in listed:
-            if not is_text(image):
-                problem = "the file's name holds control characters or is not valid UTF-8; rename it"
-                faults += _faults(part, image, 0, [("image", problem)])
-            else:
-                yield Uncaptioned(part, image, METADATA)
+            found.setdefault(image, Uncaptioned(part, record.image, METADATA, left))
+    for image in (image for image in images if image not in listed | references):
+        if not is_text(image):
+            faults += _faults(part, image, 0, [("image", BAD_NAME)])
+        else:
+            found[image] = Uncaptioned(part, image, METADATA)
+    return list(found.values()), len(set(images) - (references - listed))
+
+
+def _left(value: Mapping[str, Any], noted: Any) -> tuple[str, ...]:
+    """Of the captions that were noted as lacking, those that the row still has not got."""
+    captions = value.get("captions")
+    if not isinstance(captions, dict) or not isinstance(noted, list | tuple):
+        return ()
+    return tuple(name for name in noted if name not in captions)
 
 
 def _faults(part: Path, source: str, row: int, problems: Sequence[tuple[str | None, str]]) -> list[Fault]:
     return [Fault(shown(str(part / source)), row or None, column, shown(problem)) for column, problem in problems]
 
 
-def check_pictures(pictures: Sequence[Uncaptioned], max_pixels: int) -> None:
+def check_pictures(pictures: Sequence[Uncaptioned], max_pixels: int, any_shape: bool = False) -> None:
     """Decode each once. Raises :class:`DataError` with everything that is wrong with them."""
-    from .schema import MAX_ASPECT  # a longer picture would be captioned for nothing
+    from .schema import MAX_ASPECT, describe_long  # a longer picture would be captioned for nothing
 
     faults = []
     for one in pictures:
@@ -177,9 +194,8 @@ def check_pictures(pictures: Sequence[Uncaptioned], max_pixels: int) -> None:
         except ImageError as error:
             faults.append(Fault(str(one.path), None, None, error.problem))
             continue
-        if max(width, height) > MAX_ASPECT * min(width, height):
-            problem = f"is {width} x {height} pixels, longer than {MAX_ASPECT:g} : 1; crop it"
-            faults.append(Fault(str(one.path), None, None, problem))
+        if not any_shape and max(width, height) > MAX_ASPECT * min(width, height):
+            faults.append(Fault(str(one.path), None, None, describe_long(f"{width} x {height}")))
     if faults:
         raise DataError(faults)
 
@@ -195,17 +211,34 @@ def keep_as_before(pictures: Sequence[Uncaptioned]) -> None:
         shutil.copyfile(target, next(free for name in names if not os.path.lexists(free := target.with_name(name))))
 
 
-def save(picture: Uncaptioned, captions: Mapping[str, str], redo: bool = False) -> bool:
+def save(picture: Uncaptioned, captions: Mapping[str, str], redo: bool = False, lacking: Sequence[str] = ()) -> bool:
     """Write a picture's captions (variant to text), all of the file or nothing. Returns whether they were written.
 
-    They are not where somebody has captioned the picture meanwhile, unless ``redo``.
+    They are not where somebody has captioned the picture meanwhile, unless ``redo``. ``lacking``: those that could not
+    be made, for :func:`uncaptioned` to name another time.
     """
     content = _texts_of(picture, captions, redo) if picture.single else _rows_of(picture, captions, redo)
     if content is None:
         return False
+    if lacking:  # beforehand: whoever is killed in between has lost nothing
+        _note(picture, lacking)
     with whole_file(picture.target) as partial:
         partial.write_bytes(content)
+    if not lacking:
+        _note(picture, ())
     return True
+
+
+def _notes(target: Path) -> Path:
+    return target.with_name(f".{target.name}.lacking")
+
+
+def _note(picture: Uncaptioned, lacking: Sequence[str]) -> None:
+    path, image = _notes(picture.target), os.path.normpath(picture.image)
+    before = read_json(path)
+    noted = {name: left for name, left in before.items() if name != image} | ({image: [*lacking]} if lacking else {})
+    if noted != before:
+        write_json(path, noted)
 
 
 def _texts_of(picture: Uncaptioned, captions: Mapping[str, str], redo: bool) -> bytes | None:
@@ -218,16 +251,19 @@ def _texts_of(picture: Uncaptioned, captions: Mapping[str, str], redo: bool) -> 
 def _rows_of(picture: Uncaptioned, captions: Mapping[str, str], redo: bool) -> bytes | None:
     lines = _lines(picture.target)
     rows = [(place, value) for place, line in enumerate(lines) if (value := _value(line)) is not None]
-    own = [(place, value) for place, value in rows if value.get("image") == picture.image]
+    own = [(place, value) for place, value in rows if _names(value, picture.image)]
     if not own:
         if lines and not lines[-1].strip():
             lines.pop()
         own = [(len(lines), {"image": picture.image})]
         lines.append(b"")
-    wanted = [(place, value) for place, value in own if redo or _lacks(value)]
+    lacks = (lambda value: _left(value, picture.lacking)) if picture.lacking else _lacks
+    wanted = [(place, value) for place, value in own if redo or lacks(value)]
     for place, value in wanted:
         row = {key: content for key, content in value.items() if key not in ("caption", "captions")}
-        lines[place] = json.dumps(row | {"captions": dict(captions)}, ensure_ascii=False).encode()
+        own_captions = value["captions"] if picture.lacking else {}
+        texts = own_captions | dict(captions) | own_captions  # in this order, and what is there stays
+        lines[place] = json.dumps(row | {"captions": texts}, ensure_ascii=False).encode()
     if lines[-1].strip():
         lines.append(b"")
     return b"\n".join(lines) if wanted else None
@@ -245,6 +281,11 @@ def _value(line: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def _names(value: Mapping[str, Any], image: str) -> bool:
+    """Whether a row is of that picture, however its name is composed."""
+    return isinstance(name := value.get("image"), str) and composed(name) == composed(image)
+
+
 def _lacks(value: Mapping[str, Any]) -> bool:
     """Whether a row has no caption: neither key, or null, or only blanks. A number, say, is a fault."""
     given = [value[key] for key in ("caption", "captions") if value.get(key) is not None]
@@ -254,7 +295,3 @@ def _lacks(value: Mapping[str, Any]) -> bool:
 def _any_text(given: str | Mapping[str, Any]) -> bool:
     texts = [given] if isinstance(given, str) else list(given.values())
     return any(not isinstance(text, str) or text.strip() for text in texts)
-
-
-def _suffix(name: str) -> str:
-    return Path(name).suffix.lower()

@@ -35,8 +35,9 @@ class ConceptError(ValueError):
 
 def add_concept(
     folder: Path, name: str, root: Path, settings: DataSettings, replace: bool = False, needs: Needs = ANY
-) -> ConceptTable:
-    """Check ``folder``, copy it to ``root/data/concepts/name`` and ``dvc add`` it. Returns the table there.
+) -> tuple[ConceptTable, ConceptTable | None]:
+    """Check ``folder``, copy it to ``root/data/concepts/name`` and ``dvc add`` it. Returns the tables there: training,
+    and held out.
 
     A folder that lies there already is checked and put under DVC where it is. ``replace`` overwrites another data set
     of that name. A ``train.yaml`` is written where there is none. Whatever fails, everything is as before. Raises
@@ -52,13 +53,15 @@ def add_concept(
         raise ConceptError(f"{target} is there already; choose another name or pass --replace")
     _recover(target)
     table, held_out = validate_dataset(folder, name, settings, needs)
-    partial = None if in_place else _copy(folder, name, target, settings, (table, held_out))
+    partial = None if in_place else _copy(folder, name, target, settings, needs, (table, held_out))
     with _undone_on_failure(target, partial):
         _dvc_add(root, target)
-    return validate_dataset(target, name, settings)[0]
+    return validate_dataset(target, name, settings, needs)
 
 
-def _copy(folder: Path, name: str, target: Path, settings: DataSettings, tables: tuple[_Table, _Table]) -> Path:
+def _copy(
+    folder: Path, name: str, target: Path, settings: DataSettings, needs: Needs, tables: tuple[_Table, _Table]
+) -> Path:
     """Copy the data set's own files to a hidden folder beside ``target`` and check that the copy is the same."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -67,7 +70,7 @@ def _copy(folder: Path, name: str, target: Path, settings: DataSettings, tables:
             (partial / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / file, partial / file)
         _with_own_settings(partial)
-        copies = validate_dataset(partial, name, settings)
+        copies = validate_dataset(partial, name, settings, needs)
         if [_hash(copy) for copy in copies] != [_hash(table) for table in tables]:
             raise ConceptError(f"{folder}: changed while it was copied; nothing was added, try again")
     except BaseException as error:

@@ -78,13 +78,13 @@ def write_encoded(folder: Path, encoded: Encoded) -> None:
     }
     with whole_folder(folder) as partial:
         write_tensors(partial / TENSORS, tensors)
-        (partial / INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n")
+        (partial / INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_encoded(folder: Path) -> Encoded:
     """Read what :func:`write_encoded` wrote. Raises :class:`EncodedError` where it is missing or damaged."""
     try:
-        index = json.loads((folder / INDEX).read_text())
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         tensors = load_file(folder / TENSORS)
     except FileNotFoundError:
         raise EncodedError(f"{folder}: nothing encoded there; run stage encode first") from None

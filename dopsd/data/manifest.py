@@ -9,7 +9,8 @@ Exactly one of three kinds::
 
 A sub-folder ``holdout/`` is a concept folder of its own (the truth that evaluation compares with) and no part of this
 table. Everything else in the folder must be mentioned by a row, apart from concept.json, train.yaml, README, LICENSE,
-NOTICE and hidden files.
+NOTICE, hidden files and what systems leave behind (Thumbs.db). A folder whose name says that it holds no training data
+is a fault (:mod:`dopsd.data.folders`).
 
 Nothing is judged here: :func:`read_table` writes what it could not read into the column ``problems``, and
 :mod:`dopsd.data.schema` turns that and all its own findings into one :class:`DataError`.
@@ -20,20 +21,31 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import OWN_SETTINGS
+from .folders import HOLDOUT, is_leftover, not_for_training
 from .images import EXTENSIONS
-from .records import Record, describe_extra, leaves, read_jsonl, read_parquet, read_texts, shown, stem_of
+from .records import (
+    Record,
+    as_on_disk,
+    describe_extra,
+    leaves,
+    read_jsonl,
+    read_parquet,
+    read_texts,
+    shown,
+    stem_of,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
 METADATA = "metadata.jsonl"
-HOLDOUT = "holdout"
 ABOUT = "concept.json"
 """What kind of concept it is, for the evaluation (dopsd/evaluation/prompts.py reads it)."""
 COLUMNS = ("source", "row", "image", "captions", "references", "problems")
@@ -90,10 +102,16 @@ class ConceptTable:
     root: Path
     rows: tuple[Row, ...]
     content_hash: str
+    warnings: tuple[Fault, ...] = field(default=(), compare=False)
+    """What is no fault, and a person should know."""
+
+    def folders(self) -> dict[str, int]:
+        """How many pictures lie in which folder, relative to ``root``; ``.`` is ``root`` itself."""
+        return dict(sorted(Counter(os.path.relpath(row.image.parent, self.root) for row in self.rows).items()))
 
 
 def hash_content(rows: Iterable[tuple[str, Iterable[tuple[str, str]], Iterable[str]]]) -> str:
-    """sha256 over (sha256 of the image, (variant, caption) pairs, sha256 of the references) of each row."""
+    """sha256 over (identity of the image, (variant, caption) pairs, identities of the references) of each row."""
     listed = [[image, [list(pair) for pair in captions], list(references)] for image, captions, references in rows]
     return hashlib.sha256(json.dumps(listed, ensure_ascii=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
@@ -107,13 +125,14 @@ def kind_hash(folder: Path) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_table(folder: Path, name: str) -> pd.DataFrame:
+def read_table(folder: Path, name: str, any_folder: bool = False) -> pd.DataFrame:
     """All rows of the concept folder ``name`` as columns ``source, row, image, captions, references, problems``.
 
     ``source``: the file that holds the row, relative; ``row``: from 1, or 0 for a fault of the file as a whole.
-    ``image``: relative path as written, ``captions``: JSON object, ``references``: JSON list; ``None`` where they
-    could not be read. ``problems``: JSON list of ``[column or null, problem]``. Rows keep the order they are written
-    in; text files that of their names. Never raises for what a folder holds.
+    ``image``: relative path as written, or as the disk spells it; ``captions``: JSON object, ``references``: JSON list;
+    ``None`` where they could not be read. ``problems``: JSON list of ``[column or null, problem]``. Rows keep the order
+    they are written in; text files that of their names. ``any_folder``: whatever its sub-folders are called, they hold
+    rows. Never raises for what a folder holds.
     """
     import pandas as pd
 
@@ -121,7 +140,7 @@ def read_table(folder: Path, name: str) -> pd.DataFrame:
         text = "no such folder; check the path" if not folder.exists() else "not a folder; give the one with the images"
         records = [Record(".", 0, problems=[(None, f"concept {name!r}: {text}")])]
     else:
-        records = _read_folder(folder)
+        records = _read_folder(folder, any_folder)
     return pd.DataFrame([record.cells() for record in records], columns=list(COLUMNS)).astype({"row": "int64"})
 
 
@@ -132,32 +151,67 @@ def concept_files(folder: Path) -> list[str]:
     return sorted(_walk(folder)[0] + held_out)
 
 
-def _read_folder(folder: Path) -> list[Record]:
+@dataclass(frozen=True)
+class Layout:
+    """The files of a folder by what they are in it. ``texts``: all ``.txt`` but documents, ``beside``: those of a
+    picture's name. ``kinds``: the files that say how captions are given; one, if all is well."""
+
+    images: list[str]
+    texts: list[str]
+    beside: list[str]
+    documents: set[str]
+    kinds: list[str]
+
+
+def layout_of(files: Sequence[str]) -> Layout:
+    """Of a folder's files, its held-out part apart. A text of a picture's name is a caption, whatever it is called."""
+    images = [file for file in files if _suffix(file) in EXTENSIONS]
+    pictured = {stem_of(file) for file in images}
+    documents = {
+        file for file in files if _is_document(file) and not (_suffix(file) == ".txt" and stem_of(file) in pictured)
+    }
+    texts = [file for file in files if _suffix(file) == ".txt" and file not in documents]
+    beside = [file for file in texts if stem_of(file) in pictured]
+    tables = [file for file in files if _suffix(file) == ".parquet"]
+    kinds = [*([METADATA] if METADATA in files else []), *tables, *beside[:1]]
+    return Layout(images, texts, beside, documents, kinds)
+
+
+def _suffix(file: str) -> str:
+    return Path(file).suffix.lower()
+
+
+def _read_folder(folder: Path, any_folder: bool) -> list[Record]:
     files, problems = _walk(folder)
+    named, inside = ({}, set()) if any_folder else not_for_training(files)
+    files = [file for file in files if file not in inside]
+    problems += named.items()
     broken = [Record(file, 0, problems=[(None, problem)]) for file, problem in problems]
-    images = [file for file in files if Path(file).suffix.lower() in EXTENSIONS]
-    stems = {stem_of(file) for file in images}
-    texts = [file for file in files if file.lower().endswith(".txt") and not _is_document(file)]
-    beside = [file for file in texts if stem_of(file) in stems]
-    parquets = [file for file in files if file.lower().endswith(".parquet")]
-    kinds = [*([METADATA] if METADATA in files else []), *parquets, *beside[:1]]
-    if len(kinds) != 1:
-        return [Record(".", 0, problems=[(None, _describe_kinds(kinds, bool(images)))]), *broken]
-    if beside:
-        records = read_texts(folder, images, texts)
+    layout = layout_of(files)
+    if not files and named:
+        return broken
+    if len(layout.kinds) != 1:
+        return [Record(".", 0, problems=[(None, describe_kinds(layout))]), *broken]
+    images, texts = layout.images, layout.texts
+    if layout.beside:
+        # a caption beside a file that is no picture: that file alone is the fault
+        pictured = {stem_of(file) for file in images}
+        strange = {stem_of(file) for file in files if file not in images and file not in texts} - pictured
+        records = read_texts(folder, images, [text for text in texts if stem_of(text) not in strange])
         expected = {*images, *texts}
     else:
-        source = kinds[0]
+        source = layout.kinds[0]
         records = list(read_jsonl(folder, source) if source == METADATA else read_parquet(folder, source))
+        as_on_disk(records, files)
         expected = {source, *_mentioned(records)}
         if not records:
             records = [Record(source, 0, problems=[(None, "holds no rows; write one for each picture")])]
-    extra = [file for file in files if file not in expected and not _is_document(file)]
+    extra = [file for file in files if file not in expected and file not in layout.documents]
     return [*records, *(Record(file, 0, problems=[(None, describe_extra(file))]) for file in extra), *broken]
 
 
 def _walk(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
-    """Every file of a concept folder, relative and sorted, without the held-out part and hidden ones; and faults."""
+    """Every file of a concept folder, relative and sorted, without the held-out part and leftovers; and faults."""
     files: list[str] = []
     problems: list[tuple[str, str]] = []
 
@@ -170,8 +224,8 @@ def _walk(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
         for link in (name for name in folders if os.path.islink(os.path.join(parent, name))):
             problems.append((_join(base, link), "is a link to a folder; put the files themselves there"))
         held_out = {HOLDOUT} if base == "." else set()
-        folders[:] = [name for name in folders if name not in held_out and not name.startswith(".")]
-        for name in (name for name in names if not name.startswith(".")):
+        folders[:] = [name for name in folders if name not in held_out and not is_leftover(name)]
+        for name in (name for name in names if not is_leftover(name)):
             if leaves(folder, _join(base, name)):
                 problems.append((_join(base, name), "is a link that leaves the folder; put the file itself there"))
             else:
@@ -185,22 +239,25 @@ def _join(base: str, name: str) -> str:
 
 def _is_document(file: str) -> bool:
     return file in (ABOUT, OWN_SETTINGS) or (
-        Path(file).name.split(".")[0].upper() in _DOCUMENTS and Path(file).suffix.lower() in ("", ".md", ".txt")
+        Path(file).name.split(".")[0].upper() in _DOCUMENTS and _suffix(file) in ("", ".md", ".txt")
     )
 
 
 def _mentioned(records: Sequence[Record]) -> set[str]:
     named = [name for record in records for name in (record.image, *record.references) if name]
+    named += [name.replace("\\", "/") for name in named if "\\" in name]  # its row says what is wrong with it
     return {os.path.normpath(name) for name in named if "\0" not in name}
 
 
-def _describe_kinds(kinds: Sequence[str], any_images: bool) -> str:
+def describe_kinds(layout: Layout) -> str:
+    """What to say of captions that are given in no way, or in several."""
     expected = f"{METADATA}, or a .txt beside each picture, or one .parquet file"
-    if kinds:
-        return f"captions are given in more than one way ({', '.join(map(shown, kinds))}); keep only one: {expected}"
+    if layout.kinds:
+        given = ", ".join(map(shown, layout.kinds))
+        return f"captions are given in more than one way ({given}); keep only one: {expected}"
     made = " (`dopsd concept caption FOLDER` makes some to start from)"
     return (
         f"no captions found; write {expected}{made}"
-        if any_images
+        if layout.images
         else f"no pictures and no captions; expected {expected}"
     )

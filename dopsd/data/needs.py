@@ -113,8 +113,12 @@ def _is_text_file(source: str) -> bool:
     return source.lower().endswith(".txt")
 
 
-def leaked(train: Sequence[Seen], held_out: Sequence[Seen], folder: str, max_bits: int) -> list[Fault]:
+def leaked(
+    train: Sequence[Seen], held_out: Sequence[Seen], folder: str, max_bits: int
+) -> tuple[list[Fault], list[Fault]]:
     """Held-out truths that a training row has as its picture or as a reference: the model would have seen the answer.
+
+    First the same files, then near duplicates.
 
     The other way round is no fault. A training *picture* that is a held-out row's *reference* was learnt as the answer
     to another question; here it is part of the question, shown to base and tuned model alike, and what both are
@@ -126,14 +130,16 @@ def leaked(train: Sequence[Seen], held_out: Sequence[Seen], folder: str, max_bit
               for name, facts in row.references if facts is not None]  # fmt: skip
     truths = [(row, row.target) for row in held_out if row.target is not None]
     near = near_duplicates([facts.fingerprint for _, facts in (*known, *truths)], max_bits)
-    faults = []
+    faults: tuple[list[Fault], list[Fault]] = ([], [])
     for index, (row, truth) in enumerate(truths):
         # after a small edit a truth is like what it was made of: that this was seen in training says nothing
         own = {facts.sha256 for _, facts in row.references if facts is not None}
-        for what, facts in known if len(known) + index in near else ():
-            alike = facts.sha256 not in own and near_duplicates([facts.fingerprint, truth.fingerprint], max_bits)
-            if facts.sha256 == truth.sha256 or alike:
-                problem = f"{row.name} is held-out truth but a copy of the {what}; remove one"
-                faults.append(Fault(f"{folder}/{row.source}", row.line or None, "image", problem))
-                break
+        seen = known if len(known) + index in near else []
+        same = next((what for what, facts in seen if facts.sha256 == truth.sha256), None)
+        alike = (what for what, facts in seen if facts.sha256 not in own
+                 and near_duplicates([facts.fingerprint, truth.fingerprint], max_bits))  # fmt: skip
+        if found := same or next(alike, None):
+            problem = f"{row.name} is held-out truth but a copy of the {found}; remove one"
+            fault = Fault(f"{folder}/{row.source}", row.line or None, "image", problem)
+            faults[0 if same else 1].append(fault)
     return faults

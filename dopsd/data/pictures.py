@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from PIL import Image
 
-from .images import bucket_size, fit_image, load_image
+from .images import bucket_size, content_identity, fit_image, load_image
 from .manifest import Row
 
 
@@ -23,9 +22,9 @@ class Picture:
 
     @cached_property
     def identity(self) -> str:
-        """Of the file's content and the size: equal ones are equal pictures."""
+        """Of the file's content, how it is read, and the size: equal ones are equal pictures."""
         size = "x".join(map(str, self.size)) if self.size else "own"
-        return f"{size}:{hashlib.sha256(self.path.read_bytes()).hexdigest()}"
+        return f"{size}:{content_identity(self.path.read_bytes())}"
 
     def load(self) -> Image.Image:
         """Decode it: upright RGB. Raises ``ImageError``."""

@@ -17,6 +17,8 @@ from .images import EXTENSIONS
 
 SINGLE_VARIANT = "caption"
 """The variant name of a caption that was given alone."""
+BAD_NAME = "the file's name holds control characters or is not valid UTF-8; rename it"
+"""What to say of a picture whose name is no text."""
 _KEYS = ("image", "caption", "captions", "references")
 _SHOWN = 80
 _MAX_TEXT_BYTES = 64 << 10
@@ -81,8 +83,7 @@ def read_texts(folder: Path, images: Sequence[str], texts: Sequence[str]) -> lis
         stem = stem_of(image)
         beside = by_stem.get(stem)
         if not is_text(image):
-            problem = "the file's name holds control characters or is not valid UTF-8; rename it"
-            records.append(Record(image, 0, problems=[("image", problem)]))
+            records.append(Record(image, 0, problems=[("image", BAD_NAME)]))
         elif beside is None:
             problem = f"has no caption: write {shown(stem)}.txt beside it"
             records.append(Record(image, 0, image, problems=[("captions", problem)]))
@@ -286,8 +287,26 @@ def _kind(value: Any) -> str:
 
 
 def stem_of(file: str) -> str:
-    """The name without its last extension: what a picture and its caption file share."""
-    return file.rpartition(".")[0]
+    """The name without its last extension: what a picture and its caption file share, composed (NFC)."""
+    return composed(file.rpartition(".")[0])
+
+
+def composed(name: str) -> str:
+    """``name`` in NFC: one spelling of what looks the same (é is one code point, or on a Mac's disks two)."""
+    return unicodedata.normalize("NFC", name)
+
+
+def as_on_disk(records: Sequence[Record], files: Sequence[str]) -> None:
+    """Put a file's own spelling where a record has another spelling (NFC, NFD) of the same name."""
+    known, spelled = set(files), {composed(file): file for file in files}
+
+    def own(name: str) -> str:
+        path = os.path.normpath(name)
+        return name if path in known else spelled.get(composed(path), name)
+
+    for record in records:
+        record.image = None if record.image is None else own(record.image)
+        record.references = [own(name) for name in record.references]
 
 
 def describe_extra(file: str) -> str:
@@ -297,4 +316,4 @@ def describe_extra(file: str) -> str:
         return "no row mentions this picture; add a row for it or take it out of the folder"
     if suffix == ".txt":
         return "there is no picture of this name beside it; add the picture or remove the text"
-    return "not part of the data set (pictures are .png, .jpg, .jpeg or .webp); take it out of the folder or convert it"
+    return "not part of the data set (pictures are PNG, JPEG, WEBP, AVIF, HEIC); take it out or convert it"

@@ -10,41 +10,25 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pandera.pandas as pa
 
-from ..config import DataSettings
+from ..config import DataSettings, Judgement
 from .duplicates import near_duplicates
-from .images import ImageError, ImageFacts, inspect_image
+from .folders import path_problem, repeats
+from .images import FULL_AREA, ImageError, ImageFacts, inspect_image
 from .manifest import HOLDOUT, ConceptTable, DataError, Fault, Row, hash_content, read_table
 from .needs import ANY, Needs, Seen, leaked, unmet
-from .records import is_text, leaves, shown
+from .placeholder import alone, describe, lacking
+from .records import is_text, shown
 
 MAX_ASPECT = 4.0
 """A longer strip would lose most of itself when it is cropped to a bucket."""
-_MAX_PATH = 1024
-
-
-def validate_concept(
-    folder: Path,
-    name: str,
-    settings: DataSettings,
-    require_placeholder: bool = True,
-    min_images: int | None = None,
-) -> ConceptTable:
-    """Check one concept folder, its held-out part left aside.
-
-    ``min_images``: ``None`` means the settings' own. Raises :class:`DataError` with every fault that was found.
-    """
-    part = _validate(folder, name, settings, require_placeholder, min_images)
-    if part.faults:
-        raise DataError(part.faults)
-    return part.table()
 
 
 def validate_dataset(
@@ -55,16 +39,26 @@ def validate_dataset(
     ``needs``: what the teacher's context asks of the rows. A picture that is in both parts would make the evaluation
     worthless: that is a fault too, for near copies as well. Raises :class:`DataError` with the faults of both parts.
     """
-    parts = [_validate(folder, name, settings, True, None, needs)]
+    parts = [_validate(folder, name, settings, needs, held_out=False)]
     if os.path.lexists(folder / HOLDOUT):
-        parts.append(_validate(folder / HOLDOUT, f"{name}/{HOLDOUT}", settings, False, 1, needs))
+        parts.append(_validate(folder / HOLDOUT, f"{name}/{HOLDOUT}", settings, needs, held_out=True))
     faults = [fault for part in parts for fault in part.faults]
     if len(parts) == 2:
         train, held_out = parts
-        faults += leaked(train.rows, held_out.rows, str(held_out.folder), settings.near_duplicate_bits)
+        same, near = leaked(train.rows, held_out.rows, str(held_out.folder), settings.near_duplicate_bits)
+        if "near-duplicates" in settings.allow:
+            parts[1] = replace(held_out, warnings=(*held_out.warnings, *near))
+        else:
+            same += [replace(fault, problem=fault.problem + _unless("near-duplicates")) for fault in near]
+        faults += same
     if faults:
         raise DataError(faults)
     return parts[0].table(), parts[1].table() if len(parts) == 2 else None
+
+
+def _unless(word: Judgement) -> str:
+    """How a fault that is a matter of taste ends."""
+    return f" (or data.allow: [{word}])"
 
 
 @dataclass(frozen=True)
@@ -76,37 +70,83 @@ class _Part:
     frame: pd.DataFrame
     rows: tuple[Seen, ...]
     faults: tuple[Fault, ...]
+    warnings: tuple[Fault, ...]
 
     def table(self) -> ConceptTable:
         """The rows of a folder without faults."""
         root = Path(os.path.abspath(self.folder))
         rows = tuple(_row(root, cells) for cells in self.frame.to_dict("records"))
         listed = [
-            (_sha256(seen.target), row.captions, [_sha256(facts) for _, facts in seen.references])
+            (_identity(seen.target), row.captions, [_identity(facts) for _, facts in seen.references])
             for seen, row in zip(self.rows, rows, strict=True)
         ]
-        return ConceptTable(self.name, root, rows, hash_content(listed))
+        return ConceptTable(self.name, root, rows, hash_content(listed), self.warnings)
 
 
-def _sha256(facts: ImageFacts | None) -> str:
-    return facts.sha256 if facts else ""
+def _identity(facts: ImageFacts | None) -> str:
+    return facts.identity if facts else ""
 
 
-def _validate(
-    folder: Path,
-    name: str,
-    settings: DataSettings,
-    require_placeholder: bool,
-    min_images: int | None,
-    needs: Needs | None = None,
-) -> _Part:
+def _validate(folder: Path, name: str, settings: DataSettings, needs: Needs, *, held_out: bool) -> _Part:
+    """``held_out``: one picture is enough there, its captions need not name the concept, and folders mean nothing."""
     root = Path(os.path.abspath(folder))
-    frame = read_table(root, name)
+    frame = read_table(root, name, any_folder=held_out or "folder-names" in settings.allow)
     facts = _measure(frame, root, settings)
-    rows = tuple(_seen(cells, facts) for cells in frame.to_dict("records"))
-    frame["unmet"] = [json.dumps(_unmet(*pair, needs)) for pair in zip(rows, frame.to_dict("records"), strict=True)]
-    needed = settings.min_images if min_images is None else min_images
-    return _Part(folder, name, frame, rows, tuple(_judge(frame, folder, settings, require_placeholder, needed)))
+    cells = frame.to_dict("records")
+    rows = tuple(_seen(row, facts) for row in cells)
+    captions = [_student_captions(row, needs) for row in cells]
+    lacks = [lacking(texts, settings.placeholder) for texts in captions]
+    near = [{variant: found for variant, found in row.items() if found} for row in lacks]
+    allowed = "captions-without-placeholder" in settings.allow
+    texts = [text for row in captions for text in row.values()]
+    named = allowed or held_out or not texts or any(settings.placeholder in text for text in texts)
+    named = named or any(near)  # where no caption holds it, that is one fault of the table
+    wrong = [{} for _ in rows] if allowed else near if held_out or not named else lacks
+    frame["unmet"] = [
+        json.dumps(_unmet(row, cell, needs) + _describe_lacking(found, settings))
+        for row, cell, found in zip(rows, cells, wrong, strict=True)
+    ]
+    faults = _judge(frame, folder, settings, named, min_images=1 if held_out else settings.min_images)
+    warnings = [
+        Fault(str(folder / row.source), row.line or None, column, shown(problem))
+        for row, texts, found in zip(rows, captions, near, strict=True)
+        for column, problem in [
+            *_remarks(row, facts, settings),
+            *(("captions", f"{shown(one)!r} is {settings.placeholder} and nothing else; say what the picture shows")
+              for one in alone(texts, settings.placeholder)),
+            *(_describe_lacking(found, settings) if allowed else ()),
+        ]
+    ]  # fmt: skip
+    names = [row.name for row in rows if row.name is not None]
+    warnings += [Fault(shown(str(folder / place)), None, None, problem) for place, problem in repeats(names)]
+    return _Part(folder, name, frame, rows, tuple(faults), tuple(warnings))
+
+
+def _student_captions(cells: Mapping[str, Any], needs: Needs) -> dict[str, str]:
+    """By variant, those that must name the concept: not the teacher's own."""
+    captions = json.loads(cells["captions"]) if isinstance(cells["captions"], str) else {}
+    return {variant: text for variant, text in captions.items() if variant != needs.teacher_variant}
+
+
+def _describe_lacking(found: Mapping[str, str], settings: DataSettings) -> list[tuple[str, str]]:
+    """(column, problem) of each caption without the placeholder; ``found``: variant to what nearly is one."""
+    ending = _unless("captions-without-placeholder")
+    return [("captions", describe(shown(variant), shown(near), settings.placeholder) + ("" if near else ending))
+            for variant, near in found.items()]  # fmt: skip
+
+
+def _remarks(row: Seen, facts: Mapping[str, ImageFacts], settings: DataSettings) -> Iterator[tuple[str, str]]:
+    """(column, what is worth knowing) of a row's pictures."""
+    pictures = [("image", row.name, row.target), *(("references", *reference) for reference in row.references)]
+    for column, name, found in pictures:
+        for remark in found.remarks if found else ():
+            yield column, f"{name}: {remark}"
+    if row.target and row.target.width * row.target.height < FULL_AREA * settings.resolution**2:
+        side, size = settings.resolution, f"{row.target.width} x {row.target.height}"
+        yield (
+            "image",
+            f"{row.name} is {size} pixels, and is enlarged to as many as {side} x {side}; a larger one is better",
+        )
 
 
 def _seen(cells: Mapping[str, Any], facts: Mapping[str, ImageFacts]) -> Seen:
@@ -115,12 +155,10 @@ def _seen(cells: Mapping[str, Any], facts: Mapping[str, ImageFacts]) -> Seen:
     return Seen(cells["source"], int(cells["row"]), name, facts.get(name) if name is not None else None, references)
 
 
-def _unmet(row: Seen, cells: Mapping[str, Any], needs: Needs | None) -> list[tuple[str, str]]:
+def _unmet(row: Seen, cells: Mapping[str, Any], needs: Needs) -> list[tuple[str, str]]:
     captions = json.loads(cells["captions"]) if isinstance(cells["captions"], str) else None
     unread = [column for column, _ in json.loads(cells["problems"])]
-    return (
-        [] if needs is None else [(column, shown(problem)) for column, problem in unmet(row, captions, unread, needs)]
-    )
+    return [(column, shown(problem)) for column, problem in unmet(row, captions, unread, needs)]
 
 
 def _row(root: Path, cells: Mapping[str, Any]) -> Row:
@@ -142,7 +180,7 @@ def _measure(frame: pd.DataFrame, root: Path, settings: DataSettings) -> dict[st
 
     def problem(name: str) -> str:
         if name not in facts and name not in problems:
-            wrong = _path_problem(root, name)
+            wrong = path_problem(root, name)
             try:
                 if not wrong:
                     facts[name] = inspect_image(root / name, settings.max_pixels)
@@ -160,45 +198,33 @@ def _measure(frame: pd.DataFrame, root: Path, settings: DataSettings) -> dict[st
     frame["size"] = [f"{size[0]} x {size[1]}" if size else "" for size in sizes]
     frame["pixels"] = [float(size[0] * size[1]) if size else math.nan for size in sizes]
     frame["aspect"] = [max(size) / min(size) if size else math.nan for size in sizes]
-    frame["copy_of"] = _copies(frame, images, facts, settings.near_duplicate_bits)
+    frame["copy_of"] = _copies(frame, images, facts, settings)
     return facts
 
 
-def _path_problem(root: Path, name: str) -> str:
-    """What is wrong with a path as it is written in the table, before anything is opened."""
-    parts = Path(name).parts
-    if len(name) > _MAX_PATH:
-        return "is far too long for a path; rename the file"
-    if os.path.isabs(name) or ".." in parts:
-        return "leaves the folder; give a path inside it"
-    if any(part.startswith(".") for part in parts):
-        return "is a hidden file; rename it"
-    if parts and parts[0] == HOLDOUT:
-        return "is held-out truth and must not be trained on; take the row out"
-    try:
-        return "is a link that leaves the folder; put the file itself there" if leaves(root, name) else ""
-    except (OSError, ValueError):
-        return "is not a path that this system knows; rename the file"
-
-
-def _copies(frame: pd.DataFrame, images: list[str | None], facts: Mapping[str, ImageFacts], max_bits: int) -> list[str]:
+def _copies(
+    frame: pd.DataFrame, images: list[str | None], facts: Mapping[str, ImageFacts], settings: DataSettings
+) -> list[str]:
     """For each row whose picture is a copy of an earlier row's, what it copies and how exactly; else empty."""
+    word: Judgement
     known = [(index, facts[name]) for index, name in enumerate(images) if name is not None and name in facts]
-    near = near_duplicates([one.fingerprint for _, one in known], max_bits)
+    near = near_duplicates([one.fingerprint for _, one in known], settings.near_duplicate_bits)
     first: dict[str, int] = {}
     found = [""] * len(frame)
     for position, (index, one) in enumerate(known):
         match = first.setdefault(one.sha256, position)
         if match < position:
-            how = "is the same picture as"
+            how, word = "is the same picture as", "copies"
         elif position in near:
             match, bits = near[position]
-            how = f"is nearly the same picture (hash {bits} of 64 bits apart) as"
+            how, word = f"is nearly the same picture (hash {bits} of 64 bits apart) as", "near-duplicates"
         else:
+            continue
+        if word in settings.allow:
             continue
         twin = known[match][0]
         place = f"row {frame['row'][twin]}" if frame["source"][twin] == frame["source"][index] else "its own caption"
-        found[index] = f"{images[index]} {how} {images[twin]} ({place}); remove one"
+        found[index] = f"{images[index]} {how} {images[twin]} ({place}); remove one{_unless(word)}"
     return found
 
 
@@ -219,20 +245,20 @@ def _unclean_captions(cell: str) -> list[str]:
     return [shown(variant) for variant, text in captions if not variant.strip() or not is_text(variant + text)]
 
 
-def concept_schema(settings: DataSettings, require_placeholder: bool, min_images: int) -> pa.DataFrameSchema:
-    """The schema of a measured table. The ``error`` of each check is its key in ``_MESSAGES``."""
+def concept_schema(settings: DataSettings, named: bool, min_images: int) -> pa.DataFrameSchema:
+    """The schema of a measured table. The ``error`` of each check is its key in ``_MESSAGES``.
+
+    ``named``: whether any caption names the concept, or none has to.
+    """
 
     def enough(frame: pd.DataFrame) -> bool:
         return _count(frame) >= min_images or _count(frame) == 0  # none at all is said elsewhere
 
-    def named(frame: pd.DataFrame) -> bool:
-        captions = [text for cell in frame["captions"].dropna() for text in json.loads(cell).values()]
-        return not require_placeholder or not captions or any(settings.placeholder in text for text in captions)
-
     def each(condition: Callable[[Any], bool], key: str) -> pa.Check:
         return pa.Check(condition, element_wise=True, error=key)
 
-    area = settings.resolution**2
+    area = 0 if "small-pictures" in settings.allow else (settings.resolution / 2) ** 2
+    longest = math.inf if "long-pictures" in settings.allow else MAX_ASPECT
     return pa.DataFrameSchema(
         {
             "source": pa.Column(),
@@ -251,19 +277,17 @@ def concept_schema(settings: DataSettings, require_placeholder: bool, min_images
             "reference_problems": pa.Column(checks=each(lambda cell: cell == "[]", "bad_reference")),
             "unmet": pa.Column(checks=each(lambda cell: cell == "[]", "unmet")),
             "pixels": pa.Column(float, nullable=True, checks=each(lambda pixels: pixels >= area, "too_small")),
-            "aspect": pa.Column(float, nullable=True, checks=each(lambda aspect: aspect <= MAX_ASPECT, "too_long")),
+            "aspect": pa.Column(float, nullable=True, checks=each(lambda aspect: aspect <= longest, "too_long")),
             "copy_of": pa.Column(checks=each(lambda copy: not copy, "duplicate")),
         },
-        checks=[pa.Check(enough, error="too_few"), pa.Check(named, error="no_placeholder")],
+        checks=[pa.Check(enough, error="too_few"), pa.Check(lambda _: named, error="no_placeholder")],
     )
 
 
-def _judge(
-    frame: pd.DataFrame, folder: Path, settings: DataSettings, require_placeholder: bool, min_images: int
-) -> list[Fault]:
+def _judge(frame: pd.DataFrame, folder: Path, settings: DataSettings, named: bool, min_images: int) -> list[Fault]:
     """Every fault of a measured table: those of rows in the rows' order, then those of the table as a whole."""
     try:
-        concept_schema(settings, require_placeholder, min_images).validate(frame, lazy=True)
+        concept_schema(settings, named, min_images).validate(frame, lazy=True)
     except pa.errors.SchemaErrors as error:
         cases = error.failure_cases
     else:
@@ -292,8 +316,13 @@ def _describe_unclean(cells: Mapping[str, Any], _: DataSettings) -> _Problems:
 
 def _describe_small(cells: Mapping[str, Any], settings: DataSettings) -> _Problems:
     side = settings.resolution
-    problem = f"{cells['image']} is too small: {cells['size']} pixels are fewer than {side} x {side}; give a larger one"
-    return [("image", problem)]
+    problem = f"{cells['image']} is too small: {cells['size']} pixels, less than half the side of {side} x {side}; "
+    return [("image", f"{problem}give a larger one{_unless('small-pictures')}")]
+
+
+def describe_long(size: str) -> str:
+    """What to say of a picture that is longer than :data:`MAX_ASPECT`; ``size``: ``WIDTH x HEIGHT``."""
+    return f"is {size} pixels, longer than {MAX_ASPECT:g} : 1; crop it{_unless('long-pictures')}"
 
 
 # Check of the schema -> the (column, problem) pairs that it means for the row that failed it; also the faults' order.
@@ -301,9 +330,7 @@ _MESSAGES: dict[str, Callable[[Mapping[str, Any], DataSettings], _Problems]] = {
     "unreadable": lambda cells, _: [(column, problem) for column, problem in json.loads(cells["problems"])],
     "bad_image": lambda cells, _: [("image", cells["image_problem"])],
     "too_small": _describe_small,
-    "too_long": lambda cells, _: [
-        ("image", f"{cells['image']} is {cells['size']} pixels, longer than {MAX_ASPECT:g} : 1; crop it")
-    ],
+    "too_long": lambda cells, _: [("image", f"{cells['image']} {describe_long(cells['size'])}")],
     "duplicate": lambda cells, _: [("image", cells["copy_of"])],
     "no_caption": lambda cells, _: [("captions", "is empty; write at least one caption")],
     "empty_caption": lambda cells, _: [
@@ -321,6 +348,6 @@ _TABLE_MESSAGES: dict[str, Callable[[pd.DataFrame, DataSettings, int], str]] = {
     ),
     "no_placeholder": lambda _, settings, __: (
         f"no caption holds the placeholder {settings.placeholder}; name the concept with it, for example "
-        f'"a fox in {settings.placeholder} style" (data.placeholder)'
+        f'"a fox in {settings.placeholder} style" (data.placeholder){_unless("captions-without-placeholder")}'
     ),
 }

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dopsd.config import LoraSettings
-from dopsd.distill.kinds import carries, config_of, kind_of, module_of, start, tensors_of
+from dopsd.distill.kinds import carries, config_of, kind_of, leave_out_scale, module_of, start, tensors_of
 from dopsd.distill.pair import STUDENT, TEACHER, Pair, Selection, TeacherKind
 from dopsd.distill.targets import AdapterError, linear_layers, match_targets
 from dopsd.distill.weights import holds_weights, weights_applied
@@ -88,6 +88,10 @@ class AdapterPair(Pair):
                 layer._active_adapter = [active]
         for parameter in self._student.values():
             parameter.requires_grad = active == STUDENT
+
+    def student(self) -> Mapping[str, Tensor]:
+        """As :meth:`Pair.student`."""
+        return self._student
 
     def student_parameters(self) -> list[nn.Parameter]:
         """What the optimizer gets, in a fixed order."""
@@ -219,11 +223,11 @@ def _inject(transformer: nn.Module, name: str, config: Any, dtype: torch.dtype) 
         parameter.data = parameter.data.to(model.device, dtype)
         parameter.requires_grad_(False)
     for layer in layers.values():
+        leave_out_scale(layer)
         # peft raises every input to the adapter's float32, and the autocast that such a base always runs in
-        # (Family.velocity) brings it back to bfloat16: the same bits, for nothing
-        layer.cast_input_dtype_enabled = not (
-            dtype == torch.float32 and layer.get_base_layer().weight.dtype == torch.bfloat16
-        )
+        # (Family.velocity) brings it back to bfloat16: the same bits, for nothing. The model says which it is: a
+        # layer's own weights may be packed in bytes
+        layer.cast_input_dtype_enabled = not (dtype == torch.float32 and model.dtype == torch.bfloat16)
 
 
 def _initialise(transformer: nn.Module, name: str, seed: int, init: str) -> None:

@@ -43,24 +43,27 @@ def draw(
         latents = sample(family, conditioning[rows], num_steps, height, width, noise[rows])
         return pictures(family, latents, height, width)
 
-    return _in_parts(len(conditioning), batch_of(height, width, most), drawn)
+    # processes that divide the transformer draw in step: what one of them tried again, the others would not
+    alone = not getattr(family.transformer, "sharded", False)
+    return in_parts(len(conditioning), batch_of(height, width, most), drawn, halve=alone)
 
 
 def pictures(family: Family, latents: Tensor, height: int, width: int) -> list[Image]:
     """Decode latents ``[B, C, h, w]`` of pictures of that size, as many at once as fit."""
     with _tiled(family, height * width > WHOLE):
-        return _in_parts(len(latents), batch_of(height, width, len(latents)), lambda rows: family.decode(latents[rows]))
+        return in_parts(len(latents), batch_of(height, width, len(latents)), lambda rows: family.decode(latents[rows]))
 
 
-def _in_parts(count: int, size: int, work: Callable[[slice], list[T]]) -> list[T]:
-    """``work`` over ``count`` rows, ``size`` at a time. Where memory runs out half as many are tried, down to one."""
+def in_parts(count: int, size: int, work: Callable[[slice], list[T]], halve: bool = True) -> list[T]:
+    """``work`` over ``count`` rows, ``size`` at a time. Where memory runs out half as many are tried, down to one;
+    without ``halve`` nothing is tried again."""
     done: list[T] = []
     while len(done) < count:
         try:
             done += work(slice(len(done), min(len(done) + size, count)))
             continue
         except torch.OutOfMemoryError:
-            if size == 1:
+            if size == 1 or not halve:
                 raise
         # not in the handler: there the failed attempt's tensors are still held by its traceback
         size = max(1, min(size, count - len(done)) // 2)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from types import MethodType
 from typing import Any, Final
 
 import torch
 from peft import LoKrConfig, LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -21,6 +23,8 @@ _KEY: Final = re.compile(r"(?P<module>.+)\.(lora|lokr)_\w+(\.weight)?")
 _ZERO: Final = ("lora_B", "lokr_w1", "lokr_w1_a")
 SCALED: Final = (".lora_B.weight", ".lokr_w1", ".lokr_w1_a")
 """Which tensor of a layer carries a scale that is folded in."""
+NAMES: Final[dict[str, str]] = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr"}
+"""As people write them."""
 MAGNITUDE: Final = "lora_magnitude_vector"
 """DoRA's lengths, which begin as those of the base's own weights."""
 
@@ -30,6 +34,24 @@ def config_of(kind: AdapterKind, rank: int, alpha: float, modules: Sequence[str]
     if kind == "lokr":
         return LoKrConfig(r=rank, alpha=alpha, target_modules=list(modules), decompose_both=True)
     return LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(modules), use_dora=kind == "dora")
+
+
+def leave_out_scale(layer: nn.Module) -> None:
+    """Let a layer compute as peft has it, to the bit, but not multiply by a scale of 1: that is a pass over the layer's
+    whole output, and one over its gradient."""
+    if isinstance(layer, LoraLinear):
+        layer.forward = MethodType(_forward, layer)
+
+
+def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if layer._disable_adapters:
+        return type(layer).forward(layer, x, *args, **kwargs)
+    name = layer._active_adapter[0]
+    if len(layer._active_adapter) > 1 or name in layer.lora_variant or layer.scaling.get(name) != 1 or args or kwargs:
+        return type(layer).forward(layer, x, *args, **kwargs)
+    result = layer.base_layer(x)
+    down, up = layer.lora_A[name], layer.lora_B[name]
+    return (result + up(down(layer._cast_input_dtype(x, down.weight.dtype)))).to(result.dtype)
 
 
 def carries(layer: nn.Module, name: str) -> bool:

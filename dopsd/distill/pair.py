@@ -53,6 +53,10 @@ class Pair(ABC):
     def _activate(self, name: Selection) -> None: ...
 
     @abstractmethod
+    def student(self) -> Mapping[str, Tensor]:
+        """The student's own tensors, keyed as in a file of it."""
+
+    @abstractmethod
     def student_parameters(self) -> list[nn.Parameter]:
         """What the optimizer gets, in a fixed order."""
 

@@ -139,6 +139,10 @@ class WeightPair(Pair):
         finally:
             torch.set_autocast_cache_enabled(before)
 
+    def student(self) -> Mapping[str, Tensor]:
+        """As :meth:`Pair.student`."""
+        return self._student
+
     def student_parameters(self) -> list[nn.Parameter]:
         """What the optimizer gets, in the transformer's own order."""
         return list(self._student.values())

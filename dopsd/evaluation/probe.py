@@ -104,7 +104,7 @@ def train_probe(
         copies.append(("through the autoencoder", through(clean[::2]), clean_y[::2]))
     x = torch.cat([features.style(features(images, f"style probe, {name}")) for name, images, _ in copies])
     y = np.concatenate([labels for _, _, labels in copies])
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.03, max_iter=1000, random_state=seed))
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.03, max_iter=1000, random_state=seed % 2**32))
     model.fit(x.numpy(), y)
     test, test_y = _pictures(world, styles, held)
     every = slice(None, None, max(1, len(test) // 150))

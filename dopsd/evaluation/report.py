@@ -24,10 +24,10 @@ from dopsd.files import whole_file
 from .charts import Point, line_chart, steps_chart
 from .grids import read_strip
 from .naming import REFERENCES, SCORES, color_of, name_of, prompts_described, teacher_described
-from .table import columns_of, headline_table, rows_of
+from .table import columns_of, rows_of
 from .verdict import findings, main_model, verdict
 
-__all__ = ["ReportError", "headline_table", "write_report"]
+__all__ = ["ReportError", "write_report"]
 
 _TEMPLATE = "report.html.j2"
 _CURVES = ("style", "train_similarity", "cosine", "concept_top1", "sharpness")

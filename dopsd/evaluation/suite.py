@@ -228,8 +228,8 @@ def _parts(
         size = batch_of(height, width, settings.evaluation.batch_size)
         for start in range(0, len(rows), size):
             chosen = rows[start : start + size]
-            # a prompt's own noise, whatever batch it is drawn in
-            seeds = [settings.evaluation.seed * 1_000_003 + requested[i].number for i in chosen]
+            # a prompt's own noise, whatever batch it is drawn in; torch takes 64 bits
+            seeds = [(settings.evaluation.seed * 1_000_003 + requested[i].number) % 2**64 for i in chosen]
             yield _Part(
                 subject.name, subject.adapter, steps, height, width, chosen, seeds, [conditioning[i] for i in chosen]
             )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .naming import REFERENCES, SCORES, name_of, prompts_described
@@ -115,24 +116,32 @@ def _change(
     return "better" if up else "worse"
 
 
-def headline_table(metrics: Mapping[str, Any]) -> Table:
-    """The table for the terminal."""
+MODELS_ABREAST = 7
+"""So many columns fit into 80 characters with every word whole, whatever scores there are."""
+
+
+def headline_tables(metrics: Mapping[str, Any]) -> list[Table]:
+    """The table for the terminal, a row per score: one, or several below each other where the models are many."""
     few, counts = metrics["few_steps"], metrics["counts"]
     note = "decoded: the true pictures as the autoencoder carries them, the most that the base can draw; "
     decoded = note if "decoded" in metrics["scores"]["concept"] else ""
-    table = Table(
-        pad_edge=False,
-        collapse_padding=True,
-        title=f"{metrics['concept']}: {few} steps, {counts['concept_prompts']} {prompts_described(metrics)}",
-        caption=f"{decoded}intervals, curves, old styles ({counts['kept_prompts']} prompts): see the report",
-    )
-    columns = columns_of(metrics, "concept")
-    table.add_column("model", min_width=7)  # the longest word of the names
-    for column in columns:
-        table.add_column(column.title, justify="right", overflow="fold")
-    for model, entries in rows_of(metrics, "concept"):
-        tuned = model not in REFERENCES
-        table.add_row(name_of(model), *(entry.text for entry in entries), style="bold" if tuned else "dim")
+    columns, rows = columns_of(metrics, "concept"), rows_of(metrics, "concept")
+    tables = [_by_score(columns, rows[first : first + MODELS_ABREAST]) for first in range(0, len(rows), MODELS_ABREAST)]
+    tables[0].title = f"{metrics['concept']}: {few} steps, {counts['concept_prompts']} {prompts_described(metrics)}"
+    tables[-1].caption = f"{decoded}intervals, curves, old styles ({counts['kept_prompts']} prompts): see the report"
+    return tables
+
+
+def _by_score(columns: list[Column], rows: list[tuple[str, list[Entry]]]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("score")
+    for model, entries in rows:
+        # a column of no width of its own is narrowed into the words
+        width = max(len(word) for text in (name_of(model), *(e.text for e in entries)) for word in text.split())
+        style = "dim" if model in REFERENCES else "bold"
+        table.add_column(name_of(model), width=width, justify="right", style=style)
+    for column, *entries in zip(columns, *(entries for _, entries in rows), strict=True):
+        table.add_row(column.title, *(entry.text for entry in entries))
     return table
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
@@ -19,7 +19,7 @@ from dopsd.data.images import MULTIPLE
 from dopsd.versions import ENCODING_VERSION
 
 from .base import Family, Loader, Part, Parts, Teaching
-from .checkpointing import checkpoint_blocks
+from .checkpointing import Checkpointing, checkpoint_blocks
 from .folder import CONFIG, read_json
 from .hashes import HASHES
 from .loading import Where, compile_blocks, use_plain_attention
@@ -227,24 +227,21 @@ def device_of(model: ModelSettings) -> torch.device:
     return torch.device(name)
 
 
-def checkpointing_of(model: ModelSettings, device: torch.device) -> Literal["none", "every", "every-second"]:
-    """Which blocks are checkpointed on that device."""
-    if model.gradient_checkpointing != "auto":
-        return model.gradient_checkpointing
-    return "none" if device.type == "cpu" and model.offload != "group" else "every"
-
-
 def dtype_of(model: ModelSettings, device: torch.device) -> torch.dtype:
     """The type that the settings want a model in on ``device``."""
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     return dtypes.get(model.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
-def load_family(model: ModelSettings, root: Path = Path(), use: Use = "teach", sharded: bool = False) -> Family:
+def load_family(
+    model: ModelSettings, root: Path = Path(), use: Use = "teach", sharded: bool = False,
+    fitting: Callable[[], Checkpointing] = lambda: "none",
+) -> Family:  # fmt: skip
     """The base that the settings name. Nothing of it is in memory yet: each part is loaded when it is first used.
 
     ``root`` is what a relative path is relative to. ``sharded``: the processes of this training divide the transformer
-    among them. Raises :class:`ModelError` for what is missing or does not fit.
+    among them. ``fitting`` says what ``gradient_checkpointing: auto`` means for a training, and is asked when the
+    transformer is loaded. Raises :class:`ModelError` for what is missing or does not fit.
     """
     from diffusers.utils import logging
 
@@ -260,7 +257,8 @@ def load_family(model: ModelSettings, root: Path = Path(), use: Use = "teach", s
 
     def transformer(parts: Parts) -> Any:
         module = load_transformer(parts)
-        checkpoint_blocks(module, checkpointing_of(model, device))
+        which = model.gradient_checkpointing
+        checkpoint_blocks(module, fitting() if which == "auto" else which)
         if model.compile and use == "train":
             compile_blocks(module)
         return use_plain_attention(module) if device.type == "cpu" else module

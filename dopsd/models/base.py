@@ -33,6 +33,8 @@ Opaque to everything but its family; savable as safetensors."""
 Part = Literal[
     "tokenizer", "text_encoder", "vision", "image_processor", "vae_encoder", "vae_decoder", "transformer", "scheduler"
 ]
+BATCH = 8
+"""How many captions, contexts or pictures are encoded at once."""
 ENCODERS: tuple[Part, ...] = ("text_encoder", "vision", "vae_encoder")
 """What is no longer needed once everything is encoded."""
 
@@ -89,7 +91,11 @@ class Parts:
     @classmethod
     def of(cls, configs: Mapping[str, Mapping[str, Any]] | None = None, **modules: Any) -> Parts:
         """Parts that are there already; ``vae`` stands for both of its halves."""
-        known = {name: dict(modules[name].config) for name in ("vae", "transformer") if name in modules}
+        known = {
+            name: {"_class_name": type(modules[name]).__name__, **modules[name].config}
+            for name in ("vae", "transformer")
+            if name in modules
+        }
         if "vae" in modules:
             modules |= dict.fromkeys(("vae_encoder", "vae_decoder"), modules.pop("vae"))
         loaders = {cast(Part, name): _holder(module) for name, module in modules.items()}

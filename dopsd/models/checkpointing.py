@@ -9,8 +9,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .quantized import blocks_of
 
+Checkpointing = Literal["none", "every-second", "every"]
 
-def checkpoint_blocks(transformer: Any, which: Literal["none", "every", "every-second"]) -> None:
+
+def checkpoint_blocks(transformer: Any, which: Checkpointing) -> None:
     """Switch it on or off; ``every-second`` takes half of the extra time for half of the saving."""
     if which == "none":
         transformer.disable_gradient_checkpointing()

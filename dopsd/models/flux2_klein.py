@@ -92,22 +92,21 @@ class Flux2Klein(Family):
         def text_encoder(_: Any) -> Any:
             from transformers import Qwen3Config, Qwen3Model
 
-            # without the head, whose logits nobody reads, and without the layers above the last state that is used:
-            # one more than that is needed, because the last of all hidden states comes out normalised
-            folder = base.folder / "text_encoder"
-            needed = max(LAYERS) + 1
-            found = read_json(folder / CONFIG, f"{base.shown}: text_encoder/{CONFIG}").get("num_hidden_layers", needed)
+            folder, needed = base.folder / "text_encoder", max(LAYERS) + 1
+            config = read_json(folder / CONFIG, f"{base.shown}: text_encoder/{CONFIG}")
+            found = config.get("num_hidden_layers", needed)
             if found < needed:
                 raise ModelError(f"{base.shown}: its text encoder has {found} layers, klein's captions need {needed}")
-            config = Qwen3Config.from_pretrained(folder)
-            config.num_hidden_layers, config.layer_types = needed, (config.layer_types or [])[:needed] or None
-            return load(Qwen3Model, folder, where, config=config)
+            # without the head, whose logits nobody reads
+            return load(Qwen3Model, folder, where, config=Qwen3Config.from_dict(dict(cls.encoder_config(config))))
 
         loaders = standard_loaders(base.folder, "Flux2Transformer2DModel", "AutoencoderKLFlux2", where)
         return loaders | {"text_encoder": text_encoder}
 
     @classmethod
     def encoder_config(cls, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Without the layers above the last state that is used: one more than that is needed, because the last of all
+        hidden states comes out normalised."""
         needed = max(LAYERS) + 1
         types = (config.get("layer_types") or [])[:needed] or None
         return {**config, "num_hidden_layers": needed, "layer_types": types}

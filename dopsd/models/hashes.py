@@ -41,10 +41,13 @@ def identity(source: Source, cache: Path, parts: Sequence[str] | None = None) ->
     }
 
 
-def content_hash(file: Path, cache: Path) -> str:
-    """The hash of one file, remembered in ``cache`` as :func:`identity` does. Raises :class:`ModelError`."""
-    path = file.resolve()
-    return _hashes(Source(path.parent), [path], cache)[path]
+def content_hash(path: Path, cache: Path) -> str:
+    """The hash of one file, or of a folder with its names, remembered in ``cache`` as :func:`identity` does. Raises
+    :class:`ModelError`."""
+    source = Source(path)
+    if path.is_dir():
+        return identity(source, cache, [""])[""]
+    return _hashes(source, [path.resolve()], cache)[path.resolve()]
 
 
 def _parts(source: Source) -> list[str]:

@@ -71,7 +71,8 @@ def load(cls: Any, folder: Path, where: Where, *, blocks: Blocks = "there", **op
 
 def place(model: Any, device: torch.device, quantization: Quantization, blocks: Blocks) -> Any:
     """Bring a frozen model from host memory to its device, a block at a time: the device never holds all of it in full
-    precision. Its blocks stay there, or wait in host memory until they compute, or are divided among processes."""
+    precision. Its blocks stay there, or wait in host memory until they compute, or are divided among processes. What
+    is shared outside of the blocks stays shared: a head that is tied to the embeddings is not there twice."""
     repeated, offload = blocks_of(model), BlockOffload(device)
     if blocks == "sharded":
         shard(repeated, device)
@@ -83,10 +84,13 @@ def place(model: Any, device: torch.device, quantization: Quantization, blocks: 
     model.borrowed_weights = blocks != "there"
     model.sharded = blocks == "sharded"
     inside = {id(module) for block in repeated for module in block.modules()}
+    placed: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         if id(module) not in inside:
             for name, parameter in module.named_parameters(recurse=False):
-                module._parameters[name] = torch.nn.Parameter(parameter.to(device), requires_grad=False)
+                if id(parameter) not in placed:
+                    placed[id(parameter)] = torch.nn.Parameter(parameter.to(device), requires_grad=False)
+                module._parameters[name] = placed[id(parameter)]
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)
     return model

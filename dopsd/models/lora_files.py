@@ -6,6 +6,9 @@ So a layer without a place in ComfyUI's model is an error here. All functions ta
 scale folded into B already (alpha equals rank), and return tensors keyed ``diffusion_model.<layer>...``, contiguous,
 of the same dtype.
 
+The names are those of ComfyUI's own models: every version of ComfyUI takes them, while the other names that it takes
+change from version to version (tests/comfyui.py). No alpha is stored.
+
 Facts were read in ComfyUI's ``comfy/lora.py`` (which names are taken), ``comfy/weight_adapter/lora.py`` (no alpha is a
 scale of 1), its models under ``comfy/ldm``, and in diffusers 0.42.1, ``loaders/single_file_utils.py`` (which rows of a
 published checkpoint are which of a diffusers module).
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Final
 
 import torch
@@ -37,42 +40,37 @@ class LoraFileError(ValueError):
 
 # --- Z-Image ----------------------------------------------------------------------------------------------------------
 
+# "#0", "#1", "#2": the first, second or last third of the rows of that layer
 _Z_IMAGE_LAYERS: Final = {
-    name: name
-    for name in (
-        "attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0",
-        "feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0",
-    )
-}  # fmt: skip
+    "attention.to_q": "attention.qkv#0",
+    "attention.to_k": "attention.qkv#1",
+    "attention.to_v": "attention.qkv#2",
+    "attention.to_out.0": "attention.out",
+} | {name: name for name in ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0")}
 _Z_IMAGE_STACKS: Final[_Stacks] = {
     stack: (stack, _Z_IMAGE_LAYERS) for stack in ("layers", "noise_refiner", "context_refiner")
 }
 # 2-1: patches of 2 x 2 pixels and 1 frame, the only ones that ComfyUI's model has
 _Z_IMAGE_SINGLE: Final = {
-    name: name
-    for name in (
-        "all_x_embedder.2-1", "all_final_layer.2-1.linear", "all_final_layer.2-1.adaLN_modulation.1",
-        "cap_embedder.1", "t_embedder.mlp.0", "t_embedder.mlp.2",
-    )
-}  # fmt: skip
+    "all_x_embedder.2-1": "x_embedder",
+    "all_final_layer.2-1.linear": "final_layer.linear",
+    "all_final_layer.2-1.adaLN_modulation.1": "final_layer.adaLN_modulation.1",
+} | {name: name for name in ("cap_embedder.1", "t_embedder.mlp.0", "t_embedder.mlp.2")}
 
 
 def z_image_comfyui(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """Z-Image: diffusers' own names, and an ``alpha`` (a scalar, the rank) per layer.
+    """Z-Image: native names, no alpha; q, k and v in one layer, as :func:`klein_comfyui` has them.
 
-    ComfyUI knows these names beside its native ones and puts q, k and v into their rows of its fused layer
-    (``z_image_to_diffusers`` in ``comfy/utils.py``); diffusers takes the file too, alpha included.
-    Raises :class:`LoraFileError` for a layer outside that map, an A without its B, or another rank.
+    ComfyUI has other names for these layers too, but its versions differ in which: the first knew none, and the next
+    those in ``layers`` alone, so that attention in the refiners was passed over. Native names are found by all.
+    **diffusers does not know the fused layer**: this file is for ComfyUI, and diffusers needs its own.
+    Raises :class:`LoraFileError` for a layer without a native name, an A without its B, or another rank.
     """
-    pairs = _pairs(tensors, rank)
-    named = {_native(module, _Z_IMAGE_SINGLE, _Z_IMAGE_STACKS, "Z-Image"): pair for module, pair in pairs.items()}
-    file = _file(named, rank, len(pairs))
-    return file | {f"{_PREFIX}.{layer}.alpha": torch.tensor(float(rank)) for layer in named}
+    return _written(tensors, rank, _Z_IMAGE_SINGLE, _Z_IMAGE_STACKS, "Z-Image")
 
 
 # --- FLUX.2-klein -----------------------------------------------------------------------------------------------------
 
-# "#0", "#1", "#2": the first, second or last third of the rows of that layer
 _KLEIN_STACKS: Final[_Stacks] = {
     "transformer_blocks": (
         "double_blocks",
@@ -119,30 +117,12 @@ def klein_comfyui(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]
     adapted, B block-diagonal, zero in the rows of the others. The last modulation is (shift, scale) natively and
     (scale, shift) in diffusers, so B of ``norm_out.linear`` changes its halves. diffusers 0.42.1 changes them back when
     it converts a checkpoint but not when it loads a LoRA: **with norm_out adapted this file is right in ComfyUI alone**
-    and diffusers needs its own. Everything else loads alike in both.
+    and diffusers needs its own. Everything else loads alike in both from diffusers 0.40 on; older ones scale the fused
+    layer by a share of what it was trained with (benchmarks/exports.py).
 
     Raises :class:`LoraFileError` for a layer without a native name, an A without its B, or another rank.
     """
-    pairs = _pairs(tensors, rank)
-    named: dict[str, _Pair] = {}
-    thirds: dict[str, dict[int, _Pair]] = defaultdict(dict)
-    for module, (a, b) in pairs.items():
-        layer, _, third = _native(module, _KLEIN_SINGLE, _KLEIN_STACKS, "FLUX.2-klein").partition("#")
-        if third:
-            thirds[layer][int(third)] = a, b
-        else:
-            named[layer] = a, torch.cat(b.chunk(2)[::-1]) if layer == _KLEIN_ADALN else b
-    named |= {layer: _fused(parts) for layer, parts in thirds.items()}
-    return _file(named, rank, len(pairs))
-
-
-def _fused(thirds: Mapping[int, _Pair]) -> _Pair:
-    """The one layer for up to three equally high layers with the same input."""
-    order = sorted(thirds)
-    # an absent one takes its rows and no column
-    absent = thirds[order[0]][1][:, :0]
-    b = torch.block_diag(*(thirds[third][1] if third in thirds else absent for third in range(3)))
-    return torch.cat([thirds[third][0] for third in order]), b
+    return _written(tensors, rank, _KLEIN_SINGLE, _KLEIN_STACKS, "FLUX.2-klein", halves_change=_KLEIN_ADALN)
 
 
 # --- Krea-2 -----------------------------------------------------------------------------------------------------------
@@ -181,71 +161,38 @@ def krea_comfyui(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     but diffusers refuses those, and every alpha.
     Raises :class:`LoraFileError` for a layer without a native name, an A without its B, or another rank.
     """
-    pairs = _pairs(tensors, rank)
-    named = {_native(module, _KREA_SINGLE, _KREA_STACKS, "Krea-2"): pair for module, pair in pairs.items()}
-    return _file(named, rank, len(pairs))
-
-
-# --- the way back -----------------------------------------------------------------------------------------------------
-
-Writer = Callable[[Mapping[str, Tensor], int], dict[str, Tensor]]
-"""One of the functions above."""
-_FIRST_BLOCK: Final = re.compile(r".*?\.\d+(?=\.)")
-
-
-def from_comfyui(file: Mapping[str, Tensor], like: Mapping[str, Tensor], rank: int, write: Writer) -> dict[str, Tensor]:
-    """What ``write`` would make ``file`` of: tensors keyed and shaped as those in ``like``, float32, alpha equal rank.
-
-    The way back is found by the way there: ``write`` is given the numbers of the places instead of values. A layer that
-    is one natively and several in diffusers may also be adapted as a whole, as other tools do; then each of the several
-    gets the same A. Raises :class:`LoraFileError` where the file is of another rank, for other layers, or for another
-    model.
-    """
-    rest, found = dict(file), {}
-    blocks: dict[str, list[str]] = defaultdict(list)
-    for key in like:
-        block = _FIRST_BLOCK.match(key)
-        blocks[block[0] if block else key.rpartition(".lora_")[0]].append(key)
-    for keys in blocks.values():
-        numbers, count = {}, 1  # 0 is where ``write`` puts nothing
-        for key in keys:
-            numbers[key] = torch.arange(count, count + like[key].numel(), dtype=torch.float64).reshape(like[key].shape)
-            count += like[key].numel()
-        values = torch.zeros(count)
-        for native, places in write(numbers, rank).items():
-            if native.endswith(".alpha"):
-                continue
-            if native not in rest:
-                raise LoraFileError(f"{native}: train.lora.targets adapt it, and it is not in the file")
-            value = _native_value(native, file, rank, places)
-            del rest[native]
-            values[places.long()] = value.float()
-        for key in keys:
-            found[key] = values[numbers[key].long()]
-    if left := sorted(key for key in rest if not key.endswith(".alpha")):
-        raise LoraFileError(f"{left[0]}: it is in the file, and train.lora.targets leave it out")
-    return found
-
-
-def _native_value(native: str, file: Mapping[str, Tensor], rank: int, places: Tensor) -> Tensor:
-    """A tensor of the file as ``write`` would have made it, the scale folded into B."""
-    layer, _, part = native.removesuffix(".weight").rpartition(".lora_")
-    value, axis = file[native].float(), 0 if part == "A" else 1
-    rows = value.shape[axis]
-    if part == "B" and (alpha := file.get(f"{layer}.alpha")) is not None:
-        value = value * (float(alpha) / rows)
-    if rows == rank != places.shape[axis]:  # adapted as a whole
-        several = places.shape[axis] // rank
-        value = torch.cat([value] * several, dim=axis)
-    elif part == "B" and places.shape == value.shape and value[places == 0].any():
-        raise LoraFileError(f"{layer}: its parts are adapted together at rank {rows}, and train.lora.rank is {rank}")
-    if value.shape != places.shape:
-        shape = tuple(file[native].shape)
-        raise LoraFileError(f"{native} is {shape}; with train.lora.rank {rank} it would be {tuple(places.shape)} here")
-    return value
+    return _written(tensors, rank, _KREA_SINGLE, _KREA_STACKS, "Krea-2")
 
 
 # --- what all have in common ------------------------------------------------------------------------------------------
+
+
+def _written(
+    tensors: Mapping[str, Tensor], rank: int, single: Mapping[str, str], stacks: _Stacks, family: str,
+    halves_change: str = "",
+) -> dict[str, Tensor]:  # fmt: skip
+    """The file under native names. ``halves_change``: the native layer whose halves of rows change places."""
+    pairs = _pairs(tensors, rank)
+    named: dict[str, _Pair] = {}
+    thirds: dict[str, dict[int, _Pair]] = defaultdict(dict)
+    for module, (a, b) in pairs.items():
+        layer, _, third = _native(module, single, stacks, family).partition("#")
+        if third:
+            thirds[layer][int(third)] = a, b
+        else:
+            named[layer] = a, torch.cat(b.chunk(2)[::-1]) if layer == halves_change else b
+    named |= {layer: _fused(parts) for layer, parts in thirds.items()}
+    return _file(named, rank, len(pairs))
+
+
+def _fused(thirds: Mapping[int, _Pair]) -> _Pair:
+    """The one layer for up to three equally high layers with the same input: A ``[n rank, in]``, B block-diagonal,
+    ``[3 out, n rank]``, zero in the rows of an absent one."""
+    order = sorted(thirds)
+    # an absent one takes its rows and no column
+    absent = thirds[order[0]][1][:, :0]
+    b = torch.block_diag(*(thirds[third][1] if third in thirds else absent for third in range(3)))
+    return torch.cat([thirds[third][0] for third in order]), b
 
 
 def _pairs(tensors: Mapping[str, Tensor], rank: int) -> dict[str, _Pair]:

@@ -27,7 +27,7 @@ def check_installed(kind: Quantization) -> None:
     """Raise :class:`ModelError` where the library that does it is not installed."""
     package = _PACKAGES.get(kind)
     if package is not None and find_spec(package) is None:
-        raise ModelError(f"model.quantization: {kind} needs {package}; `pip install 'dopsd[quantization]'` brings it")
+        raise ModelError(f"model.quantization: {kind} needs {package}; `pip install -e '.[quantization]'` brings it")
 
 
 def quantize(block: nn.Module, kind: Quantization, device: torch.device) -> None:
@@ -40,7 +40,8 @@ def quantize(block: nn.Module, kind: Quantization, device: torch.device) -> None
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The repeated blocks that a model's class names, in the order of its modules."""
+    """The repeated blocks that a model's class names, in the order of its modules: what is counted, rounded, divided,
+    checkpointed and moved. FSDP puts a class of its own before a block's, so its ancestors are asked."""
     names = set(getattr(module, "_no_split_modules", None) or ())
     return [part for part in module.modules() if names & {kind.__name__ for kind in type(part).__mro__}]
 

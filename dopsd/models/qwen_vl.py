@@ -85,7 +85,9 @@ def _assign(folder: Path, module: Any, prefix: str, dtype: torch.dtype) -> None:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        return [
+            folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        ]
     return [folder / "model.safetensors"]
 
 

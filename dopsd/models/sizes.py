@@ -10,6 +10,7 @@ import copy
 import inspect
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,9 +20,12 @@ import torch
 from torch import nn
 
 from dopsd.config import ModelSettings
+from dopsd.models import family_class
 
 from .base import Configs, Family
 from .folder import CONFIG, INDEX, read_json
+from .quantized import blocks_of
+from .sources import check_class
 
 _PUBLISHED = Path(__file__).with_name("published.json")
 _FEW_BLOCKS = 4
@@ -43,16 +47,9 @@ class PartSize:
     @classmethod
     def of(cls, module: nn.Module) -> PartSize:
         """Counted; a shared tensor once."""
-        blocks = list(blocks_of(module))
+        blocks = blocks_of(module)
         linear = [layer.weight.numel() for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
         return cls(_parameters(module), tuple(map(_parameters, blocks)), sum(linear), max(linear, default=0))
-
-
-def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
-    """The repeated blocks, as the libraries name their classes."""
-    root: Any = module
-    names = set(getattr(root, "_no_split_modules", None) or getattr(root, "_repeated_blocks", None) or ())
-    yield from (part for part in module.modules() if type(part).__name__ in names)
 
 
 def shortened(module: nn.Module, lengths: Mapping[str, int]) -> nn.Module:
@@ -91,10 +88,13 @@ def _parameters(module: nn.Module) -> int:
 
 def configurations(model: ModelSettings, root: Path) -> Configs | None:
     """Part (``transformer``, ``vae``, ``text_encoder``, ``index``, and ``vlm`` where the settings name one) to its
-    configuration; ``None`` where the base is not here and nobody knows it."""
+    configuration; ``None`` where the base is not here and nobody knows it. Raises :class:`ModelError` where it is of
+    another family than the settings say."""
     base = _of_folder(root / Path(model.path).expanduser()) or _published(model.path)
     if base is None or not {"transformer", "vae", "text_encoder"} <= set(base):
         return None
+    family = family_class(model)
+    check_class(base["index"], f"model.path: {model.path}", family.pipeline, family.refused)
     vlm = model.vlm or str(Path(model.path) / "vlm")
     file = root / Path(vlm).expanduser() / CONFIG
     found = read_json(file, f"{vlm}: {CONFIG}") if file.is_file() else (_published(vlm) or {}).get("model")
@@ -120,47 +120,47 @@ def _published(name: str) -> dict[str, Any] | None:
 
 
 def skeleton(part: str, configs: Configs, family: type[Family] | None) -> nn.Module:
-    """A component in bfloat16 on the meta device, frozen, as the family loads it (``None``: as it is published).
+    """A component in bfloat16 on the meta device, frozen, as the family loads it; without one as its pipeline does.
 
     ``vision`` is a VLM's vision half alone; ``vae_encoder`` and ``vae_decoder`` are halves.
     """
-    with torch.device("meta"), _default_dtype(torch.bfloat16):
+    with torch.device("meta"), default_dtype(torch.bfloat16):
         if part in ("vae_encoder", "vae_decoder"):
-            module = _diffusers(configs["vae"])
+            module = of_diffusers(configs["vae"])
             setattr(module, {"vae_encoder": "decoder", "vae_decoder": "encoder"}[part], nn.Identity())
         elif part == "vision":
             module = _transformers(configs["vlm"]).visual
         elif part == "text_encoder":
-            config = configs["text_encoder"]
-            module = _transformers(family.encoder_config(config) if family else config)
+            config, listed = configs[part], str(configs["index"].get(part))
+            head = family is None and "ForCausalLM" in listed
+            module = _transformers(family.encoder_config(config) if family else config, head)
         else:
-            module = _diffusers(configs[part])
+            module = of_diffusers(configs[part])
     return module.eval().requires_grad_(False)
 
 
-def _diffusers(config: Mapping[str, Any]) -> Any:
+def of_diffusers(config: Mapping[str, Any]) -> Any:
+    """The module of a configuration that names its class; what that class does not know is left out."""
     import diffusers
 
     kind = getattr(diffusers, config["_class_name"])
     return kind(**{key: value for key, value in config.items() if key in inspect.signature(kind).parameters})
 
 
-def _transformers(config: Mapping[str, Any]) -> Any:
-    """Without a head, whose logits nobody reads."""
-    from transformers import AutoConfig, AutoModel
+def _transformers(config: Mapping[str, Any], head: bool = False) -> Any:
+    """Without a head, whose logits nobody reads, where none is asked for."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    return AutoModel.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa")
+    kind = AutoModelForCausalLM if head else AutoModel
+    return kind.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa")
 
 
-class _default_dtype:
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Parameters made inside the block have this type."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-
-    def __enter__(self) -> None:
-        self._before = torch.get_default_dtype()
-        torch.set_default_dtype(self._dtype)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_default_dtype(self._before)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

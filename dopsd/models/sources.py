@@ -87,6 +87,14 @@ def read_index(folder: Path, key: str = "model.path") -> dict[str, Any]:
     raise ModelError(f"{key}: {folder}: {found}; a whole folder in the diffusers layout is needed, check {key}")
 
 
+def check_class(index: Mapping[str, Any], shown: str, class_name: str, advice: Mapping[str, str]) -> None:
+    """Raise :class:`ModelError` unless the index names that pipeline; ``advice`` as for :func:`check_pipeline`."""
+    found = quoted(index.get("_class_name") or "unnamed")
+    if found != class_name:
+        note = advice.get(found, "check model.path and model.family")
+        raise ModelError(f"{shown}: its pipeline is {found}, and {class_name} is needed; {note}")
+
+
 def check_pipeline(
     source: Source, class_name: str, components: Mapping[str, Collection[str]], *, distilled: bool = False,
     advice: Mapping[str, str] | None = None,
@@ -101,10 +109,7 @@ def check_pipeline(
         index = read_index(source.folder)
     except ModelError as error:
         raise ModelError(f"{error}; {source.again()}" if source.name else str(error)) from None
-    found = quoted(index.get("_class_name") or "unnamed")
-    if found != class_name:
-        note = (advice or {}).get(found, "check model.path and model.family")
-        raise ModelError(f"{shown}: its pipeline is {found}, and {class_name} is needed; {note}")
+    check_class(index, shown, class_name, advice or {})
     if distilled and index.get("is_distilled") is not True:
         raise ModelError(
             f"{shown}: this is the undistilled base ({INDEX} does not say is_distilled: true); "

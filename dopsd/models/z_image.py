@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import lora_files, qwen_vl
 from .base import (
+    BATCH,
     Conditioning,
     Configs,
     ContextName,
@@ -101,7 +102,7 @@ class ZImage(Family):
         width_of_states = transformer["cap_feat_dim"]
         return Shapes(
             {CAPTION: (turn, width_of_states)}, {CAPTION: (context, width_of_states)},
-            (transformer["in_channels"], height // side, width // side), turn, shown, 8,
+            (transformer["in_channels"], height // side, width // side), turn, shown, BATCH,
         )  # fmt: skip
 
     @staticmethod

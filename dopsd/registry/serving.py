@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from diffusers import AutoModel, DiffusionPipeline
 from mlflow.models import set_model
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 MAX_IMAGES = 8
 MAX_ENCODED = 32 * 2**20
@@ -198,19 +198,41 @@ def _fault(image: Image.Image) -> str:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    profile, alpha = image.info.get("icc_profile"), None
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: PIL's own conversion clips instead of scaling
         grey = np.asarray(image, dtype=np.float64) / 257
         image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        canvas = Image.new("RGBA", rgba.size, "white")
-        canvas.alpha_composite(rgba)
-        image = canvas
-    return image.convert("RGB")
+        alpha = rgba.getchannel("A")
+        image = rgba.getchannel("R") if image.mode in ("1", "L", "LA", "La") else rgba.convert("RGB")
+    opaque = _to_srgb(image, profile) if profile else image.convert("RGB")
+    if alpha is None:
+        return opaque
+    opaque.putalpha(alpha)
+    canvas = Image.new("RGBA", opaque.size, "white")
+    canvas.alpha_composite(opaque)
+    return canvas.convert("RGB")
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """By its colour profile; one that is damaged, or for another kind of picture, is left aside, as in training."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space.strip()]
+        if mode == "RGB" and image.mode != "CMYK":
+            image = image.convert("RGB")
+        colorimetric = ImageCms.Intent.RELATIVE_COLORIMETRIC
+        way = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", colorimetric)
+        return ImageCms.applyTransform(image, way) or image.convert("RGB")
+    except Exception:  # the library raises whatever it trips over
+        return image.convert("RGB")
 
 
 def _shaped(image: Image.Image, area: int) -> tuple[int, int]:
     """(width, height) with the picture's shape and about ``area`` pixels, by the rule that sizes were trained by."""
+    if image.width % MULTIPLE == image.height % MULTIPLE == 0 and 0.9 * area <= image.width * image.height < area:
+        return image.size
     shape, resolution = math.sqrt(image.width / image.height), math.sqrt(area)
 
     def side(length: float) -> int:

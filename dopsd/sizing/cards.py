@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -54,34 +53,3 @@ def card_of(text: str) -> Card:
     if not found:
         raise CardError(f"--card {text}: give its memory in GB, or one of {', '.join(card.name for card in CARDS)}")
     return max(found, key=lambda card: len(card.name))
-
-
-def card_here() -> Card | None:
-    """This machine's first card, its rates measured in half a second; ``None`` without CUDA."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    seen = torch.cuda.get_device_properties(0)
-    with torch.no_grad():
-        a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
-        source = torch.empty(2**28, device="cuda", dtype=torch.uint8)
-        target = torch.empty_like(source)
-        product = _seconds(lambda: a @ a)
-        copied = _seconds(lambda: target.copy_(source))
-    return Card(seen.name, seen.total_memory / GIB, 2 * 4096**3 / product / 1e12, 2 * 2**28 / copied / 1e12)
-
-
-def _seconds(work: object) -> float:
-    """Of one call, over a quarter of a second of them."""
-    import torch
-
-    assert callable(work)
-    work()
-    torch.cuda.synchronize()
-    started, calls = time.perf_counter(), 0
-    while (passed := time.perf_counter() - started) < 0.25:
-        work()
-        torch.cuda.synchronize()
-        calls += 1
-    return passed / calls

@@ -10,21 +10,22 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
-from dopsd.config import Settings
+from pydantic import ValidationError
+
+from dopsd.config import Offload, Optimizer, Quantization, Settings
 from dopsd.distill.weights import Waiting
 from dopsd.models import family_class, teaching_of
+from dopsd.models.checkpointing import Checkpointing
 from dopsd.models.sizes import PartSize, configurations, skeleton
 from dopsd.sizing.cards import Card
-from dopsd.sizing.runs import Checkpointing, Cost, Work
-
-Quantization = Literal["none", "int8", "fp8", "nf4"]
-Offload = Literal["none", "model", "group"]
-Optimizer = Literal["adamw", "adamw-8bit"]
+from dopsd.sizing.runs import CAPTION_TOKENS, Cost, Work
 
 RESERVE = 1.5e9
 """Bytes for CUDA's context, cuDNN's workspaces and what the allocator cannot use."""
+CAUTION = 1.1
+"""How much more than counted a training may turn out to need, where the count alone decides."""
 SMALL = 200_000_000
 """A transformer of fewer parameters fits anywhere: nothing is planned for it."""
 _ENCODERS = ("text_encoder", "vision", "vae_encoder")
@@ -52,13 +53,12 @@ class Choice:
 
     @classmethod
     def of(cls, settings: Settings) -> Choice:
-        """Of settings, some of whose keys may not exist yet; ``auto`` is :meth:`Plan.checkpointing`'s to say."""
+        """Of settings; ``auto`` is :meth:`Plan.checkpointing`'s to say, and ``none`` here."""
         model, train = settings.model, settings.train
         given = model.gradient_checkpointing
-        named = {True: "every", False: "none", "auto": "none"}.get(given, given)
         return cls(
-            cast("Checkpointing", named), getattr(model, "quantization", "none"), getattr(model, "offload", "none"),
-            getattr(train, "optimizer", "adamw"), settings.data.resolution, train.batch_size, train.accumulation,
+            "none" if given == "auto" else given, model.quantization, model.offload, train.optimizer,
+            settings.data.resolution, train.batch_size, train.accumulation,
             train.teacher.weights,
         )  # fmt: skip
 
@@ -77,6 +77,18 @@ class Choice:
         if self.waiting != before.waiting:
             found.setdefault("train", {})["teacher"] = {"weights": self.waiting}
         return found
+
+    def allowed(self, settings: Settings) -> bool:
+        """Whether ``settings`` may be changed to this: some of them forbid others."""
+        values = settings.model_dump()
+        for group, names in self.lines(Choice.of(settings)).items():
+            for name, value in names.items():
+                values[group][name] = values[group][name] | value if isinstance(value, dict) else value
+        try:
+            Settings.model_validate(values)
+        except ValidationError:
+            return False
+        return True
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,7 @@ class _Runs:
     train: dict[Checkpointing, Cost] = field(default_factory=dict)
 
     def training(self, checkpointing: Checkpointing) -> Cost:
+        """``every-second`` is half of both others; where the last block is one that is kept, half a block too much."""
         if checkpointing == "every-second":
             return (self.training("none") + self.training("every")) * 0.5
         if checkpointing not in self.train:
@@ -134,8 +147,12 @@ class _Runs:
 class Plan:
     """One base and one training, for whatever :class:`Choice`: what was counted once is not counted again."""
 
-    def __init__(self, work: Work, *, rollout_steps: int = 4, replay: bool = False) -> None:
-        self.work, self._rollouts = work, rollout_steps * (2 if replay else 1)
+    def __init__(
+        self, work: Work, *, rollout_steps: int = 4, replay: bool = False,
+        allowed: Callable[[Choice], bool] = lambda _: True,
+    ) -> None:  # fmt: skip
+        """``allowed``: which choices may be proposed."""
+        self.work, self._rollouts, self._allowed = work, rollout_steps * (2 if replay else 1), allowed
         self._full = work.tune == "full"
         self._runs: dict[tuple[int, int, Waiting], _Runs] = {}
         parts = ["text_encoder", "vae_encoder", "vae_decoder", *(["vision"] if self._sees else [])]
@@ -265,9 +282,10 @@ class Plan:
         adapter, shapes = 4.0 * self.work.adapter, self.work.shapes  # bytes
         trained = {"trained weights, twice, and the export": 6.0 * self.work.adapter}
         conditionings = [*shapes.prompt.values(), *shapes.context.values()]
+        base = [size.parameters for part, size in self.sizes.items() if part != "text_encoder"]
         example = 2.0 * sum(map(prod, conditionings)) + 4.0 * prod(shapes.latents)
         return {
-            "base, where published in bfloat16": 2.0 * sum(size.parameters for size in self.sizes.values()),
+            "base, where published in bfloat16": 2.0 * (sum(base) + self._whole_encoder.parameters),
             "a hundred captions encoded": 2 * 100 * example,  # in the cache, and in the run's folder
             "two checkpoints": 2 * 4 * adapter,
             **(trained if self._full else {"adapter and two exports": 3 * adapter}),
@@ -300,53 +318,65 @@ class Plan:
         return least + RESERVE <= card_bytes and all(stage.fits(card_bytes) for stage in self.stages(choice))
 
     def ladder(self, choice: Choice) -> Iterator[Choice]:
-        """Ever smaller choices, the least loss of time and quality first, from ``choice``'s size down."""
+        """Ever smaller choices, the least loss of time and quality first, from ``choice``'s size down; without those
+        that the other settings forbid."""
         low = replace(choice, checkpointing="none", quantization="none", offload="none", optimizer="adamw",
                       waiting="device")  # fmt: skip
         if choice.batch > 1:
             low = replace(low, batch=1, accumulation=choice.accumulation * choice.batch)
         yield low
-        sides = [{"resolution": side} for side in (768, 512) if side < choice.resolution]
         steps: list[dict[str, Any]] = [
             {"checkpointing": "every-second"}, {"checkpointing": "every"}, {"quantization": "int8"},
-            {"quantization": "nf4"}, {"optimizer": "adamw-8bit"}, {"offload": "group"},
+            {"quantization": "nf4"}, {"optimizer": "adamw-8bit"}, {"offload": "group"}, {"waiting": "cpu"},
+            *({"resolution": side} for side in (768, 512) if side < choice.resolution),
         ]  # fmt: skip
-        if self._full:  # of plain weights, on the device
-            steps = [*steps[:2], {"optimizer": "adamw-8bit"}, {"waiting": "cpu"}]
-        for step in [*steps, *sides]:
-            low = replace(low, **step)
-            yield low
+        for step in steps:
+            if self._allowed(lower := replace(low, **step)):
+                low = lower
+                yield low
 
     def proposal(self, choice: Choice, card_bytes: float) -> Choice | None:
         """The first of the ladder that fits; ``None`` where nothing does."""
         return next((one for one in self.ladder(choice) if self.fits(one, card_bytes)), None)
 
     def checkpointing(self, choice: Choice, card_bytes: float) -> Checkpointing:
-        """What ``auto`` means on that card: the least checkpointing with which training fits, else ``every``."""
-        kinds: tuple[Checkpointing, ...] = ("none", "every-second", "every")
+        """What ``auto`` means on that card: the least checkpointing with which training fits, else ``every``.
+
+        Nobody looks at what it chose, so it believes no count by more than :data:`CAUTION`.
+        """
+        kinds: tuple[Checkpointing, ...] = ("none", "every-second")
         if choice.offload == "group":
             return "every"
-        fitting = (kind for kind in kinds if self.train(replace(choice, checkpointing=kind)).fits(card_bytes))
-        return next(fitting, "every")
+        stages = ((kind, self.train(replace(choice, checkpointing=kind))) for kind in kinds)
+        return next((kind for kind, stage in stages if CAUTION * stage.peak + RESERVE <= card_bytes), "every")
+
+    def chosen(self, settings: Settings, card_bytes: float) -> Choice:
+        """What the settings are on that card."""
+        choice = Choice.of(settings)
+        if settings.model.gradient_checkpointing != "auto":
+            return choice
+        divided = settings.compute.sharded  # whose processes all take the same way
+        return replace(choice, checkpointing="every" if divided else self.checkpointing(choice, card_bytes))
 
 
-def plan_for(settings: Settings, root: Path, tokens: int = 96) -> Plan | None:
+def plan_for(settings: Settings, root: Path) -> Plan | None:
     """The plan for resolved settings; ``None`` where the base is small, unknown here, or of a family that does not say
-    what it handles."""
+    what it handles. Raises :class:`dopsd.models.ModelError` where base and family do not go together."""
     model, train = settings.model, settings.train
     configs = configurations(model, root)
     if configs is None:
         return None
     family, side = family_class(model), settings.data.resolution
     work = Work(
-        family, configs, teaching_of(model), side, side, tokens, train.batch_size, train.lora,
+        family, configs, teaching_of(model), side, side, CAPTION_TOKENS, train.batch_size, train.lora,
         train.teacher.kind or "ema", train.teacher.guidance, train.tune, train.teacher.weights,
     )  # fmt: skip
-    if family.shapes(configs, work.teaching, tokens, side, side) is None:
+    if family.shapes(configs, work.teaching, work.tokens, side, side) is None:
         return None
     if sum(value.numel() for value in work.transformer.parameters()) < SMALL:
         return None
-    return Plan(work, rollout_steps=train.rollout_steps, replay=train.replay.weight > 0)
+    return Plan(work, rollout_steps=train.rollout_steps, replay=train.replay.weight > 0,
+                allowed=lambda choice: choice.allowed(settings))  # fmt: skip
 
 
 def checkpointing_that_fits(settings: Settings, free_bytes: float, root: Path = Path()) -> Checkpointing:
@@ -360,14 +390,19 @@ def checkpointing_that_fits(settings: Settings, free_bytes: float, root: Path = 
 
 
 def advice(settings: Settings, card_bytes: float, root: Path = Path()) -> str:
-    """One line for a person whose card is out of memory: which settings to change."""
-    plan, before = plan_for(settings, root), Choice.of(settings)
+    """One line for a person whose card is out of memory: which settings to change. The base is counted whole, where
+    ``compute.sharded`` divides it too."""
+    plan = plan_for(settings, root)
     if plan is None:
         return "out of memory: lower train.batch_size (raise train.accumulation as much) or data.resolution"
+    before = plan.chosen(settings, card_bytes)
     if plan.fits(before, card_bytes):
-        return (f"out of memory, though {plan.train(before).peak / 1e9:.1f} GB should do: is something else on the "
-                "card? (nvidia-smi)")  # fmt: skip
+        most = max(stage.peak for stage in plan.stages(before))
+        return (f"out of memory, though {most / 1e9:.1f} GB should do: is something else on the card (nvidia-smi)? "
+                "Else set model.gradient_checkpointing=every")  # fmt: skip
     found = plan.proposal(before, card_bytes)
+    if found is None and settings.compute.sharded:
+        return "out of memory: raise compute.workers, so that each holds less of the base, or lower data.resolution"
     if found is None:
         return "out of memory: no settings known here fit this card; `dopsd doctor` says what each stage needs"
     changes = ", ".join(

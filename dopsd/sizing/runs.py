@@ -14,19 +14,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dopsd.config import LoraSettings, Tune
+from dopsd.config import LoraSettings
 from dopsd.distill.adapters import AdapterPair, adapter_parameters, add_adapters
 from dopsd.distill.pair import STUDENT, Pair, TeacherKind
 from dopsd.distill.rollout import rollout, sample
 from dopsd.distill.weights import Waiting, WeightPair, matched_weights
-from dopsd.models.base import Conditioning, Configs, Family, Parts, Shapes, Teaching
+from dopsd.models.base import BATCH, Conditioning, Configs, Family, Parts, Shapes, Teaching
 from dopsd.models.sizes import block_lists, shortened, skeleton
 from dopsd.sizing.counter import Counter, counting, materialise
 
-Checkpointing = Literal["none", "every-second", "every"]
 CPU = torch.device("cpu")
-BATCH = 8
-"""Captions that are encoded at once (:mod:`dopsd.train.encode`)."""
+CAPTION_TOKENS = 96
+"""Of a caption, where nobody has read it: a long one."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +57,13 @@ class Work:
     teaching: Teaching
     height: int
     width: int
-    tokens: int = 96
+    tokens: int = CAPTION_TOKENS
     """Of a caption."""
     batch: int = 1
     lora: LoraSettings = field(default_factory=LoraSettings)
     teacher: TeacherKind = "ema"
     guidance: float = 1.0
-    tune: Tune = "adapter"
+    tune: Literal["adapter", "full"] = "adapter"
     waiting: Waiting = "device"
     """With full tuning: where base and teacher are while they do not answer."""
 
@@ -78,19 +77,14 @@ class Work:
 
     # --- training -------------------------------------------------------------------------------------------------
 
-    def train(self, checkpointing: Checkpointing) -> Cost:
+    def train(self, checkpointing: Literal["none", "every"]) -> Cost:
         """One state of a roll-out: the teacher's answer, the student's, its gradients. The gradients' own memory is
-        there before: from the second state on it is.
-
-        ``every-second`` is half of both; where the last block is one that is kept, that is half a block too much.
-        """
-        if checkpointing == "every-second":
-            return (self.train("none") + self.train("every")) * 0.5
+        there before: from the second state on it is."""
         teacher, student = self._extended(lambda few: self.train_shortened(checkpointing, few), self.transformer)
         return Cost(max(teacher.peak, student.peak), student.operations, student.moved)
 
     def train_shortened(
-        self, checkpointing: Checkpointing, lengths: Mapping[str, int], states: int = 1
+        self, checkpointing: Literal["none", "every"], lengths: Mapping[str, int], states: int = 1
     ) -> tuple[Cost, Cost]:
         """The same with fewer blocks, over ``states`` of the roll-out: up to the last answer of the teacher, and all.
 
@@ -110,13 +104,12 @@ class Work:
             noise, sigmas = torch.empty(self.batch, *self.shapes.latents), torch.ones(states + 1)
             before, taught = counter.reset(), Cost()
 
-            def predict(latents: Tensor, sigma: Tensor, conditioning: Any) -> Tensor:  # as the training loop makes it
+            def predict(latents: Tensor, sigma: Tensor, conditioning: Any) -> Tensor:
                 nonlocal taught
                 if torch.is_grad_enabled():
                     taught = _cost(counter, before)
                     counter.peak = counter.live
-                with torch.autocast("cpu", torch.bfloat16):
-                    return family.predict_velocity(latents, sigma, conditioning)
+                return family.velocity(latents, sigma, conditioning)
 
             rollout(predict, pair, noise, sigmas, prompts, contexts, teacher=pair.teacher, guidance=self.guidance)
             return taught, _cost(counter, before)

@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 
 import yaml
 from tqdm import tqdm
 
 from dopsd.config import Settings
 from dopsd.sizing.cards import Card
-from dopsd.sizing.plan import RESERVE, Choice, Plan, Stage, plan_for
+from dopsd.sizing.plan import RESERVE, Choice, Plan, Stage
 
 _SMALL_ROW = 5e7
 """Rows of fewer bytes are left out."""
 
 
-def report(settings: Settings, root: Path, card: Card | None) -> Iterator[str]:
-    """Lines, of resolved settings; what takes seconds is counted between them."""
-    plan = plan_for(settings, root)
+def report(settings: Settings, plan: Plan | None, card: Card | None) -> Iterator[str]:
+    """Lines, of resolved settings and their plan; what takes seconds is counted between them."""
     if plan is None:
         yield "What these settings need: little, or this base's configuration is not here to count."
         return
-    choice = Choice.of(settings)
     with tqdm(total=4, desc="computing", leave=False, disable=None, bar_format="{desc} {bar} {postfix}") as bar:
-        for what in plan.count(choice):
+        for what in plan.count(Choice.of(settings)):
             bar.set_postfix_str(what)
             bar.update()
-    if card is not None and str(settings.model.gradient_checkpointing) == "auto":
-        choice = replace(choice, checkpointing=plan.checkpointing(choice, card.bytes))
+    choice = plan.chosen(settings, card.bytes) if card is not None else Choice.of(settings)
     yield "What these settings need, computed and not measured"
     yield _settings_line(plan, choice)
+    if settings.compute.sharded:
+        yield "The base is counted whole; each of the workers holds its share of the blocks."
     yield from needs(plan, choice, card)
     if card is not None:
         yield from proposals(plan, choice, card)

@@ -111,11 +111,11 @@ class Comparison:
     def _identity(self) -> str:
         """A name of this run folder's own, so that what was made of it is found again; a new one where it is lost."""
         path = self._run / "tracking" / "id"
-        name = path.read_text(errors="replace") if path.exists() else ""
+        name = path.read_text(errors="replace", encoding="utf-8") if path.exists() else ""
         if not re.fullmatch(r"[0-9a-f]{32}", name):
             name = uuid.uuid4().hex
             with whole_file(path) as partial:
-                partial.write_text(name)
+                partial.write_text(name, encoding="utf-8")
         return name
 
     def _send_values(self, content: Content, last: bool) -> None:

@@ -52,7 +52,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     partial.mkdir()
     try:
         write_tensors(partial / TENSORS, checkpoint.tensors)
-        (partial / STATE).write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1) + "\n")
+        (partial / STATE).write_text(
+            json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1) + "\n", encoding="utf-8"
+        )
         for path in (partial / TENSORS, partial / STATE, partial):
             _sync(path)
     except BaseException:  # on a full disk half of it would take the room that the next try needs
@@ -74,7 +76,7 @@ def load_checkpoint(
     """
     for path in reversed(complete(folder)):
         try:
-            state = json.loads((path / STATE).read_text())
+            state = json.loads((path / STATE).read_text(encoding="utf-8"))
             step = state.pop("step")
             read = wanted(step, state) if wanted else not is_over(state)
             if read and is_over(state) and not (path / TENSORS).exists():

@@ -13,9 +13,8 @@ from dopsd.data.cache import EncodingCache
 from dopsd.data.dataset import Example, Preview
 from dopsd.data.manifest import ConceptTable, DataError, Fault, Row
 from dopsd.data.pictures import Picture, bucket_of, references_of
-from dopsd.models.base import Conditioning, Family, Request
-
-BATCH = 8
+from dopsd.distill.drawing import in_parts
+from dopsd.models.base import BATCH, Conditioning, Family, Request
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,8 @@ def encode_prompts(family: Family, requests: Sequence[EncodingRequest], cache: E
     """What inference sees of each, in order."""
 
     def encode(missing: list[int]) -> list[Conditioning]:
-        return family.encode_prompt([requests[i].decoded() for i in missing])
+        chosen = [requests[i].decoded() for i in missing]
+        return in_parts(len(chosen), len(chosen), lambda rows: family.encode_prompt(chosen[rows]))
 
     keys = [cache.key("prompt", family.fingerprint, *request.identity) for request in requests]
     return cache.get_or_encode(keys, encode, _together(family), "prompts")
@@ -60,7 +60,8 @@ def encode_contexts(family: Family, requests: Sequence[EncodingRequest], cache: 
     def encode(missing: list[int]) -> list[Conditioning]:
         chosen = [requests[shown[i]] for i in missing]
         targets = [request.target.load() for request in chosen if request.target is not None]
-        return family.encode_context([request.decoded() for request in chosen], targets)
+        decoded = [request.decoded() for request in chosen]
+        return in_parts(len(chosen), len(chosen), lambda rows: family.encode_context(decoded[rows], targets[rows]))
 
     keys = [cache.key("context", family.fingerprint, *family.context_key, *requests[i].identity) for i in shown]
     found = dict(zip(shown, cache.get_or_encode(keys, encode, _together(family), "teacher contexts"), strict=True))

@@ -14,7 +14,9 @@ from dopsd.config import Method, ModelSettings, TrainSettings
 from dopsd.data.encoded import Encoded
 from dopsd.identity import made_of, training_identity
 from dopsd.models import load_family
-from dopsd.train.trainer import Observer, Place, Training, TrainResult, train
+from dopsd.models.checkpointing import Checkpointing
+from dopsd.train.device_memory import checkpointing_for, counted, out_of_memory, ran_out
+from dopsd.train.trainer import Observer, OutOfMemory, Place, Training, TrainResult, train
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,22 @@ class Job:
     """Whether its workers divide the transformer among them."""
     parts: Mapping[str, Any] = field(default_factory=dict)
     """What ``common`` is of, to be read (:func:`dopsd.identity.common_parts`)."""
-    before: str = ""
-    """The name of the concept's job before this one: where a worker's death left it, its checkpoints are in its storage
-    alone."""
 
 
 def run_job(
     job: Job, folder: Path, adapters: Path, observer: Observer, on_saved: Callable[[], None] = lambda: None
 ) -> dict[Method, TrainResult]:
-    """Train every method of ``job`` in ``folder/<method>``; what is finished there is not done again."""
-    family = load_family(job.model, job.root, "train", job.sharded)
+    """Train every method of ``job`` in ``folder/<method>``; what is finished there is not done again.
+
+    Raises ``TrainError``, of which :class:`OutOfMemory` says which settings need less.
+    """
+
+    def fitting() -> Checkpointing:
+        which = checkpointing_for(job)
+        observer.message(f"model.gradient_checkpointing: auto is {which} here")
+        return which
+
+    family = load_family(job.model, job.root, "train", job.sharded, fitting)
     encoded, how, results = job.encoded, job.train, {}
     replay = [conditioning for _, conditioning in encoded.replay]
     for method in job.train.methods:
@@ -53,7 +61,12 @@ def run_job(
         start = job.root / how.init_from if how.init_from else None
         training = Training(method, how, encoded.examples, identity, replay, encoded.previews, job.training,
                             made_of(how, method, job.parts), start)  # fmt: skip
-        result = train(family, training, Place(folder / method, adapters, observer, on_saved))
+        try:
+            result = train(family, training, Place(folder / method, adapters, observer, on_saved))
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+            raise OutOfMemory(f"{method}: {out_of_memory(counted(job), job.root)}; its checkpoints are kept") from error
         results[method] = result
         if result.stopped == "max_minutes":
             # the clock ended it: those that are compared with it draw as many images, not as many minutes

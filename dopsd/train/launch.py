@@ -9,17 +9,20 @@ What Ray's workers run is ``worker``; Ray itself is imported when it is used.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import secrets
 import shutil
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,8 @@ _OWN_RAY = {
     "_node_ip_address": "127.0.0.1",
 }
 _RAY_LOCK = threading.Lock()
+_SOCKET_LIMIT = 107  # bytes of a path that a socket can have, on Linux
+_BELOW_TEMP = len("/ray/session_2026-11-29_08-58-04_123456_1234567/sockets/plasma_store.12")
 
 
 def run_training(
@@ -62,7 +67,6 @@ def run_training(
     machines are and ``compute.max_failures`` did not suffice.
     """
     with disk_full_said(folder):
-        _bring_back(job, compute, root, folder)
         if compute.launcher == "local":
             return run_job(job, folder, adapters, observer)
         return _run_on_ray(job, compute, root, folder, adapters, observer)
@@ -75,12 +79,13 @@ def connect_ray(compute: ComputeSettings) -> None:
         os.environ.setdefault(name, value)
     if not address:
         _want_a_token()
+    place = {} if address else _place_for_sockets()
     import ray
 
     with _RAY_LOCK:
         if ray.is_initialized():
             return
-        own: dict[str, Any] = {} if address else _OWN_RAY
+        own: dict[str, Any] = {} if address else _OWN_RAY | place
         try:
             if address:
                 _check_reachable(address)
@@ -97,6 +102,23 @@ def _want_a_token() -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     if "ray" not in sys.modules:  # it reads this when it is imported; later it asks for tokens by its own default
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+@cache
+def _place_for_sockets() -> dict[str, str]:
+    """Where Ray is to have its sockets, if that is not where it would: a path of theirs must not be long. It goes when
+    this process ends, after Ray, which registers its own end later, when it is imported."""
+    if len(os.fsencode(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())) + _BELOW_TEMP <= _SOCKET_LIMIT:
+        return {}
+    try:
+        place = tempfile.mkdtemp(prefix="dopsd-ray-", dir="/tmp")
+    except OSError as error:
+        raise LaunchError(
+            f"{tempfile.gettempdir()} is too long for Ray's sockets, and /tmp cannot be written to ({error.strerror}); "
+            f"set RAY_TMPDIR to a folder of at most {_SOCKET_LIMIT - _BELOW_TEMP} characters"
+        ) from None
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    return {"_temp_dir": place}
 
 
 def _start(address: str, own: dict[str, Any]) -> None:
@@ -191,7 +213,7 @@ def _run_on_ray(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     requested = resources(compute, job.model.device)
-    storage = _storage(job.name, compute, root)
+    storage = storage_of(job.name, compute, root)
     try:
         storage.offer(folder, job.train.methods)
     except OSError as error:
@@ -236,18 +258,21 @@ def _run_on_ray(
     }
 
 
-def _storage(name: str, compute: ComputeSettings, root: Path) -> JobStorage:
+def storage_of(name: str, compute: ComputeSettings, root: Path) -> JobStorage:
+    """Of the job ``name``, where the settings say, or in the project."""
     return JobStorage(compute.storage or str((root / ".cache" / "ray").resolve()), name)
 
 
-def _bring_back(job: Job, compute: ComputeSettings, root: Path, folder: Path) -> None:
-    """Fetch the checkpoints that a job on Ray which did not end left in its storage, where no job will look for them:
-    this one has another name, or runs in this process. So they are gone on from, or set aside with their run."""
-    local = compute.launcher == "local"
-    for name in {job.before, job.name if local else job.before} - {"", "" if local else job.name}:
-        storage = _storage(name, compute, root)
-        if local and not Path(storage.place, name).is_dir():
-            continue
+def bring_back(name: str, compute: ComputeSettings, root: Path, folder: Path) -> None:
+    """Fetch into ``folder`` the checkpoints that job ``name``, which ran on Ray and did not end, left in its storage:
+    the one to come looks elsewhere. So they are gone on from, or set aside with their run.
+
+    Raises :class:`LaunchError` where the storage cannot be read.
+    """
+    storage = storage_of(name, compute, root)
+    if compute.launcher == "local" and not Path(storage.place, name).is_dir():
+        return
+    with disk_full_said(folder):
         try:
             if further := storage.further_than(folder):
                 _fetch(storage, folder, further, ("checkpoints", "adapters"))

@@ -62,15 +62,15 @@ class RunLog:
         self._path, self._observer = path, observer
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        for line in path.read_text(errors="replace", encoding="utf-8").splitlines() if path.exists() else ():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):  # a row that a kill or a full disk cut in two
                 continue
         with whole_file(path) as partial:
-            partial.write_text("".join(kept))
-        self._file = path.open("a")
+            partial.write_text("".join(kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
         observer.wrote(path)
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
@@ -118,13 +118,15 @@ class Previews:
                 with pair.select(selection):
                     images = self._draw(prompts)
             except torch.OutOfMemoryError:
+                if getattr(self._family.transformer, "sharded", False):  # the others go on drawing, and would wait
+                    raise
                 observer.message(f"step {step}: no memory to preview a picture of the {name}; skipped")
                 return
             captions, strip = folder / f"{name}.captions.txt", folder / f"{name}-{step:06d}.webp"
             text = "".join(f"{prompt.caption}\n" for prompt in prompts)
-            if not captions.exists() or captions.read_text() != text:
+            if not captions.exists() or captions.read_text(encoding="utf-8") != text:
                 with whole_file(captions) as partial:
-                    partial.write_text(text)
+                    partial.write_text(text, encoding="utf-8")
                 observer.wrote(captions)
             with whole_file(strip) as partial:
                 save_strip(images, partial)

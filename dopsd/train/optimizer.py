@@ -14,7 +14,7 @@ from dopsd.config import SettingsError, TrainSettings
 def check_optimizer(settings: TrainSettings) -> None:
     """Raise :class:`SettingsError` where the library that it needs is not installed."""
     if settings.optimizer == "adamw-8bit" and find_spec("bitsandbytes") is None:
-        raise SettingsError("train.optimizer: adamw-8bit needs bitsandbytes; `pip install 'dopsd[quantization]'` "
+        raise SettingsError("train.optimizer: adamw-8bit needs bitsandbytes; `pip install -e '.[quantization]'` "
                             "brings it")  # fmt: skip
 
 

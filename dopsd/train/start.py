@@ -5,23 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 
 from dopsd.config import SettingsError, TrainSettings
-from dopsd.models.hashes import HASHES, content_hash
 
 
 def start_hash(settings: TrainSettings, root: Path, run: Path) -> str:
-    """The hash of the file's content; empty where a training begins from the base. ``run``: the concept's run folder.
+    """The hash of the content of ``train.init_from``; empty where a training begins from the base. ``run``: the
+    concept's run folder.
 
     Raises ``SettingsError`` for a file that the training itself writes, and
-    :class:`~dopsd.distill.targets.AdapterError` for one that is missing or is not what the settings train.
+    :class:`~dopsd.distill.targets.AdapterError` for one that is missing, or of no kind that is read.
     """
     if settings.init_from is None:
         return ""
-    from dopsd.distill.initial import check_initial  # it brings torch
+    from dopsd.distill.targets import AdapterError  # torch and more
+    from dopsd.given import find_given
+    from dopsd.models.hashes import HASHES, content_hash
 
     path = root / settings.init_from
     _check_stays(path, run)
-    check_initial(path, settings)
-    return content_hash(path, root / HASHES)
+    try:
+        return content_hash(find_given(path), root / HASHES)
+    except AdapterError as error:
+        raise AdapterError(f"train.init_from: {error}") from None
 
 
 def _check_stays(path: Path, run: Path) -> None:

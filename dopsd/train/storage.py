@@ -16,6 +16,7 @@ from typing import Any
 
 from dopsd.files import link_or_copy
 
+_REFUSAL = "refused.txt"
 _STEP = re.compile(r"checkpoints/step-(\d+)/state\.json$")
 
 
@@ -44,7 +45,7 @@ class JobStorage:
         from pyarrow.fs import copy_files
 
         system, path = self._opened
-        names = self._files()
+        names = [name for name in self._files() if name != _REFUSAL]
         if system.type_name == "local":
             for name in names:
                 link_or_copy(Path(path, name), folder / name)
@@ -71,18 +72,42 @@ class JobStorage:
                 self._known.pop(name, None)
 
     def offer(self, folder: Path, methods: Sequence[str]) -> None:
-        """Put the runs in ``folder`` there that are further than what is there."""
+        """Put the runs in ``folder`` there that are further than what is there; a refusal is over."""
+        if _REFUSAL in self._files():
+            system, path = self._opened
+            system.delete_file(f"{path}/{_REFUSAL}")
         there = {method: [name for name in self._files() if name.startswith(f"{method}/")] for method in methods}
         further = [method for method in methods if _newest(needed(folder / method)) > _newest(there[method])]
         if further:
             self.save(folder, further)
 
+    def refuse(self, text: str) -> None:
+        """Say to all workers that begin from now on that it is no use, and why; until :meth:`offer`."""
+        system, path = self._opened
+        system.create_dir(path, recursive=True)
+        with system.open_output_stream(f"{path}/{_REFUSAL}") as file:
+            file.write(text.encode())
+
+    def refusal(self) -> str:
+        """What a worker said by :meth:`refuse`; else empty."""
+        system, path = self._opened
+        if _REFUSAL not in self._files():
+            return ""
+        with system.open_input_stream(f"{path}/{_REFUSAL}") as file:
+            return file.read().decode()
+
     def further_than(self, folder: Path) -> list[str]:
         """The methods whose runs are further there than in ``folder``."""
         names = self._files()
-        methods = sorted({name.partition("/")[0] for name in names})
+        methods = sorted({name.partition("/")[0] for name in names if name != _REFUSAL})
         there = {method: _newest([name for name in names if name.startswith(f"{method}/")]) for method in methods}
         return [method for method, step in there.items() if step > _newest(needed(folder / method))]
+
+    def drop(self, method: str) -> None:
+        """Remove one run of it."""
+        system, path = self._opened
+        if any(name.startswith(f"{method}/") for name in self._files()):
+            system.delete_dir(f"{path}/{method}")
 
     def delete(self) -> None:
         """Remove all of it."""

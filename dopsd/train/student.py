@@ -2,33 +2,66 @@
 
 from __future__ import annotations
 
-import hashlib
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from dopsd.config import TrainSettings
+import torch
+from torch import nn
+
+from dopsd.config import ModelSettings, TrainSettings
 from dopsd.distill.adapters import add_adapters, save_adapter
 from dopsd.distill.initial import begin_as
+from dopsd.distill.kinds import NAMES
 from dopsd.distill.pair import STUDENT, Pair, TeacherKind
 from dopsd.distill.targets import AdapterError
 from dopsd.distill.weights import WeightPair, train_weights
-from dopsd.models.base import Family
+from dopsd.given import as_trained, find_given
+from dopsd.models import family_class
+from dopsd.models.base import Configs, Family
+from dopsd.models.hashes import content_hash
+from dopsd.models.sizes import configurations, skeleton
 
 
-def make_pair(settings: TrainSettings, family: Family, kind: TeacherKind) -> Pair:
-    """Student and teacher on the family's transformer. Raises ``AdapterError`` for targets that match nothing."""
+def make_pair(settings: TrainSettings, transformer: nn.Module, targets: Sequence[str], kind: TeacherKind) -> Pair:
+    """Student and teacher on a transformer; ``targets``: the family's, for an adapter where the settings name none.
+    Raises ``AdapterError`` for targets that match nothing."""
     if settings.tune == "full":
-        return train_weights(family.transformer, settings.lora.targets, kind, settings.teacher.weights)
-    return add_adapters(family.transformer, settings.lora, family.lora_targets, settings.seed, kind)
+        return train_weights(transformer, settings.lora.targets, kind, settings.teacher.weights)
+    return add_adapters(transformer, settings.lora, targets, settings.seed, kind)
 
 
-def begin(settings: TrainSettings, family: Family, pair: Pair, start: Path, expected: str | None) -> None:
-    """Let student and teacher begin as the file ``start``, of this content. Raises ``AdapterError`` where it does not
-    fit, or is another one than was looked at when the training was asked for."""
-    with start.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest() if expected else None
-    if expected != found:
-        raise AdapterError(f"train.init_from: {start}: it changed since this training was started; start it again")
-    begin_as(start, pair, settings, family.comfyui_lora)
+def check_start(settings: TrainSettings, model: ModelSettings, root: Path) -> None:
+    """Raise :class:`~dopsd.distill.targets.AdapterError`, one line, where ``train.init_from`` is not what these
+    settings train. Nothing of the base is loaded; where its configuration is not known yet, its training will say
+    it."""
+    if settings.init_from is None or (configs := configurations(model, root)) is None:
+        return
+    family = family_class(model)
+    transformer = skeleton("transformer", configs, family)
+    with torch.device("meta"):
+        pair = make_pair(settings, transformer, family.lora_targets, "frozen")
+    begin(settings, pair, root / settings.init_from, None, configs, family)
+
+
+def begin(
+    settings: TrainSettings, pair: Pair, start: Path, expected: str | None, configs: Configs, family: type[Family]
+) -> None:
+    """Let student and teacher begin as the file ``start``, of the content ``expected``. Raises ``AdapterError``, one
+    line, where it does not fit, or is another one than was looked at when the training was asked for."""
+    with tempfile.TemporaryDirectory(prefix="dopsd-start-") as place:
+        out, known = Path(place) / "start.safetensors", Path(place) / "hashes.json"
+        try:
+            given = find_given(start)
+            if expected and content_hash(given, known) != expected:
+                raise AdapterError(f"{start}: it changed since this training was started; start it again")
+            file = as_trained(given, out, skeleton("transformer", configs, family), family)
+        except AdapterError as error:
+            raise AdapterError(f"train.init_from: {error}") from None
+        try:
+            begin_as(file, pair, settings.lora)
+        except AdapterError as error:
+            raise AdapterError(f"train.init_from: {start}: {error}") from None
 
 
 def description(settings: TrainSettings, pair: Pair) -> str:
@@ -37,7 +70,7 @@ def description(settings: TrainSettings, pair: Pair) -> str:
     if isinstance(pair, WeightPair):
         count = sum(parameter.numel() for parameter in pair.student_parameters())
         return f"the transformer's own weights, {count:,} of them: {counts}"
-    return f"LoRA rank {settings.lora.rank} on {counts}"
+    return f"{NAMES[settings.lora.kind]} rank {settings.lora.rank} on {counts}"
 
 
 def save_student(path: Path, settings: TrainSettings, pair: Pair) -> Path:

@@ -40,13 +40,27 @@ from dopsd.train.schedule import learning_rate, milestones, why_stopped
 from dopsd.train.status import adopt, running
 from dopsd.train.student import begin, description, make_pair, save_student
 
-__all__ = ["Observer", "Place", "TrainError", "TrainResult", "Training", "learning_rate", "milestones", "train"]
+__all__ = [
+    "Observer",
+    "OutOfMemory",
+    "Place",
+    "TrainError",
+    "TrainResult",
+    "Training",
+    "learning_rate",
+    "milestones",
+    "train",
+]
 
 _DISTILLED = ("d-opsd", "off-policy")
 
 
 class TrainError(ValueError):
     """A run that cannot start or go on; the message says why and what to do."""
+
+
+class OutOfMemory(TrainError):
+    """A run that its device has not the memory for; its checkpoints are whole."""
 
 
 @dataclass(frozen=True)
@@ -186,14 +200,15 @@ class _Run:
                 f"{self.accelerator.num_processes} workers; make train.batch_size x accumulation a multiple of them"
             )
         kind = (settings.teacher.kind or "ema") if method in _DISTILLED else "frozen"
-        self.pair = make_pair(settings, family, kind)
+        self.pair = make_pair(settings, family.transformer, family.lora_targets, kind)
         self.parameters = self.pair.student_parameters()
         self.optimizer = make_optimizer(settings, self.parameters, family.device)
         self.gain: dict[str, float] | None = saved.state["teacher_gain"] if saved else None
         try:
             if saved is None:
                 if training.start is not None:
-                    begin(settings, family, self.pair, training.start, training.made_of.get("init_from"))
+                    begin(settings, self.pair, training.start, training.made_of.get("init_from"),
+                          family.parts.configs, type(family))  # fmt: skip
                     self.observer.message(f"{method}: begins as {training.start}")
                 self._begin()
             else:

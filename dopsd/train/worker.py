@@ -44,10 +44,13 @@ def run(config: dict[str, Any]) -> dict[str, Any]:
     import ray.train
 
     from dopsd.train.job import run_job
-    from dopsd.train.trainer import TrainError
+    from dopsd.train.trainer import OutOfMemory, TrainError
 
-    first = ray.train.get_context().get_world_rank() == 0
+    context = ray.train.get_context()
+    first = context.get_world_rank() == 0
     job, storage = ray.get(config["job"]), config["storage"]
+    if refusal := storage.refusal():
+        return {"error": refusal}
     with tempfile.TemporaryDirectory(prefix="dopsd-") as place:
         home = Path(place)
         train = home / "train"
@@ -61,6 +64,11 @@ def run(config: dict[str, Any]) -> dict[str, Any]:
             observer = _Relay(config["queue"], train) if first else _Silent()
             observer.message(f"{job.name}: began on {socket.gethostname()}, loading the base")
             results = run_job(job, train, home / "adapters", observer, on_saved)
+        except OutOfMemory as error:
+            if context.get_world_size() == 1:
+                return {"error": str(error)}
+            storage.refuse(str(error))  # the next try finds it
+            raise  # that Ray ends the others too: they may wait for this one
         except (TrainError, ValueError) as error:
             if type(error).__module__.partition(".")[0] != "dopsd":
                 raise

@@ -25,7 +25,7 @@ CREATED, EXISTS = 201, 409
 def read_keys(file: str) -> tuple[str, str]:
     """Access key and secret key of a credentials file."""
     found = configparser.ConfigParser(interpolation=None)
-    with open(file) as text:
+    with open(file, encoding="utf-8") as text:
         found.read_file(text)
     return found["default"]["aws_access_key_id"], found["default"]["aws_secret_access_key"]
 

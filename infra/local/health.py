@@ -88,7 +88,9 @@ def is_healthy(stack: Stack, name: str) -> bool:
 
 def registered(stack: Stack) -> bool:
     """Whether Prefect knows every deployment of ``prefect.yaml``."""
-    wanted = {d["name"] for d in yaml.safe_load((stack.root / "prefect.yaml").read_text())["deployments"]}
+    wanted = {
+        d["name"] for d in yaml.safe_load((stack.root / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
+    }
     try:
         answer = _ask_prefect(stack, "deployments/filter", timeout=30).raise_for_status()
     except httpx.HTTPError:
@@ -144,7 +146,7 @@ def _ray(stack: Stack) -> None:
     socket.create_connection((HOST, stack.ports["ray"]), timeout=2).close()
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", stack.address("ray")]
     try:
-        done = subprocess.run(command, env=stack.variables(), capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=stack.variables(), capture_output=True, encoding="utf-8", timeout=120)
     except subprocess.TimeoutExpired:
         raise NotReady("ray health-check took more than 120 s") from None
     if done.returncode:

@@ -61,7 +61,7 @@ class Supervisor:
             cwd=self.stack.root,
             env=self.stack.variables(),
             capture_output=True,
-            text=True,
+            encoding="utf-8",
         )
         if done.returncode:
             said = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]

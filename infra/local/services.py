@@ -93,7 +93,10 @@ def _wait(stack: Stack, supervisor: Supervisor) -> None:
 
 def _deploy(stack: Stack) -> None:
     """Register the deployments of ``prefect.yaml``: that imports the flows, so it fails where they do."""
-    with OUT.status("registering the deployments of prefect.yaml"), stack.log("deploy").open("w") as log:
+    with (
+        OUT.status("registering the deployments of prefect.yaml"),
+        stack.log("deploy").open("w", encoding="utf-8") as log,
+    ):
         variables = {k: v for k, v in stack.variables().items() if k != "DOPSD_ROOT"}  # the worker fills that in
         for module in (["prefect", "--no-prompt", "deploy", "--all"], ["flows.automations"]):
             done = subprocess.run(
@@ -161,7 +164,7 @@ def _fail(stack: Stack, error: ServiceError) -> None:
 
 
 def _tail(log: Path) -> deque[str]:
-    with log.open(errors="replace") as lines:
+    with log.open(errors="replace", encoding="utf-8") as lines:
         return deque(lines, LOG_LINES)
 
 

@@ -58,7 +58,7 @@ class Stack:
     def as_started(self) -> Stack:
         """As it was when it was started: a later call may have been given other ports."""
         try:
-            kept = json.loads(self._state.read_text())
+            kept = json.loads(self._state.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return self
         return replace(self, ports=kept["ports"], ray_temp=Path(kept["ray_temp"]))
@@ -76,7 +76,9 @@ class Stack:
         self.make_folder()
         self.logins.make()
         stack = replace(self, ray_temp=Path(tempfile.mkdtemp(prefix="dopsd-ray-", dir="/tmp")))
-        stack._state.write_text(json.dumps({"ports": dict(stack.ports), "ray_temp": str(stack.ray_temp)}))
+        stack._state.write_text(
+            json.dumps({"ports": dict(stack.ports), "ray_temp": str(stack.ray_temp)}), encoding="utf-8"
+        )
         exports = [f"export {name}={shlex.quote(value)}\n" for name, value in stack.client_variables().items()]
         write_private(stack.env_file, "".join(exports))
         return stack

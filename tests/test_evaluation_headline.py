@@ -1,0 +1,62 @@
+"""The headline numbers by hand, and what is said where chance alone made them."""
+
+import numpy as np
+import pytest
+import torch
+
+from dopsd.evaluation import headline
+from dopsd.evaluation.scoring import Bootstrap, Cell
+from dopsd.evaluation.verdict import verdict
+
+
+def cell(**values: list[float]) -> Cell:
+    """Two prompts' scores, three times over: six are the fewest on which a gap is measured."""
+    repeated = {key: np.tile(np.array(value), 3) for key, value in values.items()}
+    return Cell(repeated, torch.zeros(len(next(iter(repeated.values()))), 1))
+
+
+def test_headline_numbers_are_the_ratios_they_claim():
+    cells = {
+        ("concept", "base", 4): cell(style=[0.0, 0.2], cosine=[0.3, 0.3], sharpness=[0.4, 0.4]),
+        ("concept", "teacher", 4): cell(style=[0.8, 1.0], cosine=[0.3, 0.3], sharpness=[0.5, 0.5]),
+        ("concept", "d-opsd", 4): cell(style=[0.6, 0.8], cosine=[0.4, 0.4], sharpness=[0.5, 0.5]),
+        ("concept", "d-opsd", 32): cell(style=[1.0, 0.75]),
+        ("kept", "base", 4): cell(style=[0.5, 0.5], cosine=[0.5, 0.3], mse=[0.1, 0.1]),
+        ("kept", "d-opsd", 4): cell(style=[0.5, 0.4], cosine=[0.4, 0.4], mse=[0.1, 0.3]),
+    }
+    omitted: dict[str, str] = {}
+    numbers = headline.headline(cells, ["base", "teacher", "d-opsd"], 4, 32, 1, Bootstrap(0), omitted)["d-opsd"]
+    assert numbers.values["gap_closed_style"] == pytest.approx((0.7 - 0.1) / (0.9 - 0.1))
+    assert "gap_closed_truth" not in numbers.values
+    assert "not measurably better than the base" in omitted["gap_closed_truth"]
+    assert numbers.values["sharpness_vs_base"] == pytest.approx(1.25)
+    assert numbers.values["kept_style"] == pytest.approx(0.9)
+    assert numbers.values["kept_cosine"] == pytest.approx(1)
+    assert numbers.values["kept_mse"] == pytest.approx(2)
+    assert numbers.values["kept_lowest"] == pytest.approx(0.9)
+    assert numbers.values["retention_style"] == pytest.approx(0.6 / 1.0, rel=1e-4), "both on the curve's one prompt"
+    low, high = numbers.intervals["gap_closed_style"]
+    assert low == pytest.approx(0.75)
+    assert high == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_noise_is_no_success(seed):
+    """Random weights: base, teacher and student differ by chance alone, and no gap may come of it."""
+    draw = np.random.default_rng(seed)
+
+    def chance(count: int) -> Cell:
+        return Cell({"train_similarity": 0.25 + 0.01 * draw.standard_normal(count)}, torch.zeros(count, 1))
+
+    for count in (2, 5, 40):
+        cells = {("concept", model, 4): chance(count) for model in ("base", "teacher", "d-opsd")}
+        cells["concept", "teacher", 4].values["train_similarity"] -= 0.004  # a little behind, as often as not
+        omitted: dict[str, str] = {}
+        numbers = headline.headline(cells, ["base", "teacher", "d-opsd"], 4, 4, count, Bootstrap(0), omitted)["d-opsd"]
+        assert "gap_closed_style" not in numbers.values, (seed, count)
+        metrics = {
+            "models": ["base", "teacher", "d-opsd"], "few_steps": 4, "most_steps": 4, "omitted": omitted,
+            "style_score": "train_similarity", "intervals": {"headline": {"d-opsd": numbers.intervals}},
+            "headline": {"d-opsd": numbers.values},
+        }  # fmt: skip
+        assert verdict(metrics)[0].startswith("Nothing can be said of whether D-OPSD learnt the new style:")
