@@ -19,6 +19,7 @@ import typer
 from dopsd.config import Settings, load_settings
 from dopsd.files import is_disk_full
 from dopsd.lock import concept_lock
+from dopsd.process import prepare_process
 from dopsd.project import StageError, needs_of, run_folder
 from dopsd.stages import STAGES, plan, run_stage, warnings_of
 
@@ -90,6 +91,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without arrows gets a mark in their place
+    prepare_process()
     try:
         _check_locale()
         app()

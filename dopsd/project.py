@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,17 @@ ENCODINGS = "encodings.json"
 
 class StageError(ValueError):
     """A stage that lacks what an earlier one makes; one line saying which to run."""
+
+
+def find_project() -> dict[str, str]:
+    """The folder that a flow run works in, for ``prefect.yaml``: ``DOPSD_ROOT``, or the clone that this package is
+    installed from. Raises :class:`StageError` where neither is a project."""
+    named = os.environ.get("DOPSD_ROOT")
+    folder = Path(named) if named else Path(__file__).parents[1]
+    if not (folder / "params.yaml").is_file():
+        what = f"DOPSD_ROOT={named}: there is no params.yaml in it" if named else "the worker does not know the project"
+        raise StageError(f"{what}; start it with DOPSD_ROOT set to the project's folder")
+    return {"folder": str(folder.resolve())}
 
 
 def run_folder(concept: str, root: Path) -> Path:

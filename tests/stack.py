@@ -23,6 +23,10 @@ from infra.local.logins import Logins, PrefectLogin
 from tests.tiny_project import ROOT, make_project
 
 LIMIT = 600  # seconds; on a busy machine. What dies is noticed at once.
+ELSEWHERE = dict.fromkeys(("http_proxy", "https_proxy", "ALL_PROXY"), "http://somebody:secret@127.0.0.1:9")
+"""A proxy that is not there: what is next door is to be reached all the same."""
+FEW_FILES = ("sh", "-c", 'ulimit -S -n 256; exec "$@"', "sh")
+"""Before a command: with as many open files as macOS allows at first."""
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
@@ -67,8 +71,9 @@ class Stack:
             "MLFLOW_PORT": str(self.mlflow),
             "PREFECT_PORT": str(self.prefect),
             "RAY_PORT": str(self.ray),
+            **ELSEWHERE,
         }
-        call = [sys.executable, "-m", "infra.local.services", command]
+        call = [*FEW_FILES, sys.executable, "-m", "infra.local.services", command]
         return subprocess.run(call, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=LIMIT)
 
     def supervise(self, *command: str) -> None:
@@ -101,7 +106,7 @@ class Stack:
         """A Prefect command, as typed in a shell after `source .cache/services/env`."""
         lines = (self.folder / "env").read_text().splitlines()
         pairs = [line.removeprefix("export ").partition("=") for line in lines if line.startswith("export ")]
-        variables = os.environ | {name: value.strip("'\"") for name, _, value in pairs}
+        variables = os.environ | ELSEWHERE | {name: value.strip("'\"") for name, _, value in pairs}
         return subprocess.Popen([sys.executable, "-m", "prefect", *command], cwd=self.root, env=variables,
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
 

@@ -14,7 +14,7 @@ from flask import Flask, request
 
 from infra.local.logins import Logins
 from infra.local.origin import is_foreign
-from infra.local.stack import Stack
+from infra.local.stack import ServiceError, Stack
 from tests.stack import Stack as Running
 from tests.stack import until
 from tests.tiny_project import ROOT
@@ -100,9 +100,16 @@ def test_pages_of_other_origins_are_told_apart(method: str, headers: dict[str, s
         assert is_foreign(request) is foreign
 
 
+def test_an_address_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_UI_URL", "tracker.example:8443")
+    with pytest.raises(ServiceError, match="MLFLOW_UI_URL=tracker"):
+        Stack.from_environment()
+
+
 def test_make_ui_asks_for_the_password_and_shows_it_to_a_terminal_alone(tmp_path: Path) -> None:
     place = Running.with_free_ports(tmp_path)
-    given = {"DOPSD_ROOT": str(tmp_path), "DOPSD_SERVICES_DIR": "", "MLFLOW_PORT": str(place.mlflow)}
+    given = {"DOPSD_ROOT": str(tmp_path), "DOPSD_SERVICES_DIR": "", "MLFLOW_PORT": str(place.mlflow),
+             "MLFLOW_UI_URL": "https://tracker.example:8443/mlflow"}  # fmt: skip
     said = tmp_path / "said"
     with said.open("w") as output:
         process = psutil.Popen([sys.executable, "-m", "infra.local.ui"], cwd=ROOT, env=os.environ | given,
@@ -116,6 +123,12 @@ def test_make_ui_asks_for_the_password_and_shows_it_to_a_terminal_alone(tmp_path
         assert httpx.get(search, auth=place.logins.mlflow).json()["experiments"]
         assert httpx.get(search, auth=place.logins.mlflow, headers={"Origin": "http://127.0.0.1:9"}).status_code == 403
         assert place.logins.mlflow[1] not in " ".join(process.cmdline())
+        # seen through a tunnel or a proxy: by the name that was said, and from its pages, alone
+        named = {"Host": "tracker.example:8443", "Origin": "https://tracker.example:8443"}
+        assert httpx.get(search, auth=place.logins.mlflow, headers=named).json()["experiments"]
+        assert httpx.get(search, headers=named).status_code == 401
+        for wrong in ({"Host": "other.example"}, {**named, "Origin": "https://other.example"}):
+            assert httpx.get(search, auth=place.logins.mlflow, headers=wrong).status_code == 403
     finally:
         process.terminate()
         process.wait()

@@ -13,6 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dopsd.process import proxy_note
+
 from .folder import HubAway, ModelError, Source, quoted
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -134,7 +136,7 @@ def _why(error: BaseException, name: str, revision: str | None, key: str, begun:
         return f"the download broke off ({what}); run again, what was fetched is kept; or {elsewhere}"
     return (
         "no such folder here, not (or not all) in the hub's cache here, and the hub cannot be reached "
-        f"({what}); {elsewhere}"
+        f"({what}){proxy_note()}; {elsewhere}"
     )
 
 

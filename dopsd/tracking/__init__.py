@@ -22,6 +22,7 @@ from tenacity.wait import wait_exponential
 from tqdm import tqdm
 
 from dopsd.config import TrackingSettings
+from dopsd.process import proxy_note
 
 from .sender import Comparison
 from .server import Away, LoginNeeded, Refused, connect, public_uri, tracking_uri, without_secrets
@@ -124,7 +125,8 @@ class Sender:
             elif not isinstance(error, Away):  # a mistake of ours, or a full disk here: training must not pay for it
                 self._comparison.warn(f"something of {self._run} was not sent ({type(error).__name__}: {error})")
             elif not self._away:
-                self._log(f"tracking: {self._uri} cannot be reached ({error}); the run goes on, and is sent later")
+                self._log(f"tracking: {self._uri} cannot be reached ({error}){proxy_note()}; "
+                          "the run goes on, and is sent later")  # fmt: skip
             self._away = isinstance(error, Away)
             if last or self._away:
                 raise Away from error

@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import httpx
@@ -114,15 +115,20 @@ class Logins:
             "PREFECT_SERVER_UI_API_URL": "/api",  # its pages ask where they came from, so they need no other origin
         }
 
-    def for_mlflow(self, port: int) -> dict[str, str]:
-        """What its server reads, started with ``--app-name basic-auth``."""
+    def for_mlflow(self, port: int, public: str = "") -> dict[str, str]:
+        """What its server reads, started with ``--app-name basic-auth``. ``public``: where it is seen from elsewhere,
+        as ``https://HOST:PORT``."""
         path = [str(CODE), *filter(None, [os.environ.get("PYTHONPATH")])]
+        hosts, origins = [f"127.0.0.1:{port}", f"localhost:{port}"], [f"http://127.0.0.1:{port}"]
+        if public:
+            hosts.append(urlsplit(public).netloc)
+            origins.append(public)
         return {
             "MLFLOW_AUTH_CONFIG_PATH": str(self.mlflow_settings),
             # signs the forms of its own pages; a new one with each start, since no form is worth keeping longer
             "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
-            "MLFLOW_SERVER_ALLOWED_HOSTS": f"127.0.0.1:{port},localhost:{port}",
-            "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1:{port}",
+            "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(hosts),
+            "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": ",".join(origins),
             "DOPSD_MLFLOW_PYTHONPATH": os.pathsep.join(path),
         }
 

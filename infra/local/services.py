@@ -20,6 +20,8 @@ from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
 
+from dopsd.process import prepare_process
+
 from . import health
 from .logins import USER
 from .processes import Supervisor, below, end, of_stack
@@ -97,10 +99,13 @@ def _deploy(stack: Stack) -> None:
         OUT.status("registering the deployments of prefect.yaml"),
         stack.log("deploy").open("w", encoding="utf-8") as log,
     ):
-        variables = {k: v for k, v in stack.variables().items() if k != "DOPSD_ROOT"}  # the worker fills that in
         for module in (["prefect", "--no-prompt", "deploy", "--all"], ["flows.automations"]):
             done = subprocess.run(
-                [sys.executable, "-m", *module], cwd=stack.root, env=variables, stdout=log, stderr=subprocess.STDOUT
+                [sys.executable, "-m", *module],
+                cwd=stack.root,
+                env=stack.variables(),
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
             if done.returncode:
                 break
@@ -173,6 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m infra.local.services", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("command", choices=["up", "down", "status"])
     command = {"up": up, "down": down, "status": status}[parser.parse_args(arguments).command]
+    prepare_process()
     try:
         stack = Stack.from_environment()
     except ServiceError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -16,6 +17,8 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from dopsd.process import no_proxy_of
 
 from .logins import FOREIGN, Logins, write_private
 
@@ -47,13 +50,17 @@ class Stack:
     ports: Mapping[str, int]
     ray_temp: Path | None = None
     """Ray's sessions; a short path outside of the folder, because Ray makes sockets deep below it."""
+    public: str = ""
+    """Where MLflow's pages are seen from elsewhere, through a tunnel or a proxy."""
 
     @classmethod
     def from_environment(cls) -> Stack:
-        """The stack of this checkout, with the ports of ``MLFLOW_PORT``, ``PREFECT_PORT`` and ``RAY_PORT``."""
+        """The stack of this checkout, with the ports of ``MLFLOW_PORT``, ``PREFECT_PORT`` and ``RAY_PORT``, and the
+        address of ``MLFLOW_UI_URL``. Raises ServiceError for what is none."""
         root = Path(os.environ.get("DOPSD_ROOT") or Path(__file__).parents[2]).resolve()
         folder = Path(os.environ.get("DOPSD_SERVICES_DIR") or root / ".cache" / "services").resolve()
-        return cls(root, folder, {name: _port(variable, default) for name, (variable, default) in PORTS.items()})
+        ports = {name: _port(variable, default) for name, (variable, default) in PORTS.items()}
+        return cls(root, folder, ports, public=_public())
 
     def as_started(self) -> Stack:
         """As it was when it was started: a later call may have been given other ports."""
@@ -147,8 +154,14 @@ class Stack:
             # Despite its name the only way to keep Ray on loopback on Linux too: without it every 127.0.0.1 is
             # turned into the machine's outer address, for servers and clients alike.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            **no_proxy_of(os.environ),
+            **({"DOPSD_MLFLOW_UI_URL": self.public} if self.public else {}),
             **self.logins.for_clients(),
         }
+
+    def mlflow_variables(self) -> dict[str, str]:
+        """What MLflow's server reads beside the caller's."""
+        return self.logins.for_mlflow(self.ports["mlflow"], self.public)
 
     def variables(self) -> dict[str, str]:
         """The environment of everything in the stack: the caller's, less what is about another stack."""
@@ -158,7 +171,7 @@ class Stack:
             **inherited,
             **self.client_variables(),
             **self.logins.for_prefect(self.address("prefect")),
-            **self.logins.for_mlflow(self.ports["mlflow"]),
+            **self.mlflow_variables(),
             **{variable: str(self.ports[name]) for name, (variable, _) in PORTS.items()},
             "PATH": search,  # its programs are those of this Python, whether or not the environment is activated
             MARK: str(self.folder),
@@ -176,6 +189,14 @@ class Stack:
             "RAY_worker_niceness": "0",  # of 15, with which everything else on the machine goes before training
             "RAY_worker_register_timeout_seconds": "600",  # of 60; a busy machine's workers are killed, the run hangs
         }
+
+
+def _public() -> str:
+    text = os.environ.get("MLFLOW_UI_URL", "")
+    match = re.match(r"https?://[A-Za-z0-9.-]+(:\d{1,5})?(?=/|$)", text)
+    if text and match is None:
+        raise ServiceError(f"MLFLOW_UI_URL={text}: expected http(s)://NAME or http(s)://NAME:PORT")
+    return match[0] if match else ""
 
 
 def _port(variable: str, default: int) -> int:

@@ -11,6 +11,8 @@ import sys
 
 from rich.console import Console
 
+from dopsd.process import prepare_process
+
 from . import health
 from .logins import FOREIGN
 from .stack import HOST, ServiceError, Stack
@@ -31,7 +33,7 @@ def command(stack: Stack) -> list[str]:
 
 def variables(stack: Stack) -> dict[str, str]:
     """The caller's, and what the log-in wants."""
-    own = stack.logins.for_mlflow(stack.ports["mlflow"])
+    own = stack.mlflow_variables()
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)},
         **own,
@@ -53,6 +55,7 @@ def explain(stack: Stack) -> None:
 
 def main() -> int:
     """The command: becomes MLflow's server. Returns 1 where it cannot."""
+    prepare_process()
     try:
         stack = Stack.from_environment()
         health.check_port(stack, "mlflow")

@@ -1,0 +1,88 @@
+"""Machines that are not like ours: a proxy that is away, few open files, a worker that does not know the project."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from dopsd.process import no_proxy_of, proxy_note
+from dopsd.project import StageError, find_project
+from tests.stack import ELSEWHERE, FEW_FILES
+
+ROOT = Path(__file__).parent.parent
+_ASK = """
+import sys
+from dopsd.process import prepare_process
+prepare_process()
+import httpx, requests, urllib.request
+for host in ("127.0.0.1", "localhost"):
+    address = f"http://{host}:{sys.argv[1]}"
+    print(httpx.get(address).text, requests.get(address).text, urllib.request.urlopen(address).read().decode())
+"""
+_COUNT = """
+import resource
+from dopsd.process import prepare_process
+print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+prepare_process()
+print(*resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+
+
+class _Hello(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"hello")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_loopback_is_reached_past_a_proxy_that_is_not_there() -> None:
+    """By the clients of Prefect, MLflow and the hub; what else was exempt stays so."""
+    with HTTPServer(("127.0.0.1", 0), _Hello) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done = subprocess.run([sys.executable, "-c", _ASK, str(server.server_port)], capture_output=True, text=True,
+                              env=os.environ | ELSEWHERE)  # fmt: skip
+        server.shutdown()
+    assert done.stdout.split() == ["hello"] * 6, done.stderr
+    both = no_proxy_of({"no_proxy": "a.example, 10.0.0.1", "NO_PROXY": "b.example,127.0.0.1"})
+    assert set(both.values()) == {"a.example,10.0.0.1,b.example,127.0.0.1,localhost,::1"}
+    assert no_proxy_of(both) == both
+
+
+def test_a_proxy_is_named_without_its_password() -> None:
+    note = proxy_note(ELSEWHERE | {"HTTP_PROXY": "", "OTHER": "x"})
+    assert "https_proxy=http://127.0.0.1:9" in note
+    assert "ALL_PROXY" in note
+    assert "secret" not in note
+    assert "HTTP_PROXY" not in note
+    assert proxy_note({"no_proxy": "x"}) == ""
+
+
+def test_few_open_files_become_as_many_as_there_may_be() -> None:
+    command = [*FEW_FILES, sys.executable, "-c", _COUNT]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    before, after, hard = map(int, done.stdout.split())
+    assert before == 256
+    assert after == hard or after >= 65_536
+
+
+def test_a_flow_finds_the_project_wherever_its_worker_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir("/")
+    monkeypatch.delenv("DOPSD_ROOT", raising=False)
+    assert find_project() == {"folder": str(ROOT)}, "the clone that this is"
+    (tmp_path / "params.yaml").touch()
+    monkeypatch.setenv("DOPSD_ROOT", str(tmp_path))
+    assert find_project() == {"folder": str(tmp_path)}
+    (tmp_path / "params.yaml").unlink()
+    with pytest.raises(StageError, match=r"DOPSD_ROOT=.*there is no params\.yaml in it; start it with DOPSD_ROOT set"):
+        find_project()
