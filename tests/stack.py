@@ -25,8 +25,8 @@ from tests.tiny_project import ROOT, make_project
 LIMIT = 600  # seconds; on a busy machine. What dies is noticed at once.
 ELSEWHERE = dict.fromkeys(("http_proxy", "https_proxy", "ALL_PROXY"), "http://somebody:secret@127.0.0.1:9")
 """A proxy that is not there: what is next door is to be reached all the same."""
-FEW_FILES = ("sh", "-c", 'ulimit -S -n 256; exec "$@"', "sh")
-"""Before a command: with as many open files as macOS allows at first."""
+FEW_FILES = ("sh", "-c", 'ulimit -n 256; exec "$@"', "sh")
+"""Before a command: with as many open files as macOS allows at first, and here no more."""
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
