@@ -88,10 +88,11 @@ def encode(concept: str, settings: Settings, root: Path) -> None:
     from dopsd.train.workers import SpreadEncoders, workers
 
     run = run_folder(concept, root)
+    base = open_base(settings.model, root)  # first of all: with its tokenizer here the texts are judged exactly
     table, holdout = _read_validated(concept, settings, root)
     replay = settings.train.replay.prompts if settings.train.replay.weight > 0 else ()
     cache = cache_of(root)
-    if note := open_base(settings.model, root).differences():
+    if note := base.differences():
         print(f"encode: {note}")
     with workers(settings.model, settings.compute, root, "teach") as helpers:
         family = load_base(settings, root)
