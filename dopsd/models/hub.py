@@ -70,7 +70,7 @@ def from_hub(name: str, revision: str | None, patterns: Sequence[str] | None, ke
 
 
 def cached(name: str, revision: str | None, patterns: Sequence[str]) -> Source | None:
-    """What the library's cache has of these files, all or some; ``None`` where it has none. The network is not asked."""
+    """What the library's cache has of these files, all or some; ``None``: nothing. The network is not asked."""
     from huggingface_hub import snapshot_download
 
     try:
