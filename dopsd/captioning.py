@@ -100,11 +100,11 @@ def caption_folder(
     from dopsd.models.reading import reader_of
 
     own = resolved(settings).model
-    if wrong := reader_of(settings, root).as_prompt(naming.placeholder):
-        raise CaptionError(f"data.placeholder: {wrong}")
     if references_rule(own) == "required":
         raise CaptionError(f"model.context is {own.context}: captions say what to change there, which no picture "
                            "shows; write them yourself")  # fmt: skip
+    if wrong := reader_of(settings, root).as_prompt(naming.placeholder):
+        raise CaptionError(f"data.placeholder: {wrong}")
     allowed = settings.data.allow
     pictures, total = uncaptioned(folder, redo, "folder-names" in allowed)
     names: dict[Variant, str] = {variant: variant for variant in VARIANTS}
