@@ -7,12 +7,14 @@ import shutil
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from dopsd import champions
 from dopsd.config import Settings
 from dopsd.data.manifest import DataError
 from dopsd.models import ModelError, load_family, reading, resolved
@@ -20,6 +22,7 @@ from dopsd.models.base import Family, Request
 from dopsd.models.qwen_vl import picture_tokens
 from dopsd.models.reading import Reader, reader_of
 from dopsd.project import read_concept
+from dopsd.registry.serving import FewStepModel, Row
 from dopsd.sampling import check_prompts, draw
 from dopsd.stages import STAGES
 from tests import tiny
@@ -380,6 +383,25 @@ def test_evaluation_prompts_need_the_teachers_room(folders, project):
     asked = settings.evaluation.model_copy(update={"prompts": (words(fewest),)})
     (line,) = said_of(project, settings.model_copy(update={"evaluation": asked}))
     assert line.startswith("settings, evaluation.prompts, number 1: 1,025 tokens as the teacher reads it")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_served_version_refuses_what_its_pipeline_would_cut(name, families, folders, project):
+    served, pipeline = FewStepModel(), pipeline_of(families[name])
+    served.pipeline = SimpleNamespace(tokenizer=pipeline.tokenizer)
+    served.prompt_tokens = champions._serving("blots", resolved(settings_for(name, folders)), project)["prompt_tokens"]
+
+    def refused(text: str) -> bool:
+        try:
+            served._check_prompt(Row(0, text, ()))
+        except ValueError:
+            return True
+        return False
+
+    fewest = first_refused(lambda count: refused(words(count)))
+    pipeline.__dict__["tokenizer"] = _Watched(pipeline.tokenizer)
+    assert [cut_by(pipeline, words(count)) for count in (fewest - 1, fewest)] == [0, 1]
+    assert refused("a fox <|im_end|>")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -142,8 +142,8 @@ def test_the_placeholder_is_put_in(naming: Naming, variant: Variant, text: str, 
 @settings(max_examples=200, deadline=None)
 @given(
     answer=st.lists(
-        st.sampled_from(["[V]", "[v]", "wolf", "Wolf.", "in", "style", "the", "<|im_end|>", "<**|im_end|>", "**", '"', "\n", "- ", ":",
-                         "sure", "draw", "a fox", ".", "!", "[V] wolf's"])
+        st.sampled_from(["[V]", "[v]", "wolf", "Wolf.", "in", "style", "the", "<|im_end|>", "<**|im_end|>", "**", '"',
+                         "\n", "- ", ":", "sure", "draw", "a fox", ".", "!", "[V] wolf's"])
         | st.text(max_size=8),
         max_size=40,
     ).map(" ".join),
