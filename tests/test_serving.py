@@ -252,7 +252,7 @@ table = pd.DataFrame([{"prompt": "make it [V]", "images": images}, {"prompt": "a
 edits = mlflow.pyfunc.load_model("models:/dopsd-edits@champion").predict(table, params={"seed": 3})
 of_text = mlflow.pyfunc.load_model("models:/dopsd-text@champion")
 text = of_text.predict(["a fox in [V] style"])
-for prompt, said in (("a <think> fox", "row 1: <think> is a control token"), ("fox " * 501, " tokens, and 500 are read")):
+for prompt, said in (("a <think> fox", "row 1: <think> is a control token"), ("fox " * 501, ", and 500 are read")):
     try:
         of_text.predict(["a fox", prompt])
     except ValueError as error:
