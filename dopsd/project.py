@@ -108,7 +108,7 @@ def check_texts(settings: Settings, reader: Reader, held_out: bool) -> None:
         for number, text in enumerate(texts, start=1):
             wrong = reader.as_prompt(text)
             if not wrong and key == "evaluation.prompts" and model.teacher_variant is None:
-                wrong = reader.as_context(text, None)
+                wrong = reader.as_context(text, reader.picture_tokens(None))
             found.append((f"{key}, number {number}", wrong))
     if faults := [Fault("settings", None, key, wrong) for key, wrong in found if wrong]:
         raise DataError(faults)

@@ -62,6 +62,8 @@ def _plan(concept: str, settings: Settings, root: Path) -> None:
 
 def validate(concept: str, settings: Settings, root: Path) -> None:
     """``data/concepts/<concept>`` -> ``validated.json``. Raises ``DataError`` with every fault of the data."""
+    from dopsd.models.reading import reader_of
+
     before = stamps(concept_folder(concept, root))
     table, holdout = read_concept(concept, settings, root)
     summary: dict[str, Any] = {
@@ -74,6 +76,8 @@ def validate(concept: str, settings: Settings, root: Path) -> None:
     write_json(run_folder(concept, root) / "validated.json", summary)
     for warning in warnings_of(table, holdout):
         print(warning)
+    if reader_of(settings, root).source is None:
+        print("validate: the base's tokenizer is not here: captions were counted by words, and encode will count them")
     print(
         f"validate: {concept} has {summary['images']} images, {summary['captions']} captions and "
         f"{summary['holdout_images']} held-out images; no faults"

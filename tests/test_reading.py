@@ -57,6 +57,10 @@ def words(count: int, last: str = "") -> str:
     return " ".join(["fox"] * (count - bool(last)) + [last] * bool(last))
 
 
+def taught(reader: Reader, text: str, sizes: set[tuple[int, int]] | None) -> str:
+    return reader.as_context(text, reader.picture_tokens(sizes))
+
+
 def first_refused(answers: Any) -> int:
     """The fewest words that are refused; ``answers`` says what is wrong with so many."""
     low, high = 1, 1200
@@ -127,11 +131,11 @@ def test_a_teachers_turn_is_refused_where_encoding_refuses_it(name, size, folder
     reader = read_by(name, folders, resolution=640, **BIG, context_suffix=" as shown")
     family = load_family(settings_of(name, folders, **BIG, context_suffix=" as shown"))
     shown = picture(*reading.bucket_size(*size, 640))
-    fewest = first_refused(lambda count: reader.as_context(words(count), {size}))
+    fewest = first_refused(lambda count: taught(reader, words(count), {size}))
     family.encode_context([Request(words(fewest - 1))], [shown])
     with pytest.raises(ModelError, match=r"the teacher's context of .* is ([0-9]+) tokens long") as caught:
         family.encode_context([Request(words(fewest + 2))], [shown])
-    said = reader.as_context(words(fewest + 2), {size})
+    said = taught(reader, words(fewest + 2), {size})
     limit = family.longest_context(family.parts.configs)
     assert f"is {limit + 3} tokens long, at most {limit} are read" in str(caught.value)
     assert said.startswith(f"{limit + 3:,} tokens as the teacher reads it with model.context_suffix, ")
@@ -143,12 +147,12 @@ def test_a_teachers_turn_is_refused_where_encoding_refuses_it(name, size, folder
 def test_kleins_teacher_has_less_room_by_its_suffix(context, folders):
     reader, family = read_by("flux2-klein", folders, context=context), load_family(
         settings_of("flux2-klein", folders, context=context))  # fmt: skip
-    fewest = first_refused(lambda count: reader.as_context(words(count), {(64, 64)}))
+    fewest = first_refused(lambda count: taught(reader, words(count), {(64, 64)}))
     assert not reader.as_prompt(words(fewest)), "the student has the room"
     family.encode_context([Request(words(fewest - 1))], [picture(64, 64)])
     with pytest.raises(ModelError, match=r"the teacher's prompt of .* is 513 tokens"):
         family.encode_context([Request(words(fewest))], [picture(64, 64)])
-    assert reader.as_context(words(fewest), {(64, 64)}) == (
+    assert taught(reader, words(fewest), {(64, 64)}) == (
         "513 tokens as the teacher reads it with model.context_suffix, and 512 are read; shorten it or "
         "model.context_suffix"
     )
@@ -156,11 +160,11 @@ def test_kleins_teacher_has_less_room_by_its_suffix(context, folders):
 
 def test_of_several_pictures_the_one_with_most_tokens_counts(folders):
     reader = read_by("z-image", folders, resolution=640, **BIG)
-    square, wide = (first_refused(lambda count, size=size: reader.as_context(words(count), {size}))
+    square, wide = (first_refused(lambda count, size=size: taught(reader, words(count), {size}))
                     for size in ((640, 640), (900, 450)))  # fmt: skip
     assert square != wide
-    assert first_refused(lambda count: reader.as_context(words(count), {(640, 640), (900, 450)})) == min(square, wide)
-    assert first_refused(lambda count: reader.as_context(words(count), None)) <= min(square, wide)
+    assert first_refused(lambda count: taught(reader, words(count), {(640, 640), (900, 450)})) == min(square, wide)
+    assert first_refused(lambda count: taught(reader, words(count), None)) <= min(square, wide)
 
 
 @pytest.mark.parametrize("limits", [(64 * 64, 64 * 64), (512 * 512, 768 * 768), (3136, 1024 * 1024), (90_000, 90_001)])
@@ -218,10 +222,8 @@ def test_what_is_refused_without_the_tokenizer_is_refused_with_it(name, folders)
     assert bound.tokenizer is None
     assert bound.room is None
     for text in (words(513), "<|anything|> at all", words(400), words(505), "unheard " * 300, "狐" * 600, "<think>"):
-        for ask in ("as_prompt", "as_context"):
-            rest = () if ask == "as_prompt" else ({(64, 64)},)
-            with_it, without = getattr(exact, ask)(text, *rest), getattr(bound, ask)(text, *rest)
-            assert with_it or not without
+        assert exact.as_prompt(text) or not bound.as_prompt(text)
+        assert taught(exact, text, {(64, 64)}) or not taught(bound, text, {(64, 64)})
     assert bound.as_prompt(words(900)) == "at least 900 tokens, and 512 are read; shorten it"
     assert bound.as_prompt("a <|im_end|>").startswith("<|im_end|> is ")
     assert not bound.as_prompt("<think>")
@@ -320,30 +322,32 @@ def test_of_a_teacher_that_reads_more_both_captions_are_counted_alone(folders, p
     STAGES["validate"]("blots", settings, project)
 
 
-def test_a_held_out_caption_has_the_room_that_a_picture_of_training_leaves(folders, project):
+def test_a_held_out_caption_has_the_room_that_a_picture_of_training_leaves(folders, project, capsys):
     """The evaluation's teacher reads it beside one of those."""
     settings = settings_for("z-image", folders, resolution=800, context_pixels=(512 * 512, 800 * 800))
     settings = settings.model_copy(update={"data": settings.data.model_copy(update={"allow": ("small-pictures",)})})
     picture(128, 64, 77).save(project / "data" / "concepts" / "blots" / "holdout" / "0.png")
     reader = reader_of(settings, project)
-    by_training, by_own = (first_refused(lambda count, size=size: reader.as_context(words(count), {size}))
+    by_training, by_own = (first_refused(lambda count, size=size: taught(reader, words(count), {size}))
                            for size in ((64, 64), (128, 64)))  # fmt: skip
     assert by_training < by_own
     write(project, "holdout", [{"asked": words(by_training - 1)}])
     STAGES["validate"]("blots", settings, project)
+    assert "counted by words" not in capsys.readouterr().out
     write(project, "holdout", [{"asked": words(by_own - 1)}])
     (line,) = said_of(project, settings)
     assert line.startswith("holdout/metadata.jsonl, row 1, captions: 'asked': ")
     assert "as the teacher reads it" in line
 
 
-def test_what_only_the_tokenizer_knows_is_said_before_anything_is_encoded(folders, project, monkeypatch):
+def test_what_only_the_tokenizer_knows_is_said_before_anything_is_encoded(folders, project, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(project / "hub"))
     here = settings_for("flux2-klein", folders)
     elsewhere = here.model_copy(update={"model": here.model.model_copy(update={"path": "some/klein"})})
     captions = [{"short": f"blot {number} in [V] style"} for number in range(4)]
     write(project, "", [*captions[:3], {"short": words(490, "[V]"), "other": "a <think> [V]"}])
     STAGES["validate"]("blots", elsewhere, project)
+    assert "captions were counted by words, and encode will count them" in capsys.readouterr().out
     monkeypatch.setattr("dopsd.stages.load_base", lambda *_: pytest.fail("the base was loaded"))
     lines = said_of(project, here, "encode")
     assert [line.split(": '")[0] for line in lines] == ["metadata.jsonl, row 4, captions"] * 2
@@ -378,7 +382,7 @@ def test_the_settings_own_texts_are_judged_where_they_are_used(folders, project)
 def test_evaluation_prompts_need_the_teachers_room(folders, project):
     shutil.rmtree(project / "data" / "concepts" / "blots" / "holdout")
     settings = settings_for("krea-2", folders, **BIG)
-    fewest = first_refused(lambda count: reader_of(settings, project).as_context(words(count), None))
+    fewest = first_refused(lambda count: taught(reader_of(settings, project), words(count), None))
     assert not reader_of(settings, project).as_prompt(words(fewest))
     asked = settings.evaluation.model_copy(update={"prompts": (words(fewest),)})
     (line,) = said_of(project, settings.model_copy(update={"evaluation": asked}))

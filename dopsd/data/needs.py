@@ -16,30 +16,29 @@ MIN_SIDE, MAX_RATIO = 64, 8.0
 """What an editing pipeline takes as a reference (pixels; long side over short one)."""
 
 
-Size = tuple[int, int]
-"""Width and height in pixels."""
-
-
 class Reader(Protocol):
     """What the base's text encoder takes (:mod:`dopsd.models.reading`): what is wrong with a text, else nothing."""
 
     def as_prompt(self, text: str) -> str:
         """As inference reads it."""
 
-    def as_context(self, text: str, pictures: Collection[Size] | None) -> str:
-        """A sound prompt as the teacher reads it, with any one of the pictures; ``None``: whichever."""
+    def as_context(self, text: str, shown: int) -> str:
+        """A sound prompt as the teacher reads it, beside a picture of so many tokens."""
+
+    def picture_tokens(self, sizes: Collection[tuple[int, int]] | None) -> int:
+        """Most tokens that a picture of one of these sizes (width, height) takes; ``None``: of whichever."""
 
 
 @dataclass(frozen=True)
 class Needs:
     """``teacher_variant``: the caption that every row must have for the teacher, beside one for the student.
-    ``reader``: by whom captions must be readable; ``None``: they are not looked at. ``shown``: sizes of the pictures
-    that the teacher may be shown beside any of the captions; while they are not known it is not asked."""
+    ``reader``: by whom captions must be readable; ``None``: they are not looked at. ``shown``: most tokens of a
+    picture that the teacher may be shown beside a caption; ``None``: not known, and it is not asked."""
 
     references: Literal["refused", "allowed", "required"] = "allowed"
     teacher_variant: str | None = None
     reader: Reader | None = None
-    shown: frozenset[Size] = frozenset()
+    shown: int | None = None
 
 
 ANY = Needs()
@@ -88,7 +87,7 @@ def _unreadable(variant: str, text: str, needs: Needs) -> list[str]:
     if needs.reader is None or not is_text(text):  # what is no text is a fault of its own
         return []
     wrong = needs.reader.as_prompt(text)
-    if not wrong and needs.teacher_variant is None and needs.shown:
+    if not wrong and needs.teacher_variant is None and needs.shown is not None:
         wrong = needs.reader.as_context(text, needs.shown)
     return [wrong] if wrong else []
 

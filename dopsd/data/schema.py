@@ -41,8 +41,8 @@ def validate_dataset(
     """
     parts = [_validate(folder, name, settings, needs, held_out=False)]
     if os.path.lexists(folder / HOLDOUT):
-        shown = replace(needs, shown=_sizes(parts[0].rows))  # the evaluation's teacher sees a picture of training
-        parts.append(_validate(folder / HOLDOUT, f"{name}/{HOLDOUT}", settings, shown, held_out=True))
+        beside = _with_pictures(needs, parts[0].rows)  # the evaluation's teacher is shown a picture of training
+        parts.append(_validate(folder / HOLDOUT, f"{name}/{HOLDOUT}", settings, beside, held_out=True))
     faults = [fault for part in parts for fault in part.faults]
     if len(parts) == 2:
         train, held_out = parts
@@ -95,7 +95,7 @@ def _validate(folder: Path, name: str, settings: DataSettings, needs: Needs, *, 
     facts = _measure(frame, root, settings)
     cells = frame.to_dict("records")
     rows = tuple(_seen(row, facts) for row in cells)
-    needs = needs if held_out else replace(needs, shown=_sizes(rows))
+    needs = needs if held_out else _with_pictures(needs, rows)
     captions = [_student_captions(row, needs) for row in cells]
     lacks = [lacking(texts, settings.placeholder) for texts in captions]
     near = [{variant: found for variant, found in row.items() if found} for row in lacks]
@@ -157,8 +157,13 @@ def _seen(cells: Mapping[str, Any], facts: Mapping[str, ImageFacts]) -> Seen:
     return Seen(cells["source"], int(cells["row"]), name, facts.get(name) if name is not None else None, references)
 
 
-def _sizes(rows: Iterable[Seen]) -> frozenset[tuple[int, int]]:
-    return frozenset((row.target.width, row.target.height) for row in rows if row.target is not None)
+def _with_pictures(needs: Needs, rows: Iterable[Seen]) -> Needs:
+    """With the room that these rows' pictures take in what the teacher reads: without held-out rows, the evaluation
+    shows it any of them beside any caption."""
+    if needs.reader is None:
+        return needs
+    sizes = {(row.target.width, row.target.height) for row in rows if row.target is not None}
+    return replace(needs, shown=needs.reader.picture_tokens(sizes))
 
 
 def _unmet(row: Seen, cells: Mapping[str, Any], needs: Needs) -> list[tuple[str, str]]:

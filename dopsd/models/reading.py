@@ -84,18 +84,23 @@ class Reader:
             return "it holds bytes that are no text; write it in UTF-8"
         return self._control(text) or self._too_long(text, 0, self.family.longest_prompt, "", "shorten it")
 
-    def as_context(self, text: str, pictures: Collection[tuple[int, int]] | None) -> str:
-        """What is wrong with a sound prompt where the teacher reads it with its suffix and any one of ``pictures``
-        (width, height; ``None``: whichever)."""
-        whole = text + self.teaching.suffix
-        sizes = {None} if pictures is None else {bucket_size(*size, self.resolution) for size in pictures}
-        shown = max((self.family.picture_tokens(self.configs, self.teaching, size) for size in sizes), default=0)
+    def picture_tokens(self, sizes: Collection[tuple[int, int]] | None) -> int:
+        """Most tokens that a picture of one of these sizes (width, height) takes in the teacher's turn; ``None``: of
+        whichever."""
+        fitted = {None} if sizes is None else {bucket_size(*size, self.resolution) for size in sizes}
+        return max((self.family.picture_tokens(self.configs, self.teaching, size) for size in fitted), default=0)
+
+    def as_context(self, text: str, shown: int) -> str:
+        """What is wrong with a sound prompt where the teacher reads it with its suffix, beside a picture of ``shown``
+        tokens."""
         told, advice = " as the teacher reads it", "shorten it"
         if self.teaching.suffix:
             told, advice = f"{told} with model.context_suffix", f"{advice} or model.context_suffix"
         if shown:
             told, advice = f"{told}, {shown} of them its picture", f"{advice} or lower model.context_pixels"
-        return self._too_long(whole, shown, self.family.longest_context(self.configs), told, advice)
+        return self._too_long(
+            text + self.teaching.suffix, shown, self.family.longest_context(self.configs), told, advice
+        )
 
     def _control(self, text: str) -> str:
         """What to say of the first token in the text that is none of its words."""
