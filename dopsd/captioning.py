@@ -97,11 +97,14 @@ def caption_folder(
     from dopsd.data.images import load_image
     from dopsd.models import references_rule, resolved
     from dopsd.models.captioner import find_captioner, load_captioner
+    from dopsd.models.reading import reader_of
 
     own = resolved(settings).model
     if references_rule(own) == "required":
         raise CaptionError(f"model.context is {own.context}: captions say what to change there, which no picture "
                            "shows; write them yourself")  # fmt: skip
+    if wrong := reader_of(settings, root).as_prompt(naming.placeholder):
+        raise CaptionError(f"data.placeholder: {wrong}")
     allowed = settings.data.allow
     pictures, total = uncaptioned(folder, redo, "folder-names" in allowed)
     names: dict[Variant, str] = {variant: variant for variant in VARIANTS}

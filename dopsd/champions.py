@@ -15,6 +15,7 @@ from dopsd.files import write_json
 from dopsd.identity import VersionIdentity, plan_of, questions_of, version_identity
 from dopsd.models import ModelError, family_class, open_base, resolved
 from dopsd.models.base import Request
+from dopsd.models.reading import reader_of
 from dopsd.project import cache_of, load_base, read_concept, read_result, run_folder, world_of
 from dopsd.registry import CHAMPION, Registry, RegistryAway
 from dopsd.registry.gate import scores_of
@@ -107,11 +108,12 @@ def _serving(concept: str, settings: Settings, root: Path) -> dict[str, Any]:
     source, side = open_base(settings.model, root, "draw").source, settings.data.resolution
     call = family_class(settings.model).call(Request(""), side, side, settings.evaluation.few)
     table, _ = read_concept(concept, settings, root)
+    room = reader_of(settings, root).room
     return {
         "base": source.name or str(source.folder), "revision": source.revision,
         "call": {key: value for key, value in call.items() if key != "prompt"},
         "placeholder": settings.data.placeholder, "edits": any(row.references for row in table.rows),
-    }  # fmt: skip
+    } | ({} if room is None else {"prompt_tokens": room})  # fmt: skip
 
 
 def _champion_scores(

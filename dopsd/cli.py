@@ -344,7 +344,7 @@ def concept_add(
 
     settings = _settings(params, overrides)
     with concept_lock(name, Path(), "dopsd concept add"):
-        table, held_out = add_concept(folder, name, Path(), settings.data, replace, needs_of(settings))
+        table, held_out = add_concept(folder, name, Path(), settings.data, replace, needs_of(settings, Path()))
     for warning in warnings_of(table, held_out):
         print(warning)
     print(f"{len(table.rows)} images to train on, {_by_folder(table)} -> {table.root}")

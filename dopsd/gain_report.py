@@ -151,7 +151,7 @@ def _possible(
     """The ways that base and data are fit for, and the others with the reason why not."""
     possible, left_out = [], []
     for way in sorted(ways, key=lambda way: not way.current):  # what is wrong with the base itself is an error
-        needs = needs_of(way.settings)
+        needs = needs_of(way.settings, root)
         fault: object = first_unmet(table.rows, needs)
         if fault is None and holdout is not None and (missing := first_unmet(holdout.rows, needs)) is not None:
             fault = f"{HOLDOUT}/{missing}"

@@ -12,7 +12,7 @@ from dopsd.config import CONCEPTS, Settings, concept_name, is_concept_name
 if TYPE_CHECKING:
     from dopsd.data.cache import EncodingCache
     from dopsd.data.manifest import ConceptTable
-    from dopsd.data.needs import Needs
+    from dopsd.data.needs import Needs, Reader
     from dopsd.evaluation.world import World
     from dopsd.models import Use
     from dopsd.models.base import Family
@@ -79,19 +79,50 @@ def read_result(path: Path, made_by: str) -> dict[str, Any]:
 
 
 def read_concept(concept: str, settings: Settings, root: Path) -> tuple[ConceptTable, ConceptTable | None]:
-    """The data set and its held-out part. Raises ``DataError`` with every fault."""
+    """The data set and its held-out part. Raises ``DataError`` with every fault, the settings' own texts' first."""
+    from dopsd.data.folders import HOLDOUT
     from dopsd.data.schema import validate_dataset
 
-    return validate_dataset(concept_folder(concept, root), concept, settings.data, needs_of(settings))
+    folder, needs = concept_folder(concept, root), needs_of(settings, root)
+    if needs.reader is not None:
+        check_texts(settings, needs.reader, held_out=os.path.lexists(folder / HOLDOUT))
+    return validate_dataset(folder, concept, settings.data, needs)
 
 
-def needs_of(settings: Settings) -> Needs:
-    """What the base's context asks of the data. Raises ``ModelError`` for a family or context that there is not."""
+def needs_of(settings: Settings, root: Path) -> Needs:
+    """What base and context ask of the data, as far as the base is here. Raises ``ModelError`` for a family or context
+    that there is not."""
     from dopsd.data.needs import Needs
     from dopsd.models import references_rule, resolved
+    from dopsd.models.reading import reader_of
 
     settings = resolved(settings)
-    return Needs(references_rule(settings.model), settings.model.teacher_variant)
+    return Needs(references_rule(settings.model), settings.model.teacher_variant, reader_of(settings, root))
+
+
+def check_texts(settings: Settings, reader: Reader, held_out: bool) -> None:
+    """Raise ``DataError`` for texts of the settings that the base cannot read to their end, of those that are used.
+
+    ``held_out``: whether the data set has held-out rows, and the evaluation asks for nothing else.
+    """
+    from dopsd.data.manifest import DataError, Fault
+
+    train, model = settings.train, settings.model
+    words = [("data.placeholder", settings.data.placeholder), ("model.context_suffix", model.context_suffix or "")]
+    found = [(key, reader.as_prompt(text)) for key, text in words]
+    prompts = {
+        "train.replay.prompts": train.replay.prompts if train.replay.weight > 0 else (),
+        "train.preview_prompts": train.preview_prompts,
+        "evaluation.prompts": () if held_out else settings.evaluation.prompts,
+    }
+    for key, texts in prompts.items():
+        for number, text in enumerate(texts, start=1):
+            wrong = reader.as_prompt(text)
+            if not wrong and key == "evaluation.prompts" and model.teacher_variant is None:
+                wrong = reader.as_context(text, reader.picture_tokens(None))
+            found.append((f"{key}, number {number}", wrong))
+    if faults := [Fault("settings", None, key, wrong) for key, wrong in found if wrong]:
+        raise DataError(faults)
 
 
 def load_base(settings: Settings, root: Path, use: Use = "teach") -> Family:

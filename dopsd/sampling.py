@@ -19,6 +19,7 @@ from dopsd.distill.drawing import draw as draw_pictures
 from dopsd.given import as_trained, find_given
 from dopsd.models import ModelError, family_class
 from dopsd.models.base import Configs, Request
+from dopsd.models.reading import reader_of
 from dopsd.models.sizes import configurations, skeleton
 from dopsd.params import MAX_SEED
 from dopsd.project import load_base
@@ -54,6 +55,14 @@ def _warn(path: Path, remark: str) -> None:
     print(f"warning: {path}: {remark}")
 
 
+def check_prompts(prompts: Sequence[str], settings: Settings, root: Path) -> None:
+    """Raise :class:`ModelError` for a prompt that the base cannot read to its end, as far as that is known here."""
+    reader = reader_of(settings, root)
+    for number, prompt in enumerate(prompts, start=1):
+        if wrong := reader.as_prompt(prompt):
+            raise ModelError(f"--prompt, number {number}: {wrong}")
+
+
 def seeds_of(given: Sequence[int], prompts: int) -> list[int]:
     """A seed for each prompt: those given, or from the one that is given (or 0) on. Raises :class:`ModelError`."""
     if len(given) > 1 and len(given) != prompts:
@@ -72,6 +81,7 @@ def draw(
     """A picture per prompt and its seed, each with the same references, by the base or base + adapter: ours, an export
     of ours, or trained weights. Raises :class:`~dopsd.distill.targets.AdapterError` for what cannot be taken, before
     any weight is loaded, and before the base is fetched where its configuration is known."""
+    check_prompts(prompts, settings, root)
     given, kind = adapter and find_given(adapter), family_class(settings.model)
     known = configurations(settings.model, root) if given else None
     with tempfile.TemporaryDirectory(prefix="dopsd-given-") as place:
@@ -82,6 +92,7 @@ def draw(
 
         file = as_ours(known) if known else None
         family = load_base(settings, root, use="draw")  # its files are here now, and nothing of it is in memory
+        check_prompts(prompts, settings, root)  # exactly now, wherever the base came from
         file = file or as_ours(family.parts.configs)
         encoded = [family.encode_prompt([Request(prompt, references)])[0] for prompt in prompts]
         family.release_encoders()

@@ -69,6 +69,8 @@ def _plan(concept: str, settings: Settings, root: Path) -> None:
 
 def validate(concept: str, settings: Settings, root: Path) -> None:
     """``data/concepts/<concept>`` -> ``validated.json``. Raises ``DataError`` with every fault of the data."""
+    from dopsd.models.reading import reader_of
+
     before = stamps(concept_folder(concept, root))
     table, holdout = read_concept(concept, settings, root)
     summary: dict[str, Any] = {
@@ -81,6 +83,8 @@ def validate(concept: str, settings: Settings, root: Path) -> None:
     write_json(run_folder(concept, root) / "validated.json", summary)
     for warning in warnings_of(table, holdout):
         print(warning)
+    if reader_of(settings, root).source is None:
+        print("validate: the base's tokenizer is not here: captions were counted by words, and encode will count them")
     print(
         f"validate: {concept} has {summary['images']} images, {summary['captions']} captions and "
         f"{summary['holdout_images']} held-out images; no faults"
@@ -95,10 +99,11 @@ def encode(concept: str, settings: Settings, root: Path) -> None:
     from dopsd.train.workers import SpreadEncoders, workers
 
     run = run_folder(concept, root)
+    base = open_base(settings.model, root)  # first of all: with its tokenizer here the texts are judged exactly
     table, holdout = _read_validated(concept, settings, root)
     replay = settings.train.replay.prompts if settings.train.replay.weight > 0 else ()
     cache = cache_of(root)
-    if note := open_base(settings.model, root).differences():
+    if note := base.differences():
         print(f"encode: {note}")
     with workers(settings.model, settings.compute, root, "teach") as helpers:
         family = load_base(settings, root)

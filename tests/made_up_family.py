@@ -33,7 +33,6 @@ _SYSTEM = (
     "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
     "on textual prompts or user prompts. <Prompt Start> "
 )
-_LIMIT = 256
 
 
 class MadeUp(Family):
@@ -45,6 +44,7 @@ class MadeUp(Family):
         "transformer": ("Lumina2Transformer2DModel",),
     }  # fmt: skip
     few_steps = 2
+    longest_prompt = 256
     contexts: ClassVar[tuple[ContextName, ...]] = ("enhanced-prompt",)
     lora_targets = (r"layers\.\d+\.attn\.to_(q|k|v|out\.0)", r"layers\.\d+\.feed_forward\.linear_[123]")
 
@@ -54,6 +54,10 @@ class MadeUp(Family):
 
         parts = standard_loaders(base.folder, "Lumina2Transformer2DModel", "AutoencoderKL", where)
         return parts | {"text_encoder": lambda _: load(Gemma2Model, base.folder / "text_encoder", where)}
+
+    @classmethod
+    def prompt_lengths(cls, tokenizer: Any, captions: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in tokenizer([_SYSTEM + text for text in captions]).input_ids]
 
     @staticmethod
     def call(request: Request, height: int, width: int, num_steps: int, noise: Tensor | None = None) -> dict[str, Any]:
@@ -70,9 +74,9 @@ class MadeUp(Family):
     def encode_prompt(self, requests: Sequence[Request]) -> list[Conditioning]:
         tokenizer, encoder = self.parts["tokenizer"], self.parts["text_encoder"]
         texts = [_SYSTEM + request.caption for request in requests]
-        lengths = [len(ids) for ids in tokenizer(texts).input_ids]
-        check_lengths(lengths, requests, _LIMIT, "the prompt", "shorten the caption")
-        inputs = tokenizer(texts, padding="max_length", max_length=_LIMIT, return_tensors="pt")
+        lengths = self.prompt_lengths(tokenizer, [request.caption for request in requests])
+        check_lengths(lengths, requests, self.longest_prompt, "the prompt", "shorten the caption")
+        inputs = tokenizer(texts, padding="max_length", max_length=self.longest_prompt, return_tensors="pt")
         with torch.no_grad():
             states = encoder(**inputs, output_hidden_states=True).hidden_states[-2]
         return [{"caption": s[m.bool()].clone()} for s, m in zip(states, inputs.attention_mask, strict=True)]
@@ -91,8 +95,8 @@ class MadeUp(Family):
                            generator=generator)  # fmt: skip
 
     def predict_velocity(self, latents: Tensor, sigma: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
-        states = torch.zeros(len(latents), _LIMIT, conditioning[0]["caption"].shape[-1])
-        mask = torch.zeros(len(latents), _LIMIT, dtype=torch.int64)
+        states = torch.zeros(len(latents), self.longest_prompt, conditioning[0]["caption"].shape[-1])
+        mask = torch.zeros(len(latents), self.longest_prompt, dtype=torch.int64)
         for row, told in enumerate(conditioning):
             states[row, : len(told["caption"])], mask[row, : len(told["caption"])] = told["caption"], 1
         sigma = torch.as_tensor(sigma, dtype=torch.float32).expand(len(latents))

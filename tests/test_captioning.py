@@ -188,7 +188,7 @@ def test_a_teacher_that_reads_a_caption_of_its_own_gets_the_detailed_one(models:
     _run(pictures, "--model", models / "owl", "--set", override[0], "--set", override[1])
     assert list(_captions(pictures)["0.png"]) == ["short", "medium", "prose", "request"]
     settings = load_settings(Path("params.yaml"), override)
-    validate_dataset(pictures, "x", settings.data, needs_of(settings))
+    validate_dataset(pictures, "x", settings.data, needs_of(settings, Path()))
 
 
 # --- models that babble -----------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from dopsd import cli, gain_report
 from dopsd.config import Settings, load_settings
 from dopsd.data.cache import EncodingCache
+from dopsd.data.manifest import DataError
 from dopsd.data.schema import validate_dataset
 from dopsd.gain_report import GainReport, Measured, as_json, beyond_chance, gain_table, report_gain, verdict, ways_of
 from dopsd.models import load_family
@@ -229,13 +230,15 @@ def test_a_way_that_the_base_lacks_the_eyes_for_is_left_out(folders, tmp_path):
 def test_a_context_too_long_for_the_model_is_left_out_unless_it_is_the_one_that_is_set(folders, tmp_path):
     folder = write_concept(tmp_path, long=True)
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    lines[1]["captions"]["long"] = "[V] " + "blot " * 600
+    lines[1]["captions"]["short"] = "[V]" + " fox" * 480
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    report, _ = report_gain("blots", settings("z-image", folders), tmp_path, images=2, seeds=1)
-    assert [m.way.context for m in report.measured] == ["vlm", "vlm"]
-    ((way, why),) = report.left_out
-    assert way.context == "enhanced-prompt"
-    assert "tokens long, at most 512 are read" in why
+    reads = settings("flux2-klein", folders, context="enhanced-prompt")
+    report, _ = report_gain("blots", reads, tmp_path, images=2, seeds=1)
+    assert [m.way.context for m in report.measured] == ["enhanced-prompt"]
+    why = {way.context: why for way, why in report.left_out}["edit"]
+    assert "tokens long, at most 512 are read: shorten the caption or model.context_suffix" in why
+    with pytest.raises(DataError, match=r"row 2, captions: 'short': .* as the teacher reads it with model.context_suf"):
+        report_gain("blots", settings("flux2-klein", folders, context="edit"), tmp_path, images=2, seeds=1)
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------

@@ -250,7 +250,15 @@ mlflow.set_tracking_uri(sys.argv[1])
 images = json.loads(open(sys.argv[2]).read())
 table = pd.DataFrame([{"prompt": "make it [V]", "images": images}, {"prompt": "a fox in [V] style"}])
 edits = mlflow.pyfunc.load_model("models:/dopsd-edits@champion").predict(table, params={"seed": 3})
-text = mlflow.pyfunc.load_model("models:/dopsd-text@champion").predict(["a fox in [V] style"])
+of_text = mlflow.pyfunc.load_model("models:/dopsd-text@champion")
+text = of_text.predict(["a fox in [V] style"])
+for prompt, said in (("a <think> fox", "row 1: <think> is a control token"), ("fox " * 501, ", and 500 are read")):
+    try:
+        of_text.predict(["a fox", prompt])
+    except ValueError as error:
+        assert said in str(error), error
+    else:
+        raise AssertionError(prompt)
 assert not any(name == "dopsd" or name.startswith("dopsd.") for name in sys.modules)
 print(json.dumps([np.asarray(i).tolist() for i in (*edits, *text)]))
 """
@@ -287,7 +295,7 @@ def test_an_editing_adapter_draws_in_a_fresh_process_what_plain_diffusers_draws(
     experiment = client.create_experiment("test", (tmp_path / "artifacts").as_uri())
     scores = {"asked": "q", "concept": {"style": 0.5}, "retention": {"style": 0.97}}
     for concept, edits in (("edits", True), ("text", False)):
-        serving = {"base": "data/base", "revision": None, "call": CALL, "edits": edits}
+        serving = {"base": "data/base", "revision": None, "call": CALL, "edits": edits, "prompt_tokens": 500}
         run = client.create_run(experiment).info.run_id
         made = VersionIdentity(data="d", settings="s", base="b", method="m")
         outcome = registry.register(concept, run, made, scores, {}, None, klein, serving, RegistrySettings())

@@ -51,6 +51,7 @@ WOLF = Naming("subject", "[V]", "wolf")
         ("The picture is a close-up of a fox", "A close-up of a fox"),
         ("a\u2028fox\tsits \x00here\ufffd", "a fox sits here"),
         ("<|vision_start|><|image_pad|>a fox<|endoftext|> </tool_call>", "a fox"),
+        ("a fox <**|im_end|> on <|im**_end|> a __hill", "a fox on a hill"),
         ("a fox on a hill a fox on a hill a fox on a hill", "a fox on a hill"),
         ("a fox in front of a tree in front of a house in front of a hill",
          "a fox in front of a tree in front of a house in front of a hill"),
@@ -141,8 +142,8 @@ def test_the_placeholder_is_put_in(naming: Naming, variant: Variant, text: str, 
 @settings(max_examples=200, deadline=None)
 @given(
     answer=st.lists(
-        st.sampled_from(["[V]", "[v]", "wolf", "Wolf.", "in", "style", "the", "<|im_end|>", "**", '"', "\n", "- ", ":",
-                         "sure", "draw", "a fox", ".", "!", "[V] wolf's"])
+        st.sampled_from(["[V]", "[v]", "wolf", "Wolf.", "in", "style", "the", "<|im_end|>", "<**|im_end|>", "**", '"',
+                         "\n", "- ", ":", "sure", "draw", "a fox", ".", "!", "[V] wolf's"])
         | st.text(max_size=8),
         max_size=40,
     ).map(" ".join),

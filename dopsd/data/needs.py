@@ -1,26 +1,44 @@
-"""What the teacher's context asks of the data: references or none, and the caption that is the teacher's alone; and
-what no training row may show: the held-out truth."""
+"""What base and context ask of the data: captions that are read to their end, references or none, and the caption that
+is the teacher's alone; and what no training row may show: the held-out truth."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from .duplicates import near_duplicates
 from .images import ImageFacts
 from .manifest import METADATA, Fault, Row
+from .records import is_text
 
 MIN_SIDE, MAX_RATIO = 64, 8.0
 """What an editing pipeline takes as a reference (pixels; long side over short one)."""
 
 
+class Reader(Protocol):
+    """What the base's text encoder takes (:mod:`dopsd.models.reading`): what is wrong with a text, else nothing."""
+
+    def as_prompt(self, text: str) -> str:
+        """As inference reads it."""
+
+    def as_context(self, text: str, shown: int) -> str:
+        """A sound prompt as the teacher reads it, beside a picture of so many tokens."""
+
+    def picture_tokens(self, sizes: Collection[tuple[int, int]] | None) -> int:
+        """Most tokens that a picture of one of these sizes (width, height) takes; ``None``: of whichever."""
+
+
 @dataclass(frozen=True)
 class Needs:
-    """``teacher_variant``: the caption that every row must have for the teacher, beside one for the student."""
+    """``teacher_variant``: the caption that every row must have for the teacher, beside one for the student.
+    ``reader``: by whom captions must be readable; ``None``: they are not looked at. ``shown``: most tokens of a
+    picture that the teacher may be shown beside a caption; ``None``: not known, and it is not asked."""
 
     references: Literal["refused", "allowed", "required"] = "allowed"
     teacher_variant: str | None = None
+    reader: Reader | None = None
+    shown: int | None = None
 
 
 ANY = Needs()
@@ -59,7 +77,19 @@ def unmet(
             problems += [("references", problem) for problem in _unfit(name, facts, row.target)]
     if captions and needs.teacher_variant is not None:
         problems += [("captions", problem) for problem in _lacking_variant(captions, needs.teacher_variant, row.source)]
+    for variant, text in (captions or {}).items():
+        problems += [("captions", f"{variant!r}: {problem}") for problem in _unreadable(variant, text, needs)]
     return problems
+
+
+def _unreadable(variant: str, text: str, needs: Needs) -> list[str]:
+    """Why a caption cannot be read to its end, by the student or the teacher."""
+    if needs.reader is None or not is_text(text):  # what is no text is a fault of its own
+        return []
+    wrong = needs.reader.as_prompt(text)
+    if not wrong and needs.teacher_variant is None and needs.shown is not None:
+        wrong = needs.reader.as_context(text, needs.shown)
+    return [wrong] if wrong else []
 
 
 def first_unmet(rows: Sequence[Row], needs: Needs) -> Fault | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,8 @@ def validate_dataset(
     """
     parts = [_validate(folder, name, settings, needs, held_out=False)]
     if os.path.lexists(folder / HOLDOUT):
-        parts.append(_validate(folder / HOLDOUT, f"{name}/{HOLDOUT}", settings, needs, held_out=True))
+        beside = _with_pictures(needs, parts[0].rows)  # the evaluation's teacher is shown a picture of training
+        parts.append(_validate(folder / HOLDOUT, f"{name}/{HOLDOUT}", settings, beside, held_out=True))
     faults = [fault for part in parts for fault in part.faults]
     if len(parts) == 2:
         train, held_out = parts
@@ -94,6 +95,7 @@ def _validate(folder: Path, name: str, settings: DataSettings, needs: Needs, *, 
     facts = _measure(frame, root, settings)
     cells = frame.to_dict("records")
     rows = tuple(_seen(row, facts) for row in cells)
+    needs = needs if held_out else _with_pictures(needs, rows)
     captions = [_student_captions(row, needs) for row in cells]
     lacks = [lacking(texts, settings.placeholder) for texts in captions]
     near = [{variant: found for variant, found in row.items() if found} for row in lacks]
@@ -153,6 +155,15 @@ def _seen(cells: Mapping[str, Any], facts: Mapping[str, ImageFacts]) -> Seen:
     name = cells["image"] if isinstance(cells["image"], str) else None
     references = tuple((reference, facts.get(reference)) for reference in json.loads(cells["references"]))
     return Seen(cells["source"], int(cells["row"]), name, facts.get(name) if name is not None else None, references)
+
+
+def _with_pictures(needs: Needs, rows: Iterable[Seen]) -> Needs:
+    """With the room that these rows' pictures take in what the teacher reads: without held-out rows, the evaluation
+    shows it any of them beside any caption."""
+    if needs.reader is None:
+        return needs
+    sizes = {(row.target.width, row.target.height) for row in rows if row.target is not None}
+    return replace(needs, shown=needs.reader.picture_tokens(sizes))
 
 
 def _unmet(row: Seen, cells: Mapping[str, Any], needs: Needs) -> list[tuple[str, str]]:

@@ -134,16 +134,18 @@ _LOOK = re.compile(
     r"black[- ]and[- ]white|monochrom\w+|styles?|styli[sz]ed|impressionis\w+|minimalis\w+|realistic|realism)\b",
     re.IGNORECASE,
 )
+_TOKEN = re.compile(r"<\|?[/\w][^<>\n]{0,40}>")
 
 
 def clean(answer: str, variant: Variant) -> str:
     """A VLM's answer as one line of plain text without thoughts, tokens, markup, quotes and politeness; bounded."""
     text = unicodedata.normalize("NFC", answer).rpartition("</think>")[2]
     text = text.partition("<think>")[0]  # one that never ended is no answer
-    text = re.sub(r"<\|?[/\w][^<>\n]{0,40}>", " ", text).replace("\ufffd", "")
+    text = _TOKEN.sub(" ", text).replace("\ufffd", "")
     text = re.sub(r"!?\[([^\]\n]+)\]\([^)\s]*[./][^)\s]*\)", r"\1", text)  # a link
     lines = [re.sub(r"^(?:#{1,6}|>)\s+", "", line.strip()) for line in re.sub(r"```\w*", "\n", text).splitlines()]
     text = _one_line([_printable(re.sub(r"\*\*|__|(?<!\w)[*_](?=\w)|(?<=[\w.,])[*_](?!\w)", "", s)) for s in lines])
+    text = " ".join(_TOKEN.sub(" ", text).split())  # what the markup kept apart
     for pattern in (_SPEECH, _LABEL):
         text = _unquoted(pattern.sub("", text, count=1))
     text = _bounded(_without_loop(_opened(text)), variant)

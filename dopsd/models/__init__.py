@@ -41,7 +41,7 @@ COMMITS = Path(".cache/hub-commits.json")
 """Which commit a hub's name meant when the base was last identified: no stage may take another one than that."""
 
 __all__ = [
-    "FAMILIES", "Base", "Family", "ModelError", "Use", "family_class", "licence_of", "load_family",
+    "FAMILIES", "Base", "Family", "ModelError", "Use", "family_class", "known_commit", "licence_of", "load_family",
     "open_base", "references_rule", "remember_commits", "resolved", "teaching_of",
 ]  # fmt: skip
 
@@ -164,7 +164,7 @@ def open_base(model: ModelSettings, root: Path, use: Use = "teach", fresh: bool 
     family, teaching = family_class(model), teaching_of(model)
     names = [name for name in family.components if use != "train" or name in _TRAINED]
     patterns = ["model_index.json", *(f"{name}/*" for name in names)]
-    revision = model.revision or (None if fresh else _commits(root).get(model.path))
+    revision = model.revision if fresh else known_commit(model.path, model.revision, root)
     try:
         source = locate(model.path, root, revision=revision, patterns=patterns)
         index = check_pipeline(
@@ -188,7 +188,7 @@ def _open_vlm(
             raise ModelError(f"{key}: the teacher needs a Qwen3-VL to see with; give a folder or a hub name")
         vlm = Source(base.folder / "vlm")
         if model.vlm is not None:
-            revision = model.vlm_revision or (None if fresh else _commits(root).get(model.vlm))
+            revision = model.vlm_revision if fresh else known_commit(model.vlm, model.vlm_revision, root)
             vlm = locate(model.vlm, root, revision=revision, patterns=["*.json", "*.safetensors", "*.txt"], key=key)
         return vlm, check_vlm(vlm, _config(base, "text_encoder"), key)
     except ModelError as error:
@@ -209,6 +209,11 @@ def remember_commits(base: Base, root: Path) -> None:
         from dopsd.files import write_json
 
         write_json(root / COMMITS, known | found)
+
+
+def known_commit(name: str, revision: str | None, root: Path) -> str | None:
+    """The revision that a name on the hub stands for: as the settings say, else the commit that it was found at."""
+    return revision or _commits(root).get(name)
 
 
 def _commits(root: Path) -> dict[str, str]:

@@ -167,6 +167,8 @@ class Family(ABC):
     """Whether ``model_index.json`` says if this is the distilled model; then it must be."""
     few_steps: ClassVar[int]
     """How many steps the published model is drawn with."""
+    longest_prompt: ClassVar[int]
+    """Most tokens of a caption's turn that are read. A longer one is refused: its end would be cut off unseen."""
     contexts: ClassVar[tuple[ContextName, ...]]
     """What its teacher can be shown; the first is the default."""
     suffixes: ClassVar[Mapping[ContextName, str]] = {}
@@ -213,6 +215,25 @@ class Family(ABC):
         """What is handled for a caption of ``tokens`` tokens and a picture of ``height x width`` pixels; ``None`` where
         the family does not say, and nothing is counted in advance."""
         return None
+
+    # --- what is read of a text, by the tokenizer alone ---------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def prompt_lengths(cls, tokenizer: Any, captions: Sequence[str]) -> list[int]:
+        """Tokens of each caption's turn, as :attr:`longest_prompt` counts them."""
+
+    @classmethod
+    def longest_context(cls, configs: Configs) -> int:
+        """Most tokens of the turn in which the teacher reads a caption with its suffix, the pictures in it included.
+        ``configs``: those that are known."""
+        return cls.longest_prompt
+
+    @classmethod
+    def picture_tokens(cls, configs: Configs, teaching: Teaching, size: tuple[int, int] | None) -> int:
+        """How many of these a picture of (width, height) pixels takes, ``None``: any at most. 0 where the text encoder
+        is shown none, or ``configs`` do not say."""
+        return 0
 
     # --- what the pipeline does ---------------------------------------------------------------------------------------
 

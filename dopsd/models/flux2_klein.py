@@ -36,7 +36,6 @@ from .folder import CONFIG, read_json
 from .loading import Where, load, standard_loaders
 from .sources import ModelError, Source
 
-MAX_PROMPT_TOKENS = 512
 LAYERS = (9, 18, 27)
 """The encoder's hidden states that a caption is made of."""
 CAPTION, REFERENCE = "caption", "reference/"
@@ -62,6 +61,7 @@ class Flux2Klein(Family):
     published = "black-forest-labs/FLUX.2-klein-4B"
     says_distilled = True
     few_steps = 4
+    longest_prompt = 512
     contexts: ClassVar[tuple[ContextName, ...]] = ("edit", "edit-reference", "enhanced-prompt")
     suffixes: ClassVar[Mapping[ContextName, str]] = {
         "edit": " Keep the identity and the details of the subject, the background and the composition of the "
@@ -115,12 +115,16 @@ class Flux2Klein(Family):
     def shapes(cls, configs: Configs, teaching: Teaching, tokens: int, height: int, width: int) -> Shapes:
         transformer, cell = configs["transformer"], _PATCH * 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
         latents = (transformer["in_channels"], height // cell, width // cell)
-        caption = {CAPTION: (MAX_PROMPT_TOKENS, transformer["joint_attention_dim"])}
+        caption = {CAPTION: (cls.longest_prompt, transformer["joint_attention_dim"])}
         references = {"edit": (0, 1), "edit-reference": (1, 2)}.get(teaching.context, (0, 0))
         prompt, context = (
             caption | {f"{REFERENCE}{number}": latents for number in range(count)} for count in references
         )
-        return Shapes(prompt, context, latents, MAX_PROMPT_TOKENS)
+        return Shapes(prompt, context, latents, cls.longest_prompt)
+
+    @classmethod
+    def prompt_lengths(cls, tokenizer: Any, captions: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in tokenizer(_turns(tokenizer, captions)).input_ids]
 
     @staticmethod
     def call(request: Request, height: int, width: int, num_steps: int, noise: Tensor | None = None) -> dict[str, Any]:
@@ -163,19 +167,15 @@ class Flux2Klein(Family):
 
     def _encode_text(self, requests: Sequence[Request], suffix: str) -> list[Tensor]:
         tokenizer, encoder = self.parts["tokenizer"], self.parts["text_encoder"]
-        texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": request.caption + suffix}],
-                tokenize=False, add_generation_prompt=True, enable_thinking=False,
-            )
-            for request in requests
-        ]  # fmt: skip
-        lengths = [len(ids) for ids in tokenizer(texts).input_ids]
+        captions = [request.caption + suffix for request in requests]
         check_lengths(
-            lengths, requests, MAX_PROMPT_TOKENS, "the teacher's prompt" if suffix else "the prompt",
+            self.prompt_lengths(tokenizer, captions), requests, self.longest_prompt,
+            "the teacher's prompt" if suffix else "the prompt",
             "shorten the caption" + (" or model.context_suffix" if suffix else ""),
         )  # fmt: skip
-        inputs = tokenizer(texts, padding="max_length", max_length=MAX_PROMPT_TOKENS, return_tensors="pt")
+        inputs = tokenizer(
+            _turns(tokenizer, captions), padding="max_length", max_length=self.longest_prompt, return_tensors="pt"
+        )
         inputs = inputs.to(encoder.device)
         with torch.no_grad():
             states = encoder(
@@ -266,6 +266,16 @@ class Flux2Klein(Family):
         with torch.no_grad():
             pixels = vae.decode(_unpatched(z * std + mean), return_dict=False)[0]
         return VaeImageProcessor(vae_scale_factor=self.cell).postprocess(pixels, output_type="pil")
+
+
+def _turns(tokenizer: Any, captions: Sequence[str]) -> list[str]:
+    """Captions in Qwen's chat template as the pipeline uses it (no thinking, generation prompt)."""
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        for text in captions
+    ]
 
 
 def references_of(conditioning: Conditioning) -> list[Tensor]:

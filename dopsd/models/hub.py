@@ -71,6 +71,18 @@ def from_hub(name: str, revision: str | None, patterns: Sequence[str] | None, ke
             raise kind(f"{key}: {name}: {_why(error, name, revision, key, begun)}") from None
 
 
+def cached(name: str, revision: str | None, patterns: Sequence[str]) -> Source | None:
+    """What the library's cache has of these files, all or some; ``None``: nothing. The network is not asked."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(name, revision=revision, allow_patterns=list(patterns), local_files_only=True)
+    except (OSError, ValueError):  # the library's words for "not in the cache" and for a name that the hub has not
+        return None
+    folder = Path(found)
+    return Source(folder, name, folder.name) if folder.is_dir() else None
+
+
 def _listed(name: str, revision: str | None) -> bool:
     """Whether the cache knows which files that commit has. Others may have put single files of it there."""
     if not _COMMIT.fullmatch(revision or ""):

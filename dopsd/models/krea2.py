@@ -32,7 +32,6 @@ from .base import (
 from .loading import Where, load, standard_loaders
 from .sources import Source
 
-MAX_PROMPT_TOKENS = 512
 MAX_CONTEXT_TOKENS = 1024
 CAPTION = "caption"
 """The one tensor of a conditioning: ``[tokens, layers, hidden]``, padding left out, the turn's end in the last rows."""
@@ -62,6 +61,7 @@ class Krea2(Family):
     published = "krea/Krea-2-Turbo"
     says_distilled = True
     few_steps = 8
+    longest_prompt = 512
     kinds = ("lora", "dora")
     contexts: ClassVar[tuple[ContextName, ...]] = ("vlm", "enhanced-prompt")
     lora_targets = (
@@ -94,15 +94,30 @@ class Krea2(Family):
         transformer, side = configs["transformer"], 2 ** len(configs["vae"]["temperal_downsample"])
         states = transformer["num_text_layers"], transformer["text_hidden_dim"]
         caption, shown = tokens + _SUFFIX_TOKENS, 0
-        if teaching.context == "vlm":
-            picture = qwen_vl.picture_tokens(configs["text_encoder"]["vision_config"], teaching.pixels)
+        if picture := cls.picture_tokens(configs, teaching, None):
             shown = _PREFIX_TOKENS + picture + caption
-        context = (shown or MAX_PROMPT_TOKENS + _PREFIX_TOKENS) - _PREFIX_TOKENS
+        context = (shown or cls.longest_prompt + _PREFIX_TOKENS) - _PREFIX_TOKENS
         return Shapes(
             {CAPTION: (caption, *states)}, {CAPTION: (context, *states)},
             (transformer["in_channels"] // _PATCH**2, height // side, width // side),
-            MAX_PROMPT_TOKENS + _PREFIX_TOKENS, shown,
+            cls.longest_prompt + _PREFIX_TOKENS, shown,
         )  # fmt: skip
+
+    @classmethod
+    def prompt_lengths(cls, tokenizer: Any, captions: Sequence[str]) -> list[int]:
+        """Without the fixed prefix, whose states are dropped, and with the turn's end."""
+        turns = tokenizer([_PREFIX + text for text in captions]).input_ids
+        return [len(ids) - _PREFIX_TOKENS + _SUFFIX_TOKENS for ids in turns]
+
+    @classmethod
+    def longest_context(cls, configs: Configs) -> int:
+        return MAX_CONTEXT_TOKENS
+
+    @classmethod
+    def picture_tokens(cls, configs: Configs, teaching: Teaching, size: tuple[int, int] | None) -> int:
+        if teaching.context != "vlm" or "text_encoder" not in configs:
+            return 0
+        return qwen_vl.picture_tokens(configs["text_encoder"]["vision_config"], teaching.pixels, size)
 
     @staticmethod
     def call(request: Request, height: int, width: int, num_steps: int, noise: Tensor | None = None) -> dict[str, Any]:
@@ -130,10 +145,11 @@ class Krea2(Family):
     def encode_prompt(self, requests: Sequence[Request]) -> list[Conditioning]:
         """Captions as ``Krea2Pipeline`` encodes them, ``[tokens, layers, hidden]`` each, without the padding."""
         tokenizer, encoder = self.parts["tokenizer"], self.parts["text_encoder"]
-        room = MAX_PROMPT_TOKENS + _PREFIX_TOKENS - _SUFFIX_TOKENS
-        texts = [_PREFIX + request.caption for request in requests]
-        lengths = [len(ids) - _PREFIX_TOKENS + _SUFFIX_TOKENS for ids in tokenizer(texts).input_ids]
-        check_lengths(lengths, requests, MAX_PROMPT_TOKENS, "the prompt", "shorten the caption")
+        room = self.longest_prompt + _PREFIX_TOKENS - _SUFFIX_TOKENS
+        captions = [request.caption for request in requests]
+        lengths = self.prompt_lengths(tokenizer, captions)
+        check_lengths(lengths, requests, self.longest_prompt, "the prompt", "shorten the caption")
+        texts = [_PREFIX + text for text in captions]
         head = tokenizer(texts, padding="max_length", max_length=room, return_tensors="pt")
         tail = tokenizer([_SUFFIX] * len(texts), return_tensors="pt")
         ids = torch.cat([head.input_ids, tail.input_ids], dim=1).to(encoder.device)
@@ -161,8 +177,8 @@ class Krea2(Family):
             _PREFIX + pictures + request.caption + self.teaching.suffix + _SUFFIX, return_tensors="pt"
         ).input_ids
         check_lengths(
-            [ids.shape[1] - _PREFIX_TOKENS], [request], MAX_CONTEXT_TOKENS, "the teacher's context",
-            "shorten the caption or lower model.context_pixels",
+            [ids.shape[1] - _PREFIX_TOKENS], [request], self.longest_context(self.parts.configs),
+            "the teacher's context", "shorten the caption or lower model.context_pixels",
         )  # fmt: skip
         encoder.rope_deltas = None  # a cache for generation; stale values of another picture must not be reused
         with torch.no_grad():
@@ -193,7 +209,7 @@ class Krea2(Family):
 
     def predict_velocity(self, latents: Tensor, sigma: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
         """``dx/dsigma`` as float32 ``[B, C, h, w]``. Captions are padded to 512 rows as the pipeline pads them."""
-        rows = max(MAX_PROMPT_TOKENS, *(len(tensors[CAPTION]) for tensors in conditioning))
+        rows = max(self.longest_prompt, *(len(tensors[CAPTION]) for tensors in conditioning))
         captions, mask = zip(*(_padded(tensors[CAPTION], rows) for tensors in conditioning), strict=True)
         height, width = latents.shape[2] // _PATCH, latents.shape[3] // _PATCH
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device).expand(len(latents))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -120,9 +121,24 @@ def pixels_of(processor: Any, images: Sequence[Image], limits: tuple[int, int]) 
     return processor(images=list(images), return_tensors="pt", size={"shortest_edge": low, "longest_edge": high})
 
 
-def picture_tokens(vision: Mapping[str, Any], limits: tuple[int, int]) -> int:
-    """Most tokens that a picture takes in a turn, by the vision half's configuration."""
-    return limits[1] // (vision["patch_size"] * vision["spatial_merge_size"]) ** 2 + 2
+def picture_tokens(vision: Mapping[str, Any], limits: tuple[int, int], size: tuple[int, int] | None = None) -> int:
+    """Tokens that a picture of (width, height) pixels takes in a turn, ``None``: any at most; by the vision half's
+    configuration.
+
+    The picture is resized as transformers' ``smart_resize`` does it, which is not asked: it comes with all of image
+    processing, seconds of imports for one line of arithmetic.
+    """
+    cell, (least, most) = vision["patch_size"] * vision["spatial_merge_size"], limits
+    if size is None:
+        return most // cell**2 + 2
+    cells = [round(side / cell) for side in size]
+    if math.prod(cells) * cell**2 > most:
+        scale = math.sqrt(math.prod(size) / most)
+        cells = [max(1, math.floor(side / scale / cell)) for side in size]
+    elif math.prod(cells) * cell**2 < least:
+        scale = math.sqrt(least / math.prod(size))
+        cells = [math.ceil(side * scale / cell) for side in size]
+    return math.prod(cells) + 2
 
 
 def image_blocks(grid: Tensor, merge: int) -> Iterator[str]:

@@ -15,7 +15,9 @@ from typing import Any
 from .folder import CONFIG, INDEX, ModelError, Source, need, quoted, read_json, tensors_of
 from .hashes import identity
 
-__all__ = ["ModelError", "Source", "check_pipeline", "check_vlm", "identity", "licence_of", "locate", "read_index"]
+__all__ = [
+    "ModelError", "Source", "at_hand", "check_pipeline", "check_vlm", "identity", "licence_of", "locate", "read_index",
+]  # fmt: skip
 
 VLM_CLASSES = ("Qwen3VLForConditionalGeneration", "Qwen3VLModel")
 
@@ -72,6 +74,19 @@ def locate(
     from .hub import from_hub
 
     return from_hub(path, revision, patterns, key)
+
+
+def at_hand(path: str, root: Path, *, revision: str | None = None, patterns: Sequence[str]) -> Source | None:
+    """What is here already of what ``path`` means, whole or not: a folder, or what the hub's cache has of the files
+    that match ``patterns``. The network is not asked, and nothing is checked; ``None`` where there is nothing."""
+    folder = Path(os.path.abspath(root / os.path.expanduser(path)))
+    if folder.is_dir():
+        return Source(folder)
+    if not _HUB_NAME.fullmatch(path):
+        return None
+    from .hub import cached
+
+    return cached(path, revision, patterns)
 
 
 def read_index(folder: Path, key: str = "model.path") -> dict[str, Any]:

@@ -35,7 +35,6 @@ from .sources import ModelError, Source
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_PROMPT_TOKENS = 512
 MAX_CONTEXT_TOKENS = 1024
 CAPTION = "caption"
 """The one tensor of a Z-Image conditioning: ``[tokens, dim]``, the encoder's last but one hidden states."""
@@ -58,6 +57,7 @@ class ZImage(Family):
     }
     published, published_vlm = "Tongyi-MAI/Z-Image-Turbo", "Qwen/Qwen3-VL-4B-Instruct"
     few_steps = 8
+    longest_prompt = 512
     contexts: ClassVar[tuple[ContextName, ...]] = ("vlm", "enhanced-prompt")
     lora_targets = (
         r"attention\.to_q",
@@ -96,14 +96,33 @@ class ZImage(Family):
     def shapes(cls, configs: Configs, teaching: Teaching, tokens: int, height: int, width: int) -> Shapes:
         transformer, side = configs["transformer"], 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
         turn, shown = tokens + _TURN, 0
-        if teaching.context == "vlm" and "vlm" in configs:
-            shown = turn + qwen_vl.picture_tokens(configs["vlm"]["vision_config"], teaching.pixels)
-        context = min(MAX_CONTEXT_TOKENS, shown or MAX_PROMPT_TOKENS)
+        if picture := cls.picture_tokens(configs, teaching, None):
+            shown = turn + picture
+        context = min(MAX_CONTEXT_TOKENS, shown or cls.longest_prompt)
         width_of_states = transformer["cap_feat_dim"]
         return Shapes(
             {CAPTION: (turn, width_of_states)}, {CAPTION: (context, width_of_states)},
             (transformer["in_channels"], height // side, width // side), turn, shown, BATCH,
         )  # fmt: skip
+
+    @classmethod
+    def prompt_lengths(cls, tokenizer: Any, captions: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in tokenizer([prompt_text(tokenizer, text) for text in captions]).input_ids]
+
+    @classmethod
+    def longest_context(cls, configs: Configs) -> int:
+        """What the published limit and the transformer's table of positions allow: the class's own default table is
+        too short for 1,024 tokens."""
+        if "transformer" not in configs:
+            return MAX_CONTEXT_TOKENS
+        positions = configs["transformer"].get("axes_lens", [1024])[0]
+        return min(MAX_CONTEXT_TOKENS, (positions - 2) // _GRANULE * _GRANULE)
+
+    @classmethod
+    def picture_tokens(cls, configs: Configs, teaching: Teaching, size: tuple[int, int] | None) -> int:
+        if teaching.context != "vlm" or "vlm" not in configs:
+            return 0
+        return qwen_vl.picture_tokens(configs["vlm"]["vision_config"], teaching.pixels, size)
 
     @staticmethod
     def call(request: Request, height: int, width: int, num_steps: int, noise: Tensor | None = None) -> dict[str, Any]:
@@ -145,7 +164,7 @@ class ZImage(Family):
         texts = [prompt_text(tokenizer, request.caption) for request in requests]
         inputs = tokenizer(texts, padding="longest", return_tensors="pt").to(encoder.device)
         mask = inputs.attention_mask.bool()
-        check_lengths(mask.sum(1).tolist(), requests, MAX_PROMPT_TOKENS, "the prompt", "shorten the caption")
+        check_lengths(mask.sum(1).tolist(), requests, self.longest_prompt, "the prompt", "shorten the caption")
         with torch.no_grad():
             output = encoder(
                 input_ids=inputs.input_ids, attention_mask=mask, output_hidden_states=True, use_cache=False
@@ -167,8 +186,8 @@ class ZImage(Family):
             tokenizer, captions, [len(group) for group in images], pixels["image_grid_thw"], processor.merge_size
         )
         check_lengths(
-            inputs["attention_mask"].sum(1).tolist(), requests, self._longest_context(), "the teacher's context",
-            "shorten the caption or lower model.context_pixels",
+            inputs["attention_mask"].sum(1).tolist(), requests, self.longest_context(self.parts.configs),
+            "the teacher's context", "shorten the caption or lower model.context_pixels",
         )  # fmt: skip
         with torch.no_grad():
             states = context_states(
@@ -176,12 +195,6 @@ class ZImage(Family):
                 pixels["pixel_values"].to(vlm.device, vlm.dtype), pixels["image_grid_thw"].to(vlm.device),
             )  # fmt: skip
         return [{CAPTION: s.clone()} for s in states]
-
-    def _longest_context(self) -> int:
-        """What the published limit and this transformer's table of positions allow: the class's own default table is
-        too short for 1,024 tokens."""
-        positions = self.parts.configs["transformer"].get("axes_lens", [1024])[0]
-        return min(MAX_CONTEXT_TOKENS, (positions - 2) // _GRANULE * _GRANULE)
 
     def encode_images(self, images: Sequence[Image]) -> Tensor:
         """Clean latents ``float32 [B, C, h, w]`` (the posterior's mean, shifted and scaled) of images of one size."""

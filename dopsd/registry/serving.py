@@ -14,6 +14,7 @@ import base64
 import binascii
 import io
 import math
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -32,6 +33,8 @@ MAX_ENCODED = 32 * 2**20
 MAX_PIXELS = 50_000_000
 LEAST_SIDE, MAX_SHAPE = 64, 8
 """Of a reference, as the data that was trained on had to be."""
+CONTROL = re.compile(r"<\|[^\s<>|]+\|>")
+"""How tokenizers write the tokens that no text holds."""
 SIDES, MULTIPLE = (64, 4096), 16
 MAX_STEPS = 100
 
@@ -46,6 +49,11 @@ class Row(NamedTuple):
 
 class FewStepModel(mlflow.pyfunc.PythonModel):
     """Base and adapter, or trained transformer, in plain diffusers. A param of 0 stands for what it was trained for."""
+
+    prompt_tokens: int | None = None
+    """Most tokens of a prompt, without the turn around it; ``None``: not known."""
+    controls: tuple[str, ...] = ()
+    """Tokens beside the vocabulary that are written in angle brackets."""
 
     def load_context(self, context: Any) -> None:
         """Load the pipeline; the base is stored with the version or named by it."""
@@ -68,6 +76,9 @@ class FewStepModel(mlflow.pyfunc.PythonModel):
         self.pipeline.set_progress_bar_config(disable=True)
         self.call = config["call"]
         self.edits = bool(config.get("edits"))
+        self.prompt_tokens = config.get("prompt_tokens")
+        added = (str(token) for token in self.pipeline.tokenizer.added_tokens_decoder.values())
+        self.controls = tuple(sorted(token for token in added if re.fullmatch("<.+>", token)))
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # MLflow reads the hints
         """One picture per row, each from its own seed ``seed + number``.
@@ -77,9 +88,25 @@ class FewStepModel(mlflow.pyfunc.PythonModel):
         params = params or {}
         steps, size, seed = _steps(params), _size(params), params.get("seed") or 0
         rows = _rows(model_input, self.edits)
+        for row in rows:
+            self._check_prompt(row)
         for row in rows:  # decoded once more when it is drawn: all pictures of all rows at a time may be gigabytes
             _pictures(row)
         return [self._draw(row, steps, size, seed) for row in rows]
+
+    def _check_prompt(self, row: Row) -> None:
+        """The pipeline would cut a long prompt off without a word, and take a token's name for the token."""
+        found = CONTROL.search(row.prompt)
+        token = found[0] if found else next((control for control in self.controls if control in row.prompt), None)
+        if token is not None:
+            raise ValueError(f"row {row.number}: {token} is a control token, not text; remove it or say it in words")
+        if self.prompt_tokens is None:
+            return
+        length = len(self.pipeline.tokenizer(row.prompt, add_special_tokens=False).input_ids)
+        if length > self.prompt_tokens:
+            raise ValueError(
+                f"row {row.number}: the prompt is {length:,} tokens, and {self.prompt_tokens} are read; shorten it"
+            )
 
     def _draw(self, row: Row, steps: int | None, size: tuple[int, int] | None, seed: int) -> Image.Image:
         pictures = _pictures(row)
