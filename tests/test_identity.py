@@ -27,8 +27,9 @@ MODELS = ("models/__init__.py", "models/base.py", "models/flux2_klein.py", "mode
           "models/qwen_vl.py", "models/z_image.py")  # fmt: skip
 """What a model answers; finding, fetching and checking its files decides nothing."""
 STANDS_FOR = {
-    "DATA_VERSION": ("data/colour.py", "data/duplicates.py", "data/folders.py", "data/images.py", "data/manifest.py",
-                     "data/needs.py", "data/placeholder.py", "data/records.py", "data/schema.py"),
+    "DATA_VERSION": ("data/colour.py", "data/dialects.py", "data/duplicates.py", "data/folders.py", "data/images.py",
+                     "data/manifest.py", "data/needs.py", "data/placeholder.py", "data/records.py", "data/schema.py",
+                     "data/tables.py", "data/text.py"),
     "ENCODING_VERSION": (*MODELS, "data/colour.py", "data/encoded.py", "data/images.py", "data/pictures.py",
                          "train/encode.py"),
     "METHOD_VERSION": (*MODELS, "distill/adapters.py", "distill/baselines.py", "distill/flow.py", "distill/kinds.py",

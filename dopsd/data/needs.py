@@ -10,6 +10,7 @@ from typing import Literal
 from .duplicates import near_duplicates
 from .images import ImageFacts
 from .manifest import METADATA, Fault, Row
+from .records import TEXTS
 
 MIN_SIDE, MAX_RATIO = 64, 8.0
 """What an editing pipeline takes as a reference (pixels; long side over short one)."""
@@ -110,7 +111,7 @@ def _lacking_variant(captions: Mapping[str, str], teacher: str, source: str) -> 
 
 
 def _is_text_file(source: str) -> bool:
-    return source.lower().endswith(".txt")
+    return source.lower().endswith(TEXTS)
 
 
 def leaked(
