@@ -85,6 +85,12 @@ def _describe(meaning: str, files: int) -> str:
     )
 
 
+def says_held_out(file: str) -> bool:
+    """Whether a packed file's split is not trained on: ``test-00000-of-00001.parquet``, ``validation/...``."""
+    words = (re.match("[a-z]+(_[a-z]+)?", part.casefold()) for part in file.split("/"))
+    return any(word and _HELD_OUT.fullmatch(word[0].replace("_", "")) for word in words)
+
+
 def kohya_repeats(files: Iterable[str]) -> dict[str, int]:
     """Folders named as kohya's ``10_fox``, the outermost of each file, and how often a picture there is drawn."""
     found: dict[str, int] = {}

@@ -24,7 +24,7 @@ from .folders import kohya_repeats, path_problem
 from .images import FULL_AREA, ImageError, ImageFacts, inspect_image
 from .manifest import HOLDOUT, ConceptTable, DataError, Fault, Row, hash_content, read_table
 from .needs import ANY, Needs, Seen, leaked, unmet
-from .placeholder import alone, describe, lacking
+from .placeholder import alone, describe, describe_none, lacking
 from .records import is_text, shown
 
 MAX_ASPECT = 4.0
@@ -132,6 +132,10 @@ def _student_captions(cells: Mapping[str, Any], needs: Needs) -> dict[str, str]:
     """By variant, those that must name the concept: not the teacher's own."""
     captions = json.loads(cells["captions"]) if isinstance(cells["captions"], str) else {}
     return {variant: text for variant, text in captions.items() if variant != needs.teacher_variant}
+
+
+def _texts_of(frame: pd.DataFrame) -> list[str]:
+    return [text for cell in frame["captions"] if isinstance(cell, str) for text in json.loads(cell).values()]
 
 
 def _describe_lacking(found: Mapping[str, str], settings: DataSettings) -> list[tuple[str, str]]:
@@ -353,8 +357,7 @@ _TABLE_MESSAGES: dict[str, Callable[[pd.DataFrame, DataSettings, int], str]] = {
     "too_few": lambda frame, _, needed: (
         f"too few images: {_count(frame)}, at least {needed} are needed; add more (data.min_images)"
     ),
-    "no_placeholder": lambda _, settings, __: (
-        f"no caption holds the placeholder {settings.placeholder}; name the concept with it, for example "
-        f'"a fox in {settings.placeholder} style" (data.placeholder){_unless("captions-without-placeholder")}'
+    "no_placeholder": lambda frame, settings, __: (
+        describe_none(_texts_of(frame), settings.placeholder) + _unless("captions-without-placeholder")
     ),
 }
