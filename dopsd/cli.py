@@ -345,14 +345,12 @@ def concept_add(
     overrides: Overrides = None,
 ) -> None:
     """Check a folder, copy it to `data/concepts/NAME`, put it under DVC and list it in the settings."""
-    from dopsd.config import OWN_SETTINGS, SettingsError
+    from dopsd.config import OWN_SETTINGS
     from dopsd.data.concept import add_concept, list_concept
-    from dopsd.data.unpack import Rewording
+    from dopsd.data.unpack import rewording
 
     settings = _settings(params, overrides)
-    how = Rewording(settings.data.placeholder, trigger, wording) if trigger is not None or wording is not None else None
-    if how and how.problem():
-        raise SettingsError(how.problem())
+    how = rewording(settings.data.placeholder, trigger, wording)
     with concept_lock(name, Path(), "dopsd concept add"):
         table, held_out = add_concept(folder, name, Path(), settings.data, replace, needs_of(settings), print, how)
     for warning in warnings_of(table, held_out):

@@ -61,16 +61,19 @@ def add_concept(
     if os.path.lexists(target) and not in_place and not replace:
         raise ConceptError(f"{target} is there already; choose another name or pass --replace")
     _recover(target)
-    with as_folder(folder, target.with_name(f".{target.name}.unpacked"), say, copy=how is not None) as rows:
+    with as_folder(folder, target.with_name(f".{target.name}.unpacked"), say, copy=how is not None) as (rows, packed):
         if in_place and rows != folder:
-            raise ConceptError(f"{folder}: would be unpacked or reworded into itself; move it elsewhere, and add it from "
-                               "there")  # fmt: skip
+            raise ConceptError(f"{folder}: cannot be unpacked or reworded into itself; move it, and add it from there")
+        read_as = None
         if how is not None:
             any_caption = settings.model_copy(update={"allow": (*settings.allow, "captions-without-placeholder")})
-            reword(rows, validate_dataset(rows, name, any_caption, needs), how, needs.teacher_variant)
+            tables = validate_dataset(rows, name, any_caption, needs)
+            read_as = tables[0].read_as
+            reword(rows, tables, how, needs.teacher_variant)
         table, held_out = validate_dataset(rows, name, settings, needs)
-        if rows == folder:
-            say(f"{folder}: read as {table.read_as}, {len(table.rows)} rows")
+        if not packed:
+            number = len(table.rows)
+            say(f"{folder}: read as {read_as or table.read_as}: {number} rows, {number} pictures")
         partial = None if in_place else _copy(rows, name, target, settings, needs, (table, held_out))
     with _undone_on_failure(target, partial):
         _dvc_add(root, target)

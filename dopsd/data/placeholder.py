@@ -10,25 +10,9 @@ from itertools import pairwise
 _WIDTH = ord("！") - ord("!")
 """From an ASCII character to its full-width twin."""
 _BRACKETS = {"[": "[［【〔", "]": "]］】〕"}
-_SMALL = {
-    "a",
-    "an",
-    "and",
-    "at",
-    "by",
-    "for",
-    "from",
-    "in",
-    "is",
-    "it",
-    "its",
-    "of",
-    "on",
-    "style",
-    "the",
-    "to",
-    "with",
-}
+_SMALL = frozenset(
+    ["a", "an", "and", "at", "by", "for", "from", "in", "is", "it", "its", "of", "on", "style", "the", "to", "with"]
+)
 """Words that call nothing."""
 _GAP = r"[\s\\\u200b\ufeff]*"
 
@@ -64,9 +48,9 @@ def describe_none(captions: Iterable[str], placeholder: str) -> str:
     common = sorted(set.intersection(*words) - _SMALL)[:3] if words else []
     trigger = f"--trigger {common[0]} (every caption has {', '.join(common)})" if common else "--trigger WORD"
     return (
-        f'no caption holds the placeholder {placeholder}; name the concept with it, for example "a fox in {placeholder} '
-        f'style" (data.placeholder), or let `dopsd concept add` do so in its copy: {trigger} writes it in place of a '
-        f'word, --wording "{{}} in {placeholder} style" puts that around each caption'
+        f"no caption holds the placeholder {placeholder}; name the concept with it, for example "
+        f'"a fox in {placeholder} style" (data.placeholder), or let `dopsd concept add` do so in its copy: {trigger} '
+        f'writes it in place of a word, --wording "{{}} in {placeholder} style" puts that around each caption'
     )
 
 

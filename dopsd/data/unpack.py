@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..config import SettingsError
 from .folders import HOLDOUT
 from .manifest import METADATA, ConceptTable, DataError, Fault, concept_files, layout_of
 from .packed import MAX_ROWS, PACKINGS, Item, PackedError, Packing, Seen
@@ -28,15 +29,6 @@ class Rewording:
     trigger: str | None = None
     wording: str | None = None
 
-    def problem(self) -> str:
-        """Why it can do nothing, for the person who asked for it."""
-        if self.trigger is not None and not self.trigger.strip():
-            return "--trigger: name the word that calls the concept in its captions"
-        if self.wording is not None and not ("{}" in self.wording and self.placeholder in self.wording):
-            example = f'"{{}} in {self.placeholder} style"'
-            return f"--wording: write {{}} for the caption, and {self.placeholder}, as in {example}"
-        return ""
-
     def texts(self, captions: Mapping[str, str], teacher: str | None) -> dict[str, str]:
         """Captions by variant; the teacher's own needs no placeholder."""
         lacks = lacking({name: text for name, text in captions.items() if name != teacher}, self.placeholder)
@@ -48,6 +40,16 @@ class Rewording:
         if self.wording is not None and self.placeholder not in text:
             text = self.wording.replace("{}", text)
         return text
+
+
+def rewording(placeholder: str, trigger: str | None, wording: str | None) -> Rewording | None:
+    """What a person asks for, if anything. Raises ``SettingsError`` where it can do nothing."""
+    if trigger is not None and not trigger.strip():
+        raise SettingsError("--trigger: name the word that calls the concept in its captions")
+    if wording is not None and not ("{}" in wording and placeholder in wording):
+        example = f'"{{}} in {placeholder} style"'
+        raise SettingsError(f"--wording: write {{}} for the caption, and {placeholder}, as in {example}")
+    return Rewording(placeholder, trigger, wording) if trigger is not None or wording is not None else None
 
 
 def reword(folder: Path, tables: tuple[ConceptTable, ConceptTable | None], how: Rewording, teacher: str | None) -> None:
@@ -65,16 +67,18 @@ def reword(folder: Path, tables: tuple[ConceptTable, ConceptTable | None], how: 
 
 
 @contextmanager
-def as_folder(source: Path, place: Path, say: Callable[[str], object], copy: bool = False) -> Iterator[Path]:
-    """``source`` where it is a concept folder (with ``copy`` its files in ``place``); else its rows, unpacked into
-    ``place``. That is gone afterwards.
+def as_folder(
+    source: Path, place: Path, say: Callable[[str], object], copy: bool = False
+) -> Iterator[tuple[Path, bool]]:
+    """A concept folder, and whether it was unpacked: ``source`` itself (with ``copy`` its files in ``place``), or what
+    is packed there, in ``place``. That is gone afterwards.
 
     ``say`` is told what was unpacked as what. Faults that the block finds in ``place`` are said of ``source``. Raises
     ``DataError`` for what cannot be unpacked, and where ``source`` is of two layouts at once.
     """
     found = _packing_of(source)
     if found is None and not (copy and source.is_dir()):
-        yield source
+        yield source, False
         return
     shutil.rmtree(place, ignore_errors=True)
     try:
@@ -84,7 +88,7 @@ def as_folder(source: Path, place: Path, say: Callable[[str], object], copy: boo
             for file in concept_files(source):
                 (place / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / file, place / file)
-        yield place
+        yield place, found is not None
     except DataError as error:
         raise DataError(replace(fault, file=_renamed(fault.file, place, source)) for fault in error.faults) from None
     finally:
