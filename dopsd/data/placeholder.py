@@ -10,9 +10,8 @@ from itertools import pairwise
 _WIDTH = ord("！") - ord("!")
 """From an ASCII character to its full-width twin."""
 _BRACKETS = {"[": "[［【〔", "]": "]］】〕"}
-_SMALL = frozenset(
-    ["a", "an", "and", "at", "by", "for", "from", "in", "is", "it", "its", "of", "on", "style", "the", "to", "with"]
-)
+_SMALL = {"a", "an", "and", "at", "by", "for", "from", "in", "is", "it", "its", "of", "on", "style", "the", "to",
+          "with"}  # fmt: skip
 """Words that call nothing."""
 _GAP = r"[\s\\\u200b\ufeff]*"
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import SettingsError
+from .fetched import fetch, hub_name
 from .folders import HOLDOUT
 from .manifest import METADATA, ConceptTable, DataError, Fault, concept_files, layout_of
 from .packed import MAX_ROWS, PACKINGS, Item, PackedError, Packing, Seen
@@ -71,17 +72,26 @@ def as_folder(
     source: Path, place: Path, say: Callable[[str], object], copy: bool = False
 ) -> Iterator[tuple[Path, bool]]:
     """A concept folder, and whether it was unpacked: ``source`` itself (with ``copy`` its files in ``place``), or what
-    is packed there, in ``place``. That is gone afterwards.
+    is packed there, in ``place``. That is gone afterwards. ``source`` may be a data set's name on the hub.
 
     ``say`` is told what was unpacked as what. Faults that the block finds in ``place`` are said of ``source``. Raises
     ``DataError`` for what cannot be unpacked, and where ``source`` is of two layouts at once.
     """
+    if (name := hub_name(source)) is not None:
+        with _gone_afterwards(place.with_name(f"{place.name}.fetched"), source) as here:
+            say(f"{name}: no folder here, fetched from the hub")
+            try:
+                fetch(name, here)
+            except PackedError as error:
+                raise DataError([Fault(name, None, None, str(error))]) from None
+            with as_folder(here, place, lambda line: say(_renamed(line, here, source)), copy) as opened:
+                yield opened
+        return
     found = _packing_of(source)
     if found is None and not (copy and source.is_dir()):
         yield source, False
         return
-    shutil.rmtree(place, ignore_errors=True)
-    try:
+    with _gone_afterwards(place, source):
         if found is not None:
             _unpack(source, *found, place, say)
         else:
@@ -89,6 +99,14 @@ def as_folder(
                 (place / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / file, place / file)
         yield place, found is not None
+
+
+@contextmanager
+def _gone_afterwards(place: Path, source: Path) -> Iterator[Path]:
+    """A folder that stands for ``source``, in the names of faults too."""
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        yield place
     except DataError as error:
         raise DataError(replace(fault, file=_renamed(fault.file, place, source)) for fault in error.faults) from None
     finally:
