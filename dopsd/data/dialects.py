@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,7 @@ class Reading:
 
     def row(self, value: Any, folder: str, files: Mapping[str, str]) -> Any:
         """A row in this project's words; what is no object stays what it is. ``folder``: the table's own, relative;
-        ``files``: composed name to name of each file of the data set."""
+        ``files``: from :func:`files_by_name`."""
         dialect = self.dialect
         if dialect is None or not isinstance(value, dict):
             return value
@@ -89,17 +90,24 @@ def reading_of(keys: Collection[str]) -> Reading:
     own = [("image", None)] if "image" in keys else []
     given = [*own, *((key, dialect) for dialect in DIALECTS for key in dialect.images if key in keys)]
     if len(given) > 1:
-        return Reading(fault=f"{_list([key for key, _ in given])} both name the picture; keep one")
+        return Reading(fault=f"{_list([key for key, _ in given])} name the picture, each of them; keep one")
     dialect = given[0][1] if given else None
     if dialect is None:
         return Reading()
     captions = dialect.captions(keys)
     if len(captions) > 1 and not dialect.variants:
-        return Reading(dialect, fault=f"{_list(captions)} are both captions; keep one")
+        return Reading(dialect, fault=f"{_list(captions)} are captions, each of them; keep one")
     used = {*dialect.images, *captions, "repeats"}
     ignored = [shown(str(key), SHOWN) for key in keys if key not in used
                and not re.fullmatch(dialect.references, str(key))]  # fmt: skip
     return Reading(dialect, tuple(captions), tuple(ignored))
+
+
+def files_by_name(files: Sequence[str]) -> dict[str, str]:
+    """The files of a data set by their paths (composed), and by their names alone where only one has that name."""
+    names = Counter(composed(file).rpartition("/")[2] for file in files)
+    alone = {name: file for file in files if names[name := composed(file).rpartition("/")[2]] == 1}
+    return alone | {composed(file): file for file in files}
 
 
 def image_keys() -> tuple[str, ...]:
@@ -108,7 +116,7 @@ def image_keys() -> tuple[str, ...]:
 
 
 def _list(names: Sequence[str]) -> str:
-    return " and ".join(names)
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def _natural(key: Any) -> list[tuple[int, str]]:
@@ -118,7 +126,7 @@ def _natural(key: Any) -> list[tuple[int, str]]:
 
 def _placed(path: Any, folder: str, files: Mapping[str, str]) -> Any:
     """The file that a path means: as it is written from the table's folder, then from the top, then its end, the
-    longest first. Where none is there, its last part, which then is missing."""
+    longest first, its mere name last. Where none is there, that name, which then is missing."""
     if not isinstance(path, str) or not path.strip() or "\0" in path:
         return path
     plain = composed(path.replace("\\", "/"))

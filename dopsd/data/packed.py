@@ -164,7 +164,7 @@ def _row_of(values: Mapping[str, Any], place: str, seen: Seen, text: str | None 
     named = [name for name in CAPTIONS if isinstance(values.get(name), str)]
     row = {key: values[key] for key in _ROW_KEYS if values.get(key) is not None}
     if text is None and len(named) > 1:
-        raise PackedError(f"{place}: {' and '.join(named)} are both captions; leave one")
+        raise PackedError(f"{place}: {' and '.join(named)} are captions, each of them; leave one")
     if text is not None or named:
         row["caption"] = folded(values[named[0]] if text is None else text)
     used = {*row, *(named if text is None else ())}

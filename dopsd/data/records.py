@@ -105,7 +105,7 @@ def read_texts(folder: Path, images: Sequence[str], texts: Sequence[str]) -> lis
             records.append(Record(image, 0, image, problems=[("captions", problem)]))
         elif whole in by_stem and stem in by_stem:
             problem = f"{by_stem[stem]} is there too; keep one caption file"
-            records.append(Record(beside, 0, problems=[(None, problem)]))
+            records.append(Record(beside, 1, problems=[(None, problem)]))
         elif beside in seen:
             problem = f"{seen[beside]} and {image} share one caption file; give each picture a name of its own"
             records.append(Record(beside, 1, problems=[("image", problem)]))

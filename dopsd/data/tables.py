@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .dialects import OWN, Reading, image_keys, reading_of
-from .records import KEYS, SHOWN, Record, composed, describe_unknown, read_text, shown, to_record
+from .dialects import OWN, Reading, files_by_name, image_keys, reading_of
+from .records import KEYS, SHOWN, Record, describe_unknown, read_text, shown, to_record
 
 TABLES = (".jsonl", ".csv", ".parquet")
 _MAX_BYTES = 256 << 20
@@ -45,7 +45,7 @@ def read_rows(folder: Path, source: str, files: Sequence[str]) -> Table:
     reading = reading_of(keys)
     if reading.fault:
         return Table([Record(source, 0, problems=[*whole.problems, (None, reading.fault)])], reading.name)
-    place, known = source.rpartition("/")[0], {composed(file): file for file in files}
+    place, known = source.rpartition("/")[0], files_by_name(files)
     records = [_record(source, number, value, reading, place, known) for number, value in numbered]
     return Table([*([whole] if whole.problems else []), *records], reading.name, reading.ignored)
 

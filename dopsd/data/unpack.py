@@ -79,7 +79,7 @@ def as_folder(
     """
     if (name := hub_name(source)) is not None:
         with _gone_afterwards(place.with_name(f"{place.name}.fetched"), source) as here:
-            say(f"{name}: no folder here, fetched from the hub")
+            say(f"{name}: no such folder here; asking the hub")
             try:
                 fetch(name, here)
             except PackedError as error:
