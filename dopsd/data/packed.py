@@ -167,7 +167,7 @@ def _row_of(values: Mapping[str, Any], place: str, seen: Seen, text: str | None 
         raise PackedError(f"{place}: {' and '.join(named)} are captions, each of them; leave one")
     if text is not None or named:
         row["caption"] = folded(values[named[0]] if text is None else text)
-    used = {*row, *(named if text is None else ())}
+    used = {*_ROW_KEYS, *(named if text is None else ())}
     seen.ignored |= dict.fromkeys(prefix + shown(str(key), SHOWN) for key in values if key not in used)
     if not {"caption", "captions"} & set(row):
         known = ", ".join(shown(str(key), SHOWN) for key in list(values)[:8]) or "nothing else"
