@@ -349,34 +349,36 @@ def test_a_data_set_of_the_hub_by_its_name(tmp_path):
         "me/large": Repository({"a.tar": bytes(3000)}, commit="c" * 40),
     }
     script = (
-        "import sys; from pathlib import Path; sys.path.insert(0, 'tests')\n"
+        "import json, sys; from pathlib import Path; sys.path.insert(0, 'tests')\n"
         "from concept_folders import SETTINGS; from dopsd.data import fetched\n"
         "from dopsd.data.schema import validate_dataset; from dopsd.data.unpack import as_folder\n"
-        "fetched.MAX_BYTES = int(sys.argv[3])\n"
-        "try:\n"
-        "    with as_folder(Path(sys.argv[1]), Path(sys.argv[2]), print) as (folder, packed):\n"
-        "        print(len(validate_dataset(folder, 'x', SETTINGS)[0].rows), packed)\n"
-        "except ValueError as error:\n"
-        "    print(error)\n"
+        "for name, fetched.MAX_BYTES in json.loads(sys.argv[2]):\n"
+        "    try:\n"
+        "        say = lambda line: print(line, end='|')\n"
+        "        with as_folder(Path(name), Path(sys.argv[1]), say) as (folder, packed):\n"
+        "            print(len(validate_dataset(folder, 'x', SETTINGS)[0].rows), packed)\n"
+        "    except ValueError as error:\n"
+        "        print(error)\n"
     )
 
-    def add(name: str, most: int = 1 << 30) -> list[str]:
-        command = [sys.executable, "-c", script, name, str(tmp_path / "place"), str(most)]
+    def add(*names: str, most: int = 1 << 30) -> list[str]:
+        command = [sys.executable, "-c", script, str(tmp_path / "place"), json.dumps([(name, most) for name in names])]
         environment = hub.environment(tmp_path / "home", PYTHONPATH=os.getcwd())
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
 
     with FakeHub(repositories) as hub:
-        assert add("me/folder") == ["me/folder: no such folder here; asking the hub", "5 False"]
+        folder_, rows, closed, none, misspelt = add("me/folder", "me/rows", "me/closed", "me/none", "tests/none")
+        assert folder_ == "me/folder: no such folder here; asking the hub|5 False"
+        read = "read as parquet with pictures (1 file), ignored columns: label: 5 rows, 5 pictures"
+        assert rows.split("|")[1:] == [f"me/rows: {read}", "5 True"]
+        assert "me/closed: gated: accept its licence" in closed
+        assert "me/none: no such folder here, and no such data set on the hub" in none
+        assert "no such folder; check the path" in misspelt, "a folder that is misspelt is not asked for"
         assert not hub.fetched() & {"load.py", ".gitattributes"}
-        assert add("me/rows")[1:] == ["me/rows: read as parquet with pictures (1 file), ignored columns: label: "
-                                      "5 rows, 5 pictures", "5 True"]  # fmt: skip
-        assert "GiB in all" in add("me/large", 2999)[1]
+        assert "GiB in all" in add("me/large", most=2999)[0]
         assert "a.tar" not in hub.fetched()
-        assert "me/closed: gated: accept its licence" in add("me/closed")[1]
-        assert "me/none: no such folder here, and no such data set on the hub" in add("me/none")[1]
-    assert "me/folder: no such folder here, and the hub gives nothing" in add("me/folder")[1]
+    assert "me/folder: no such folder here, and the hub gives nothing" in add("me/folder")[0]
     assert not (tmp_path / "place.fetched").exists()
-    assert "no such folder; check the path" in add("tests/none")[0], "a folder that is misspelt is not asked for"
 
 
 # --- two at once, and captions reworded -------------------------------------------------------------------------------

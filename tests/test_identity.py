@@ -125,6 +125,7 @@ def test_what_is_learnt_from_counts_to_the_last_bit_and_what_is_shown_does_not()
         {"prompt": examples[0].context, "context": examples[0].prompt},
         {"caption": "another"},
         {"height": 32},
+        {"repeats": 2},
     ):
         other = type(examples[0])(**(examples[0].__dict__ | change))
         assert Encoded((other, examples[1]), (), (), 1, "").identity(False) != same, change
