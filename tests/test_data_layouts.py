@@ -180,6 +180,12 @@ def test_kohyas_folders_say_how_often_their_pictures_are_drawn(tmp_path, names):
     assert all("times as its name says, as with kohya's tools" in warning.problem for warning in table.warnings)
 
 
+def test_a_year_is_no_number_of_repeats(tmp_path):
+    texts(tmp_path / "2024_holidays", count=2)
+    texts(tmp_path / "5_fox", count=2, first=10)
+    assert [row.repeats for row in validate_dataset(tmp_path, "test", SETTINGS)[0].rows] == [1, 1, 5, 5]
+
+
 def test_repeats_that_are_the_same_for_all_repeat_nothing(tmp_path):
     plain = validate_dataset(texts(tmp_path / "plain"), "test", SETTINGS)[0]
     for name in ("10_fox", "2024_holidays", "fox_10", "10"):
@@ -212,6 +218,8 @@ def test_repeats_are_a_field_of_a_row_and_part_of_what_the_data_are(tmp_path):
     assert repeated(3, 1, 1, 1, 1) != plain
     write_rows(folder, listed)
     assert [row.repeats for row in validate_dataset(folder, "test", SETTINGS)[0].rows] == [10, 1, 1, 1, 1]
+    repeated(3, 1, 1, 1, 1)
+    assert [row.repeats for row in validate_dataset(folder, "test", SETTINGS)[0].rows] == [3, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("times", [0, -1, 1000, 2.5, True, "two", None, [2], "1e400"])
@@ -241,6 +249,29 @@ def test_musubis_list_with_paths_of_another_machine(tmp_path):
     )
     references = [[path.relative_to(folder).as_posix() for path in row.references] for row in table.rows[:3]]
     assert references == [["before/0.png"], ["before/1.png", "2.png"], []]
+
+
+def test_a_foreign_path_means_the_nearest_file_and_never_one_of_several(tmp_path):
+    for seed, place in enumerate(("list/a", "a", "b", "c")):
+        pictures(tmp_path / place, 1, first=seed)
+    lines = [
+        {"image_path": "a/0.png", "control_path_10": "b/0.png", "control_path_2": "c/0.png"},
+        {"image_path": "../a/0.png"},
+        {"image_path": "b/0.png"},
+        {"image_path": "/old/c/0.png"},
+        {"image_path": "/old/d/0.png"},
+    ]
+    path = tmp_path / "list" / "all.jsonl"
+
+    def write(count: int) -> None:
+        path.write_text("".join(json.dumps(line | {"caption": "a [V]"}) + "\n" for line in lines[:count]))
+
+    write(4)
+    table = validate_dataset(tmp_path, "test", SETTINGS)[0]
+    assert [row.image.parent.relative_to(tmp_path).as_posix() for row in table.rows] == ["list/a", "a", "b", "c"]
+    assert [reference.parent.name for reference in table.rows[0].references] == ["c", "b"]
+    write(5)
+    assert [fault[:3] for fault in faults_of(tmp_path)] == [("list/all.jsonl", 5, "image")]
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ ENCODINGS = [
     ("cp932", "丘の上の狐、[V]の絵", "Shift JIS (cp932)"),
     ("euc_jp", "丘の上の狐、[V]の絵", "EUC-JP"),
     ("gb18030", "一只狐狸在山上，[V]风格", "GBK (gb18030)"),
+    ("gb18030", "[V] 森林中的女孩", "GBK (gb18030)"),  # kanji alone in EUC-JP, which Japanese never is
     ("cp949", "언덕 위의 여우 [V]", "EUC-KR (cp949)"),
     ("utf-16-le", "a fox in [V] style", "UTF-16 without a byte order mark"),
 ]

@@ -222,9 +222,9 @@ def _read_folder(folder: Path, any_folder: bool) -> tuple[list[Record], str]:
         if not any(record.row for record in records):
             expected = {*files}  # that no row mentions them is said already
     for record in records:
-        folders = [place for place in repeats if (record.image or "").startswith(f"{place}/")]
-        if record.repeats is None and folders:
-            record.repeats = repeats[folders[0]]
+        if record.repeats is None:
+            image = record.image or ""
+            record.repeats = next((times for place, times in repeats.items() if image.startswith(f"{place}/")), None)
     extra = [file for file in files if file not in expected and file not in layout.documents]
     return [*records, *(Record(file, 0, problems=[(None, describe_extra(file))]) for file in extra), *broken], read_as
 

@@ -115,8 +115,8 @@ def _key_of(shard: str, member: tarfile.TarInfo) -> tuple[str, str]:
     parts = member.name.replace("\\", "/").split("/")
     if member.name.startswith(("/", "\\")) or ".." in parts or re.match("[A-Za-z]:", parts[0]) or "\0" in member.name:
         raise PackedError(f"{shard}: {name} leaves the folder; pack it again with paths inside")
-    if not (member.isfile() or member.isdir()) or member.issparse():
-        raise PackedError(f"{shard}: {name} is a link, a device or sparse; pack the file itself")
+    if not (member.isfile() or member.isdir()):
+        raise PackedError(f"{shard}: {name} is a link or a device; pack the file itself")
     meta = re.match(r"__[^/]*__($|/)", member.name)
     found = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", member.name, re.DOTALL)
     if member.isdir() or meta or found is None or any(is_leftover(part) for part in parts if part != "."):

@@ -34,7 +34,7 @@ def decoded(content: bytes) -> str:
         if encoding != "utf-8" or mark:
             raise ValueError(f"is damaged {encoding.upper()} (line {line}); save it as UTF-8 again") from None
         raise ValueError(f"is not UTF-8 (line {line}); {_guess(content)}save it as UTF-8") from None
-    if not mark and text.count("\0") > len(text) // 4:  # in UTF-16, every other byte of plain English
+    if text.count("\0") > len(text) // 4:  # in UTF-16, every other byte of plain English
         raise ValueError("is not UTF-8; it looks like UTF-16 without a byte order mark: save it as UTF-8")
     return text
 
