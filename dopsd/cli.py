@@ -331,20 +331,31 @@ def runs(
 @concept_app.command("add")
 def concept_add(
     folder: Annotated[
-        Path, typer.Argument(help="Pictures and captions (metadata.jsonl, .txt beside them, or parquet).")
+        Path, typer.Argument(help="Pictures and captions, as this or another tool has them (docs/data.md).")
     ],
     name: Annotated[str, typer.Option("--name", help="What to call it: a-z, 0-9 and -.")],
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite a concept of that name.")] = False,
+    trigger: Annotated[
+        str | None,
+        typer.Option("--trigger", help="The word that calls it in its captions now: [V] is put there.", metavar="WORD"),
+    ] = None,
+    wording: Annotated[
+        str | None,
+        typer.Option("--wording", help='What becomes of captions without [V]: "{} in [V] style".', metavar="WORDS"),
+    ] = None,
     params: Params = PARAMS,
     overrides: Overrides = None,
 ) -> None:
     """Check a folder, copy it to `data/concepts/NAME`, put it under DVC and list it in the settings."""
     from dopsd.config import OWN_SETTINGS
     from dopsd.data.concept import add_concept, list_concept
+    from dopsd.data.unpack import rewording
 
     settings = _settings(params, overrides)
+    how = rewording(settings.data.placeholder, trigger, wording)
     with concept_lock(name, Path(), "dopsd concept add"):
-        table, held_out = add_concept(folder, name, Path(), settings.data, replace, needs_of(settings, Path()))
+        needs = needs_of(settings, Path())
+        table, held_out = add_concept(folder, name, Path(), settings.data, replace, needs, print, how)
     for warning in warnings_of(table, held_out):
         print(warning)
     print(f"{len(table.rows)} images to train on, {_by_folder(table)} -> {table.root}")

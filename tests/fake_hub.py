@@ -14,8 +14,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "a" * 40
-_API = re.compile(r"/api/models/(?P<name>[^/]+/[^/]+)(/(?P<what>revision|tree)/(?P<revision>[^/]+))?(/.*)?")
-_FILE = re.compile(r"/(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+_API = re.compile(r"/api/(models|datasets)/(?P<name>[^/]+/[^/]+)(/(?P<what>revision|tree)/(?P<revision>[^/]+))?(/.*)?")
+_FILE = re.compile(r"(/datasets)?/(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 
 
 @dataclass
@@ -116,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
         if found["what"] == "tree":
             answer: Any = [_entry(name, content) for name, content in repository.files.items()]
         else:
-            siblings = [{"rfilename": name} for name in repository.files]
+            siblings = [{"rfilename": name, "size": len(content)} for name, content in repository.files.items()]
             answer = {"id": found["name"], "sha": repository.commit, "siblings": siblings, "gated": False}
         return self._send(200, {"Content-Type": "application/json"}, json.dumps(answer).encode(), body)
 

@@ -161,7 +161,7 @@ def _several(*steps: Callable[[Path], None]) -> Callable[[Path], None]:
     ("spoil", "said"),
     [
         (_several(_write("metadata.jsonl", ""), _write("a.txt", "x")), "more than one way (metadata.jsonl, a.txt)"),
-        (_write("t.parquet", "x"), "not written into parquet"),
+        (_write("t.parquet", "x"), "not written into this table"),
         (_write("metadata.jsonl", '{"image": '), "row 1: not valid JSON"),
         (_write("metadata.jsonl", '{"image": "a.png", "caption": 3}'), "caption: expected a text, found a number"),
         (_write("metadata.jsonl", '{"image": "a.png", "captions": {"a": 3}}'), "captions: 'a' is a number"),
@@ -170,7 +170,7 @@ def _several(*steps: Callable[[Path], None]) -> Callable[[Path], None]:
         (_write("metadata.jsonl", '{"image": "/etc/passwd"}'), "/etc/passwd: no picture of this folder"),
         (_write("metadata.jsonl", '{"image": "holdout/d.png"}'), "holdout/d.png: no picture of this folder"),
         (_write("metadata.jsonl", '{"image": "b.jpg", "references": ["a.png"]}'), "write it yourself"),
-        (_write("a.txt", b"\xff\xfe"), "a.txt, row 1, captions: not valid UTF-8"),
+        (_write("a.txt", b"\xff"), "a.txt, row 1: is not UTF-8"),
         (_several(_write("a.txt", "x"), _write("b.png", b"")), "b.txt: two pictures share this one"),
         (_link("metadata.jsonl", "outside.txt"), "metadata.jsonl: is a link that leaves the folder"),
         (_several(_write("a.txt", "x"), _link("b.txt", "outside.txt")), "b.txt: is a link that leaves the folder"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from dopsd.data.concept import ConceptError, add_concept, list_concept
 from dopsd.data.manifest import DataError
 from dopsd.data.needs import Needs
 from dopsd.data.schema import validate_dataset
+from dopsd.data.unpack import Rewording
 
 
 @pytest.fixture
@@ -172,6 +175,83 @@ def test_what_was_added_is_said_by_folder_and_what_to_know_of_it_too(tmp_path, p
     assert done.exit_code == 0
     assert [line for line in done.stdout.splitlines() if line.startswith("warning: ")] == warnings
     assert "mine has 5 images, 5 captions and 2 held-out images; no faults" in done.stdout
+
+
+def test_foreign_data_are_added_in_one_command(tmp_path, project, monkeypatch):
+    """A shard with a trigger word, and a folder with neither that nor [V]: read, reworded, and listed."""
+    settings = (Path(__file__).parents[1] / "params.yaml").read_text()
+    (project / "params.yaml").write_text(settings.replace("[style-ink, style-3d, subject-wolf]", "[]"))
+    monkeypatch.chdir(project)
+
+    def add(*arguments: str | Path) -> tuple[int, str]:
+        done = CliRunner().invoke(cli.app, ["concept", "add", *map(str, arguments)])
+        return done.exit_code, str(done.exception) if isinstance(done.exception, DataError) else done.stdout
+
+    folder = tmp_path / "10_dog"
+    folder.mkdir()
+    with tarfile.open(tmp_path / "dogs.tar", "w") as file:
+        for number in range(4):
+            picture(number, (64, 64)).save(folder / f"{number}.png")
+            (folder / f"{number}.caption").write_text(f"photo {number} of ohwx dog,\nlying")
+            for ending in ("png", "caption"):
+                file.add(folder / f"{number}.{ending}", f"{number}.{ending}")
+    before = snapshot(project)
+    for source in (tmp_path / "dogs.tar", folder):
+        code, said = add(source, "--name", "dog")
+        assert code == 1
+        assert f"{source}: no caption holds the placeholder [V]" in said
+        assert "--trigger dog (every caption has dog, lying, ohwx)" in said
+        assert snapshot(project) == before
+    texts = []
+    for source, name in ((tmp_path / "dogs.tar", "packed"), (folder, "plain")):
+        code, said = add(source, "--name", name, "--trigger", "ohwx dog")
+        assert code == 0, said
+        read = "WebDataset (1 file)" if name == "packed" else "captions beside pictures (0.caption, ...)"
+        assert said.startswith(f"{source}: read as {read}: 4 rows, 4 pictures\n")
+        target = project / "data" / "concepts" / name
+        assert sorted(path.name for path in target.iterdir()) == [
+            *(f"{number}.png" for number in range(4)), "metadata.jsonl", "train.yaml"
+        ]  # fmt: skip
+        table, _ = validate_dataset(target, name, SETTINGS)
+        texts.append([text for row in table.rows for _, text in row.captions])
+    assert texts == [[f"photo {number} of [V], lying" for number in range(4)]] * 2
+    assert add(folder, "--name", "other", "--wording", "{}, in [V] style")[0] == 0
+    table, _ = validate_dataset(project / "data/concepts/other", "other", SETTINGS)
+    assert table.rows[3].captions == (("caption", "photo 3 of ohwx dog, lying, in [V] style"),)
+    assert yaml.safe_load((project / "params.yaml").read_text())["concepts"] == ["packed", "plain", "other"]
+    hidden = [path.name for path in (project / "data/concepts").glob(".*") if path.name != ".gitignore"]
+    assert hidden == []
+    # nothing is unpacked or reworded into itself
+    before = snapshot(project)
+    assert add("data/concepts/plain", "--name", "plain", "--wording", "{} [V]")[0] == 1
+    assert snapshot(project) == before
+    (project / "data/concepts/raw").mkdir()
+    shutil.copy(tmp_path / "dogs.tar", project / "data/concepts/raw")
+    with pytest.raises(ConceptError, match="cannot be unpacked or reworded into itself; move it"):
+        add_concept(project / "data/concepts/raw", "raw", project, SETTINGS)
+    assert (project / "data/concepts/raw/dogs.tar").exists()
+
+
+def test_a_folder_with_a_holdout_and_references_is_reworded_whole(tmp_path, project):
+    folder = make(tmp_path / "mine")
+    make(folder / "holdout", count=2, first=20)
+    for part, count in ((folder, 5), (folder / "holdout", 2)):
+        (part / "before").mkdir()
+        picture(50 + count, (64, 64)).save(part / "before" / "r.png")
+        rows = [{"image_path": f"{n}.png", "caption": "a fox", "control_path": "r.png", "repeats": 1 + n % 2}
+                for n in range(count)]  # fmt: skip
+        write_rows(part, rows)
+    (folder / "concept.json").write_text("{}")
+    how = Rewording("[V]", None, "{} in [V] style")
+    table, held_out = add_concept(folder, "mine", project, SETTINGS, how=how)
+    assert held_out is not None
+    captions = (("caption", "a fox in [V] style"),)
+    assert [(row.captions, row.repeats) for row in table.rows] == [(captions, 1 + n % 2) for n in range(5)]
+    assert [(row.captions, row.repeats) for row in held_out.rows] == [(captions, 1), (captions, 2)]
+    for part in (table, held_out):
+        assert {row.references for row in part.rows} == {(part.root / "before" / "r.png",)}
+    assert (table.root / "concept.json").read_text() == "{}"
+    assert (folder / "metadata.jsonl").read_text().startswith('{"image_path"'), "the source is as it was"
 
 
 def test_what_the_context_asks_of_the_data_holds_for_the_copy_too(tmp_path, project):

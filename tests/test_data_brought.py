@@ -81,7 +81,8 @@ def test_other_folders_are_training_data_and_are_counted(tmp_path, name):
     assert table.folders() == {".": 2, name: 3}
     assert held_out.folders() == {"val": 1}
     assert [str(warning) for warning in table.warnings if "its name" in str(warning)] == (
-        [f"{folder}/10_fox: the 10 in its name repeats nothing here; each of its pictures counts once"]
+        [f"{folder}/10_fox: each of its pictures counts 10 times as its name says, as with kohya's tools; rename the "
+         "folder if that is not meant"]
         if name == "10_fox" else []
     )  # fmt: skip
 

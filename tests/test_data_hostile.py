@@ -108,7 +108,7 @@ def test_damaged_parquet(tmp_path, content, cut, place):
 
 def test_a_caption_or_manifest_without_end_is_not_read_to_its_end(tmp_path, monkeypatch):
     """The limits are of what is read, not of what a file's size says beforehand."""
-    monkeypatch.setattr("dopsd.data.records._MAX_JSONL_BYTES", 2000)
+    monkeypatch.setattr("dopsd.data.tables._MAX_BYTES", 2000)
     folder = make(tmp_path / "jsonl")
     with (folder / "metadata.jsonl").open("a") as file:
         file.write("\n" * 3000)

@@ -74,6 +74,35 @@ def test_a_resumed_sampler_continues_the_unbroken_sequence(sizes, batch_size, se
     assert list(islice(resumed, 50)) == list(islice(unbroken, 50))
 
 
+repeated = st.lists(
+    st.tuples(st.sampled_from([(64, 64), (48, 80)]), st.integers(1, 4)), min_size=1, max_size=12
+)  # (size, repeats) of each index
+
+
+@quick
+@given(drawn=repeated, batch_size=batches, seed=seeds)
+def test_an_index_that_repeats_is_drawn_as_its_copies_would_be(drawn, batch_size, seed):
+    sizes, repeats = zip(*drawn, strict=True)
+    copies = [index for index, times in enumerate(repeats) for _ in range(times)]
+    plain = BucketSampler([sizes[index] for index in copies], batch_size, seed)
+    sampler = BucketSampler(sizes, batch_size, seed, repeats)
+    assert list(islice(sampler, 30)) == [[copies[place] for place in batch] for batch in islice(plain, 30)]
+    state = json.loads(json.dumps(sampler.state_dict()))
+    resumed = BucketSampler(sizes, batch_size, seed, repeats)
+    resumed.load_state_dict(state)
+    assert list(islice(resumed, 20)) == list(islice(sampler, 20))
+
+
+def test_repeats_of_one_are_none_and_others_are_another_sequence():
+    sizes = [(64, 64)] * 5
+    state = BucketSampler(sizes, 2, 0).state_dict()
+    assert BucketSampler(sizes, 2, 0, [1] * 5).state_dict() == state
+    with pytest.raises(ValueError, match="the examples' sizes or repeats"):
+        BucketSampler(sizes, 2, 0, [1, 1, 2, 1, 1]).load_state_dict(state)
+    with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
+        BucketSampler(sizes, 2, 0, [1, 1, 0, 1, 1])
+
+
 def test_seeds_and_epochs_differ():
     sizes = [(64, 64)] * 32
     sampler = BucketSampler(sizes, 4, 0)

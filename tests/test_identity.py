@@ -27,8 +27,9 @@ MODELS = ("models/__init__.py", "models/base.py", "models/flux2_klein.py", "mode
           "models/qwen_vl.py", "models/z_image.py")  # fmt: skip
 """What a model answers; finding, fetching and checking its files decides nothing."""
 STANDS_FOR = {
-    "DATA_VERSION": ("data/colour.py", "data/duplicates.py", "data/folders.py", "data/images.py", "data/manifest.py",
-                     "data/needs.py", "data/placeholder.py", "data/records.py", "data/schema.py"),
+    "DATA_VERSION": ("data/colour.py", "data/dialects.py", "data/duplicates.py", "data/folders.py", "data/images.py",
+                     "data/manifest.py", "data/needs.py", "data/placeholder.py", "data/records.py", "data/schema.py",
+                     "data/tables.py", "data/text.py"),
     "ENCODING_VERSION": (*MODELS, "data/colour.py", "data/encoded.py", "data/images.py", "data/pictures.py",
                          "train/encode.py"),
     "METHOD_VERSION": (*MODELS, "distill/adapters.py", "distill/baselines.py", "distill/flow.py", "distill/kinds.py",
@@ -124,6 +125,7 @@ def test_what_is_learnt_from_counts_to_the_last_bit_and_what_is_shown_does_not()
         {"prompt": examples[0].context, "context": examples[0].prompt},
         {"caption": "another"},
         {"height": 32},
+        {"repeats": 2},
     ):
         other = type(examples[0])(**(examples[0].__dict__ | change))
         assert Encoded((other, examples[1]), (), (), 1, "").identity(False) != same, change

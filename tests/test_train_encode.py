@@ -8,6 +8,7 @@ from PIL import Image
 
 from dopsd.config import Settings
 from dopsd.data.cache import EncodingCache
+from dopsd.data.encoded import Encoded, read_encoded, write_encoded
 from dopsd.data.manifest import ConceptTable, Row
 from dopsd.models.base import Request
 from dopsd.train.encode import EncodingRequest, encode_concept, encode_prompts
@@ -91,6 +92,19 @@ def test_one_example_per_image_and_caption_in_the_tables_order(counted, tmp_path
     assert not torch.equal(examples[0].latents, examples[2].latents)
     # 16 image tokens stand before the caption's
     assert all(len(e.context["caption"]) > len(e.prompt["caption"]) + 16 for e in examples)
+
+
+def test_repeats_of_a_row_are_those_of_its_examples_and_are_kept(counted, tmp_path):
+    table = _table(tmp_path)
+    plain = encode_concept(counted, table, SETTINGS, EncodingCache(tmp_path / "cache"))
+    rows = (replace(table.rows[0], repeats=3), *table.rows[1:])
+    table = replace(table, rows=rows)
+    examples = encode_concept(counted, table, SETTINGS, EncodingCache(tmp_path / "cache"))
+    assert [e.repeats for e in examples] == [3, 3, 1, 1]
+    write_encoded(tmp_path / "plain", Encoded(tuple(plain), (), (), 2, "x"))
+    write_encoded(tmp_path / "encoded", Encoded(tuple(examples), (), (), 2, "x"))
+    assert [e.repeats for e in read_encoded(tmp_path / "encoded").examples] == [3, 3, 1, 1]
+    assert "repeats" not in (tmp_path / "plain" / "index.json").read_text()  # what was encoded before is still the same
 
 
 def test_nothing_is_encoded_twice_and_only_what_changed_again(counted, tmp_path):

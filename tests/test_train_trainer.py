@@ -100,6 +100,22 @@ def test_the_family_comes_back_as_it_was_and_the_adapter_changes_it(tmp_path):
         assert not torch.equal(family.predict_velocity(noise, torch.tensor(1.0), tiny.tiny_prompts(1)), base)
 
 
+@pytest.mark.parametrize("method", ["d-opsd", "sft"])
+def test_an_example_that_repeats_is_trained_on_as_its_copies_are(tmp_path, method):
+    first, second = tiny.tiny_examples(2)
+    listed = {
+        "once": (first, second),
+        "twice": (dataclasses.replace(first, repeats=2), second),
+        "copied": (first, first, second),
+    }
+    settings = tiny.tiny_settings(max_steps=4)
+    for name, examples in listed.items():
+        tiny.run_tiny(method, tmp_path / name, settings, examples=examples)
+    once, twice, copied = (_adapter(tmp_path / name, method) for name in listed)
+    assert all(torch.equal(twice[key], copied[key]) for key in copied)
+    assert not all(torch.equal(twice[key], once[key]) for key in once)
+
+
 def test_sft_is_kept_at_equal_images_and_goes_on_to_equal_compute(tmp_path):
     settings = tiny.tiny_settings(max_steps=3, sft_compute_factor=5 / 3)
     assert milestones(settings, "sft") == {3: "sft", 5: "sft-compute"}

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_json, whole_file, write_json
+from .dialects import OWN
 from .folders import not_for_training
 from .images import EXTENSIONS, ImageError, load_image
 from .manifest import HOLDOUT, METADATA, DataError, Fault, Layout, concept_files, describe_kinds, layout_of
-from .records import BAD_NAME, as_on_disk, composed, is_text, read_jsonl, read_texts, shown, stem_of
-
-_BOM = b"\xef\xbb\xbf"
+from .records import BAD_NAME, as_on_disk, caption_file, composed, is_text, read_texts, shown
+from .tables import Table, read_rows
+from .text import decoded
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,7 @@ def _of_part(
         faults.append(Fault(str(part), None, None, describe_kinds(layout)))
         return [], 0
     if source != METADATA and not layout.beside:
-        problem = f"captions are not written into parquet; write them there yourself, or give {METADATA} instead"
-        faults.append(Fault(str(part / source), None, None, problem))
-        return [], 0
+        return _elsewhere(part / source, faults)
     if layout.beside:
         found, count = list(_by_texts(part, layout, redo, faults)), len(layout.images)
     else:
@@ -120,11 +119,17 @@ def _of_part(
     return found, count
 
 
+def _elsewhere(table: Path, faults: list[Fault]) -> tuple[list[Uncaptioned], int]:
+    problem = f"captions are not written into this table; write them there yourself, or give {METADATA} instead"
+    faults.append(Fault(str(table), None, None, problem))
+    return [], 0
+
+
 def _by_texts(part: Path, layout: Layout, redo: bool, faults: list[Fault]) -> Iterator[Uncaptioned]:
     for record in read_texts(part, layout.images, layout.beside):
         blank = record.captions is not None and not _any_text(record.captions)
         if record.row == 0 and record.image is not None:
-            yield Uncaptioned(part, record.image, f"{stem_of(record.image)}.txt")
+            yield Uncaptioned(part, record.image, caption_file(record.image, layout.beside))
         elif record.image is not None and record.captions is not None and (blank or redo):
             yield Uncaptioned(part, record.image, record.source)
         else:
@@ -137,9 +142,12 @@ def _by_rows(
     found: dict[str, Uncaptioned] = {}
     listed, references = set[str](), set[str]()
     known, noted = set(names), read_json(_notes(part / METADATA))
-    records = list(read_jsonl(part, METADATA)) if METADATA in known else []
+    table = read_rows(part, METADATA, names) if METADATA in known else Table([])
+    if table.dialect != OWN:
+        return _elsewhere(part / METADATA, faults)
+    records = table.records
     as_on_disk(records, names)
-    lines = _lines(part / METADATA) if METADATA in known else []
+    lines = _lines(part / METADATA) if any(record.row for record in records) else []
     for record in records:
         value = _value(lines[record.row - 1]) if record.row else None
         lacks = value is not None and _lacks(value)
@@ -242,7 +250,7 @@ def _note(picture: Uncaptioned, lacking: Sequence[str]) -> None:
 
 
 def _texts_of(picture: Uncaptioned, captions: Mapping[str, str], redo: bool) -> bytes | None:
-    if not redo and picture.target.is_file() and picture.target.read_bytes().removeprefix(_BOM).strip():
+    if not redo and picture.target.is_file() and decoded(picture.target.read_bytes()).strip():
         return None
     (text,) = captions.values()
     return f"{text}\n".encode()
@@ -270,7 +278,7 @@ def _rows_of(picture: Uncaptioned, captions: Mapping[str, str], redo: bool) -> b
 
 
 def _lines(path: Path) -> list[bytes]:
-    return path.read_bytes().removeprefix(_BOM).split(b"\n") if path.is_file() else []
+    return decoded(path.read_bytes()).encode().split(b"\n") if path.is_file() else []
 
 
 def _value(line: bytes) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from ..files import whole_file
 from .manifest import ConceptTable, concept_files
 from .needs import ANY, Needs
 from .schema import validate_dataset
+from .unpack import Rewording, as_folder, reword
 
 _Table = ConceptTable | None
 _OWN = """\
@@ -34,10 +35,18 @@ class ConceptError(ValueError):
 
 
 def add_concept(
-    folder: Path, name: str, root: Path, settings: DataSettings, replace: bool = False, needs: Needs = ANY
+    folder: Path,
+    name: str,
+    root: Path,
+    settings: DataSettings,
+    replace: bool = False,
+    needs: Needs = ANY,
+    say: Callable[[str], object] = lambda line: None,
+    how: Rewording | None = None,
 ) -> tuple[ConceptTable, ConceptTable | None]:
     """Check ``folder``, copy it to ``root/data/concepts/name`` and ``dvc add`` it. Returns the tables there: training,
-    and held out.
+    and held out. What is packed (:mod:`dopsd.data.packed`) is unpacked; ``say`` is told how it was read.
+    ``how``: the placeholder, written into the copy's captions.
 
     A folder that lies there already is checked and put under DVC where it is. ``replace`` overwrites another data set
     of that name. A ``train.yaml`` is written where there is none. Whatever fails, everything is as before. Raises
@@ -52,8 +61,20 @@ def add_concept(
     if os.path.lexists(target) and not in_place and not replace:
         raise ConceptError(f"{target} is there already; choose another name or pass --replace")
     _recover(target)
-    table, held_out = validate_dataset(folder, name, settings, needs)
-    partial = None if in_place else _copy(folder, name, target, settings, needs, (table, held_out))
+    with as_folder(folder, target.with_name(f".{target.name}.unpacked"), say, copy=how is not None) as (rows, packed):
+        if in_place and rows != folder:
+            raise ConceptError(f"{folder}: cannot be unpacked or reworded into itself; move it, and add it from there")
+        read_as = None
+        if how is not None:
+            any_caption = settings.model_copy(update={"allow": (*settings.allow, "captions-without-placeholder")})
+            tables = validate_dataset(rows, name, any_caption, needs)
+            read_as = tables[0].read_as
+            reword(rows, tables, how, needs.teacher_variant)
+        table, held_out = validate_dataset(rows, name, settings, needs)
+        if not packed:
+            number = len(table.rows)
+            say(f"{folder}: read as {read_as or table.read_as}: {number} rows, {number} pictures")
+        partial = None if in_place else _copy(rows, name, target, settings, needs, (table, held_out))
     with _undone_on_failure(target, partial):
         _dvc_add(root, target)
     return validate_dataset(target, name, settings, needs)

@@ -20,7 +20,8 @@ class Example:
 
     ``prompt``: what the student sees; ``context``: what the teacher sees. ``latents``: clean target latents
     ``[C, h, w]``, ``None`` where no method needs them. ``height``, ``width``: pixels of its bucket.
-    ``image_index``: the row of the table that it comes from.
+    ``image_index``: the row of the table that it comes from. ``repeats``: how often it is drawn while others are drawn
+    once.
     """
 
     prompt: Conditioning
@@ -30,6 +31,7 @@ class Example:
     width: int
     image_index: int
     caption: str
+    repeats: int = 1
 
 
 @dataclass(frozen=True)
@@ -49,28 +51,37 @@ class BucketSampler(Iterator[list[int]]):
     incomplete last batch is filled up from the next permutation. After epoch ``e`` each bucket of ``n`` has had
     ``ceil(e * n / batch_size)`` batches: all indices have appeared ``e`` times, some once more (more often than that
     only in a bucket smaller than a batch, which then sits out the following epochs). The batches of an epoch come in
-    seeded random order over the buckets.
+    seeded random order over the buckets. An index with repeats stands as often in its bucket.
 
-    The sequence is a pure function of (sizes, batch_size, seed), so a position in it is all that a checkpoint needs.
+    The sequence is a pure function of its arguments, so a position in it is all that a checkpoint needs.
     Python's own generator is used, whose sequences are guaranteed across versions.
     """
 
-    def __init__(self, sizes: Sequence[tuple[int, int]], batch_size: int, seed: int) -> None:
-        """``sizes``: (height, width) of each index. Raises ``ValueError`` where there is nothing to draw."""
+    def __init__(
+        self, sizes: Sequence[tuple[int, int]], batch_size: int, seed: int, repeats: Sequence[int] | None = None
+    ) -> None:
+        """``sizes``: (height, width) of each index. ``repeats``: how often each is drawn in an epoch; ``None``: once.
+
+        Raises ``ValueError`` where there is nothing to draw.
+        """
+        repeats = [1] * len(sizes) if repeats is None else list(repeats)
         if not sizes:
             raise ValueError("BucketSampler: there are no examples to draw from")
         if batch_size < 1:
             raise ValueError(f"BucketSampler: batch_size must be at least 1, got {batch_size}")
+        if min(repeats) < 1:
+            raise ValueError(f"BucketSampler: repeats must be at least 1, got {min(repeats)}")
         buckets: dict[tuple[int, int], list[int]] = {}
-        for index, (height, width) in enumerate(sizes):
-            buckets.setdefault((int(height), int(width)), []).append(index)
+        for index, ((height, width), times) in enumerate(zip(sizes, repeats, strict=True)):
+            buckets.setdefault((int(height), int(width)), []).extend([index] * times)
         self._buckets = list(buckets.values())
         self._batch_size = batch_size
         self._seed = seed
+        listed = [[int(h), int(w), *([n] if n > 1 else [])] for (h, w), n in zip(sizes, repeats, strict=True)]
         self._identity = {
             "batch_size": batch_size,
             "seed": seed,
-            "sizes": hashlib.sha256(json.dumps([[int(h), int(w)] for h, w in sizes]).encode()).hexdigest(),
+            "sizes": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
         }
         self._epoch = 0
         self._position = 0
@@ -99,7 +110,8 @@ class BucketSampler(Iterator[list[int]]):
         """Go to a saved position. Raises ``ValueError`` where the state is that of other examples or settings."""
         for name, mine in self._identity.items():
             if state.get(name) != mine:
-                what = "the examples' sizes" if name == "sizes" else f"{name} ({state.get(name)} then, {mine} now)"
+                values = f"{name} ({state.get(name)} then, {mine} now)"
+                what = "the examples' sizes or repeats" if name == "sizes" else values
                 raise ValueError(f"the checkpoint's sampler differs in {what}; resume with the same data and settings")
         epoch, position = state.get("epoch"), state.get("position")
         if not isinstance(epoch, int) or not isinstance(position, int) or epoch < 0 or position < 0:

@@ -48,7 +48,8 @@ class Encoded:
         groups: list[tuple[object, Conditioning]] = []
         for e in self.examples:
             latents = {} if e.latents is None else {"latents": e.latents}
-            groups += [((e.height, e.width, e.image_index, e.caption), e.prompt), ((), e.context), ((), latents)]
+            drawn = (e.height, e.width, e.image_index, e.caption, *_repeated(e).values())
+            groups += [(drawn, e.prompt), ((), e.context), ((), latents)]
         for entry, tensors in [*groups, *(self.replay if replayed else ())]:
             digest.update(f"{json.dumps(entry)}:{checksum(tensors)}".encode())
         return digest.hexdigest()[:32]
@@ -70,7 +71,7 @@ def write_encoded(folder: Path, encoded: Encoded) -> None:
         "content_hash": encoded.content_hash,
         "images": encoded.images,
         "examples": [
-            {"caption": e.caption, "image_index": e.image_index, "height": e.height, "width": e.width}
+            {"caption": e.caption, "image_index": e.image_index, "height": e.height, "width": e.width, **_repeated(e)}
             for e in encoded.examples
         ],
         "preview": [{"caption": p.caption, "height": p.height, "width": p.width} for p in encoded.previews],
@@ -113,6 +114,11 @@ def read_encoded(folder: Path) -> Encoded:
         images=index["images"],
         content_hash=index["content_hash"],
     )
+
+
+def _repeated(example: Example) -> dict[str, int]:
+    """Nothing of one that is drawn once: repeats came later, and what was encoded before is still what it is."""
+    return {"repeats": example.repeats} if example.repeats != 1 else {}
 
 
 def _put(tensors: dict[str, Tensor], prefix: str, conditioning: Mapping[str, Tensor]) -> None:

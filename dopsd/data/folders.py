@@ -21,7 +21,8 @@ _PICTURES = "(set|split|data|images?|imgs?|pictures?|pics?|photos?)*"
 _HELD_OUT = re.compile(f"((hold|held)outs?|vals?|valid|validation|tests?|testing|evals?|evaluation|dev){_PICTURES}")
 _REGULARISATION = re.compile(f"(regs?|regulari[sz]ations?){_PICTURES}|(class|prior){_PICTURES.replace('*', '+')}")
 _MAX_PATH = 1024
-_REPEATS = re.compile(r"(\d+)_.+")
+_REPEATS = re.compile(r"(\d{1,3})_.+")
+"""kohya's ``10_fox``; a longer number is a year, or something else."""
 
 
 def is_leftover(name: str) -> bool:
@@ -84,13 +85,21 @@ def _describe(meaning: str, files: int) -> str:
     )
 
 
-def repeats(files: Iterable[str]) -> list[tuple[str, str]]:
-    """Folders named as kohya's ``10_fox``, each with what becomes of the number."""
-    found = {
-        folder: match[1] for file in files for folder, name in _folders(file) if (match := _REPEATS.fullmatch(name))
-    }
-    return [(folder, f"the {number} in its name repeats nothing here; each of its pictures counts once")
-            for folder, number in found.items()]  # fmt: skip
+def says_held_out(file: str) -> bool:
+    """Whether a packed file's split is not trained on: ``test-00000-of-00001.parquet``, ``validation/...``."""
+    words = (re.match("[a-z]+(_[a-z]+)?", part.casefold()) for part in file.split("/"))
+    return any(word and _HELD_OUT.fullmatch(word[0].replace("_", "")) for word in words)
+
+
+def kohya_repeats(files: Iterable[str]) -> dict[str, int]:
+    """Folders named as kohya's ``10_fox``, the outermost of each file, and how often a picture there is drawn."""
+    found: dict[str, int] = {}
+    for file in files:
+        named = ((folder, _REPEATS.fullmatch(name)) for folder, name in _folders(file))
+        first = next(((folder, match) for folder, match in named if match), None)
+        if first is not None:
+            found[first[0]] = int(first[1][1])
+    return found
 
 
 def _folders(file: str) -> Iterator[tuple[str, str]]:

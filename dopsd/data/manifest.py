@@ -3,9 +3,11 @@
 Exactly one of three kinds::
 
     metadata.jsonl   {"image": "a.png", "captions": {"short": "...", "medium": "..."}, "references": ["r.png"]}
-                     or "caption": "..." in place of "captions"; one object a line
-    a.png + a.txt    the caption beside each picture, one line
-    NAME.parquet     one table with the same columns
+                     or "caption": "..." in place of "captions"; one object a line; "repeats": how often it is drawn
+    a.png + a.txt    the caption beside each picture; or a.caption, a.png.txt
+    NAME.parquet     one table with the same columns; or NAME.csv
+
+A table may be written in another tool's words (:mod:`dopsd.data.dialects`), and is called as that tool calls it.
 
 A sub-folder ``holdout/`` is a concept folder of its own (the truth that evaluation compares with) and no part of this
 table. Everything else in the folder must be mentioned by a row, apart from concept.json, train.yaml, README, LICENSE,
@@ -28,19 +30,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import OWN_SETTINGS
-from .folders import HOLDOUT, is_leftover, not_for_training
+from .dialects import OWN
+from .folders import HOLDOUT, is_leftover, kohya_repeats, not_for_training
 from .images import EXTENSIONS
-from .records import (
-    Record,
-    as_on_disk,
-    describe_extra,
-    leaves,
-    read_jsonl,
-    read_parquet,
-    read_texts,
-    shown,
-    stem_of,
-)
+from .records import TEXTS, Record, as_on_disk, composed, describe_extra, leaves, read_texts, shown, stem_of
+from .tables import TABLES, read_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,7 +42,7 @@ if TYPE_CHECKING:
 METADATA = "metadata.jsonl"
 ABOUT = "concept.json"
 """What kind of concept it is, for the evaluation (dopsd/evaluation/prompts.py reads it)."""
-COLUMNS = ("source", "row", "image", "captions", "references", "problems")
+COLUMNS = ("source", "row", "image", "captions", "references", "repeats", "problems")
 _DOCUMENTS = ("README", "LICENSE", "LICENCE", "NOTICE", "COPYING", "ATTRIBUTION")
 
 
@@ -76,13 +70,15 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One picture. ``image``: absolute. ``captions``: (variant name, text). ``source``, ``line``: where the row is."""
+    """One picture. ``image``: absolute. ``captions``: (variant name, text). ``source``, ``line``: where the row is.
+    ``repeats``: how often it is drawn while another is drawn once; of a table they have no common divisor."""
 
     image: Path
     captions: tuple[tuple[str, str], ...]
     references: tuple[Path, ...]
     source: str
     line: int
+    repeats: int = 1
 
     def caption(self, variant: str | None) -> str | None:
         """The caption of that name; ``None`` where there is none."""
@@ -104,15 +100,21 @@ class ConceptTable:
     content_hash: str
     warnings: tuple[Fault, ...] = field(default=(), compare=False)
     """What is no fault, and a person should know."""
+    read_as: str = field(default="", compare=False)
+    """How its rows are written, in words, and which columns were ignored."""
 
     def folders(self) -> dict[str, int]:
         """How many pictures lie in which folder, relative to ``root``; ``.`` is ``root`` itself."""
         return dict(sorted(Counter(os.path.relpath(row.image.parent, self.root) for row in self.rows).items()))
 
 
-def hash_content(rows: Iterable[tuple[str, Iterable[tuple[str, str]], Iterable[str]]]) -> str:
-    """sha256 over (identity of the image, (variant, caption) pairs, identities of the references) of each row."""
-    listed = [[image, [list(pair) for pair in captions], list(references)] for image, captions, references in rows]
+def hash_content(rows: Iterable[tuple[str, Iterable[tuple[str, str]], Iterable[str], int]]) -> str:
+    """sha256 over (identity of the image, (variant, caption) pairs, identities of the references, repeats) of each row.
+    Repeats came later: a row that is drawn once is what it was without them."""
+    listed = [
+        [image, [list(pair) for pair in captions], list(references), *([repeats] if repeats > 1 else [])]
+        for image, captions, references, repeats in rows
+    ]
     return hashlib.sha256(json.dumps(listed, ensure_ascii=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
@@ -126,22 +128,25 @@ def kind_hash(folder: Path) -> str | None:
 
 
 def read_table(folder: Path, name: str, any_folder: bool = False) -> pd.DataFrame:
-    """All rows of the concept folder ``name`` as columns ``source, row, image, captions, references, problems``.
+    """All rows of the concept folder ``name`` as :data:`COLUMNS`; ``attrs["read_as"]``: how they are written, in words.
 
     ``source``: the file that holds the row, relative; ``row``: from 1, or 0 for a fault of the file as a whole.
     ``image``: relative path as written, or as the disk spells it; ``captions``: JSON object, ``references``: JSON list;
-    ``None`` where they could not be read. ``problems``: JSON list of ``[column or null, problem]``. Rows keep the order
-    they are written in; text files that of their names. ``any_folder``: whatever its sub-folders are called, they hold
-    rows. Never raises for what a folder holds.
+    ``None`` where they could not be read. ``repeats``: as written, or as its folder's name says, else 1. ``problems``:
+    JSON list of ``[column or null, problem]``. Rows keep the order they are written in; text files that of their names.
+    ``any_folder``: whatever its sub-folders are called, they hold rows. Never raises for what a folder holds.
     """
     import pandas as pd
 
+    read_as = ""
     if not folder.is_dir():
         text = "no such folder; check the path" if not folder.exists() else "not a folder; give the one with the images"
         records = [Record(".", 0, problems=[(None, f"concept {name!r}: {text}")])]
     else:
-        records = _read_folder(folder, any_folder)
-    return pd.DataFrame([record.cells() for record in records], columns=list(COLUMNS)).astype({"row": "int64"})
+        records, read_as = _read_folder(folder, any_folder)
+    frame = pd.DataFrame([record.cells() for record in records], columns=list(COLUMNS))
+    frame.attrs["read_as"] = read_as
+    return frame.astype({"row": "int64", "repeats": "int64"})
 
 
 def concept_files(folder: Path) -> list[str]:
@@ -153,8 +158,8 @@ def concept_files(folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Layout:
-    """The files of a folder by what they are in it. ``texts``: all ``.txt`` but documents, ``beside``: those of a
-    picture's name. ``kinds``: the files that say how captions are given; one, if all is well."""
+    """The files of a folder by what they are in it. ``texts``: all that end as captions do, but documents; ``beside``:
+    those of a picture's name. ``kinds``: the files that say how captions are given; one, if all is well."""
 
     images: list[str]
     texts: list[str]
@@ -166,48 +171,62 @@ class Layout:
 def layout_of(files: Sequence[str]) -> Layout:
     """Of a folder's files, its held-out part apart. A text of a picture's name is a caption, whatever it is called."""
     images = [file for file in files if _suffix(file) in EXTENSIONS]
-    pictured = {stem_of(file) for file in images}
+    pictured = {name for file in images for name in (stem_of(file), composed(file))}
     documents = {
-        file for file in files if _is_document(file) and not (_suffix(file) == ".txt" and stem_of(file) in pictured)
+        file for file in files if _is_document(file) and not (_suffix(file) in TEXTS and stem_of(file) in pictured)
     }
-    texts = [file for file in files if _suffix(file) == ".txt" and file not in documents]
+    texts = [file for file in files if _suffix(file) in TEXTS and file not in documents]
     beside = [file for file in texts if stem_of(file) in pictured]
-    tables = [file for file in files if _suffix(file) == ".parquet"]
-    kinds = [*([METADATA] if METADATA in files else []), *tables, *beside[:1]]
-    return Layout(images, texts, beside, documents, kinds)
+    tables = [file for file in files if _suffix(file) in TABLES]
+    endings = {_suffix(file): file for file in reversed(beside)}
+    return Layout(images, texts, beside, documents, [*tables, *sorted(endings.values())])
 
 
 def _suffix(file: str) -> str:
     return Path(file).suffix.lower()
 
 
-def _read_folder(folder: Path, any_folder: bool) -> list[Record]:
+def _read_folder(folder: Path, any_folder: bool) -> tuple[list[Record], str]:
+    """The rows and all faults; and how the rows are written, in words."""
     files, problems = _walk(folder)
     named, inside = ({}, set()) if any_folder else not_for_training(files)
     files = [file for file in files if file not in inside]
     problems += named.items()
+    layout, repeats, read_as = layout_of(files), kohya_repeats(files), ""
+    problems += [(place, "its name says 0 repeats, which kohya's tools leave out; take it out or rename it")
+                 for place, number in repeats.items() if number == 0]  # fmt: skip
     broken = [Record(file, 0, problems=[(None, problem)]) for file, problem in problems]
-    layout = layout_of(files)
     if not files and named:
-        return broken
+        return broken, ""
     if len(layout.kinds) != 1:
-        return [Record(".", 0, problems=[(None, describe_kinds(layout))]), *broken]
+        return [Record(".", 0, problems=[(None, describe_kinds(layout))]), *broken], ""
     images, texts = layout.images, layout.texts
     if layout.beside:
         # a caption beside a file that is no picture: that file alone is the fault
-        pictured = {stem_of(file) for file in images}
+        pictured = {name for file in images for name in (stem_of(file), composed(file))}
         strange = {stem_of(file) for file in files if file not in images and file not in texts} - pictured
         records = read_texts(folder, images, [text for text in texts if stem_of(text) not in strange])
         expected = {*images, *texts}
+        read_as = f"captions beside pictures ({layout.kinds[0]}, ...)"
     else:
         source = layout.kinds[0]
-        records = list(read_jsonl(folder, source) if source == METADATA else read_parquet(folder, source))
+        table = read_rows(folder, source, files)
+        records = table.records
         as_on_disk(records, files)
         expected = {source, *_mentioned(records)}
+        read_as = f"{table.dialect} of {source}" if table.dialect == OWN else f"{table.dialect} ({source})"
+        if table.ignored:
+            read_as += f", ignored columns: {', '.join(table.ignored)}"
         if not records:
             records = [Record(source, 0, problems=[(None, "holds no rows; write one for each picture")])]
+        if not any(record.row for record in records):
+            expected = {*files}  # that no row mentions them is said already
+    for record in records:
+        if record.repeats is None:
+            image = record.image or ""
+            record.repeats = next((times for place, times in repeats.items() if image.startswith(f"{place}/")), None)
     extra = [file for file in files if file not in expected and file not in layout.documents]
-    return [*records, *(Record(file, 0, problems=[(None, describe_extra(file))]) for file in extra), *broken]
+    return [*records, *(Record(file, 0, problems=[(None, describe_extra(file))]) for file in extra), *broken], read_as
 
 
 def _walk(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
@@ -251,7 +270,7 @@ def _mentioned(records: Sequence[Record]) -> set[str]:
 
 def describe_kinds(layout: Layout) -> str:
     """What to say of captions that are given in no way, or in several."""
-    expected = f"{METADATA}, or a .txt beside each picture, or one .parquet file"
+    expected = f"{METADATA}, or a .txt beside each picture, or one .csv or .parquet file"
     if layout.kinds:
         given = ", ".join(map(shown, layout.kinds))
         return f"captions are given in more than one way ({given}); keep only one: {expected}"

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 from .duplicates import near_duplicates
 from .images import ImageFacts
 from .manifest import METADATA, Fault, Row
-from .records import is_text
+from .records import TEXTS, is_text
 
 MIN_SIDE, MAX_RATIO = 64, 8.0
 """What an editing pipeline takes as a reference (pixels; long side over short one)."""
@@ -140,7 +140,7 @@ def _lacking_variant(captions: Mapping[str, str], teacher: str, source: str) -> 
 
 
 def _is_text_file(source: str) -> bool:
-    return source.lower().endswith(".txt")
+    return source.lower().endswith(TEXTS)
 
 
 def leaked(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from itertools import pairwise
 
 _WIDTH = ord("！") - ord("!")
 """From an ASCII character to its full-width twin."""
 _BRACKETS = {"[": "[［【〔", "]": "]］】〕"}
+_SMALL = {"a", "an", "and", "at", "by", "for", "from", "in", "is", "it", "its", "of", "on", "style", "the", "to",
+          "with"}  # fmt: skip
+"""Words that call nothing."""
 _GAP = r"[\s\\\u200b\ufeff]*"
 
 
@@ -36,6 +39,18 @@ def describe(variant: str, near: str, placeholder: str) -> str:
     else:
         what = "is written in other letters, small or large"
     return f"{variant!r} holds {near!r}, which {what}, in place of the placeholder; write {placeholder}"
+
+
+def describe_none(captions: Iterable[str], placeholder: str) -> str:
+    """What to say where no caption holds it: captions of other tools have a word of their own, or nothing."""
+    words = [set(re.findall(r"\w+", text)) for text in captions]
+    common = sorted(set.intersection(*words) - _SMALL)[:3] if words else []
+    trigger = f"--trigger {common[0]} (every caption has {', '.join(common)})" if common else "--trigger WORD"
+    return (
+        f"no caption holds the placeholder {placeholder}; name the concept with it, for example "
+        f'"a fox in {placeholder} style" (data.placeholder), or let `dopsd concept add` do so in its copy: {trigger} '
+        f'writes it in place of a word, --wording "{{}} in {placeholder} style" puts that around each caption'
+    )
 
 
 def alone(captions: Mapping[str, str], placeholder: str) -> list[str]:

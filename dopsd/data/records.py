@@ -1,4 +1,4 @@
-"""The rows of a concept folder as they are written: JSON lines, text files beside pictures, or parquet.
+"""The rows of a concept folder as they are written: one as a table has it, or a text file beside a picture.
 
 Whatever the bytes are, the outcome is a list of :class:`Record`; what could not be read is in its ``problems``.
 """
@@ -8,23 +8,27 @@ from __future__ import annotations
 import json
 import os
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .images import EXTENSIONS
+from .text import decoded, folded
 
 SINGLE_VARIANT = "caption"
 """The variant name of a caption that was given alone."""
 BAD_NAME = "the file's name holds control characters or is not valid UTF-8; rename it"
 """What to say of a picture whose name is no text."""
-_KEYS = ("image", "caption", "captions", "references")
-_SHOWN = 80
-_MAX_TEXT_BYTES = 64 << 10
+KEYS = ("image", "caption", "captions", "references", "repeats")
+"""Of a row in this project's own words."""
+TEXTS = (".txt", ".caption")
+"""Endings of files that hold a picture's caption."""
+MAX_REPEATS = 999
+SHOWN = 80
+"""Letters of what somebody wrote that a message shows."""
+MAX_TEXT_BYTES = 64 << 10
 """Of a caption's own file."""
-_MAX_JSONL_BYTES = _MAX_PARQUET_BYTES = 256 << 20
-_MAX_PARQUET_ROWS = 10_000_000
 
 
 @dataclass
@@ -39,15 +43,24 @@ class Record:
     image: str | None = None
     captions: dict[str, str] | None = None
     references: list[str] = field(default_factory=list)
+    repeats: int | None = None
     problems: list[tuple[str | None, str]] = field(default_factory=list)
 
-    def cells(self) -> tuple[str, int, str | None, str | None, str, str]:
+    def cells(self) -> tuple[str, int, str | None, str | None, str, int, str]:
         """The row as the table's cells: plain text throughout, safe to print and to store."""
         captions = None if self.captions is None else json.dumps(self.captions)
         image = None if self.image is None or not is_text(self.image) else self.image
         references = [name for name in self.references if is_text(name)]
         problems = [(column, shown(problem)) for column, problem in self.problems]
-        return shown(self.source), self.row, image, captions, json.dumps(references), json.dumps(problems)
+        return (
+            shown(self.source),
+            self.row,
+            image,
+            captions,
+            json.dumps(references),
+            self.repeats or 1,
+            json.dumps(problems),
+        )
 
 
 def is_text(text: str) -> bool:
@@ -67,11 +80,14 @@ def leaves(folder: Path, name: str) -> bool:
     return os.path.commonpath([root, os.path.realpath(os.path.join(root, name))]) != root
 
 
-# --- images with .txt beside them ------------------------------------------------------------------------------------
+# --- images with texts beside them -----------------------------------------------------------------------------------
 
 
 def read_texts(folder: Path, images: Sequence[str], texts: Sequence[str]) -> list[Record]:
-    """A row for every picture, in the order of their names; a fault for every text without one."""
+    """A row for every picture, in the order of their names; a fault for every text without one.
+
+    The text of ``0.png`` is ``0.txt`` or ``0.png.txt``, with any ending of :data:`TEXTS`.
+    """
     by_stem: dict[str, str] = {}
     records: list[Record] = []
     for text in texts:
@@ -80,32 +96,49 @@ def read_texts(folder: Path, images: Sequence[str], texts: Sequence[str]) -> lis
             records.append(Record(text, 0, problems=[(None, f"{first} is there too; keep one caption file")]))
     seen: dict[str, str] = {}
     for image in images:
-        stem = stem_of(image)
-        beside = by_stem.get(stem)
+        stem, whole = stem_of(image), composed(image)
+        beside = by_stem.get(whole, by_stem.get(stem))
         if not is_text(image):
             records.append(Record(image, 0, problems=[("image", BAD_NAME)]))
         elif beside is None:
-            problem = f"has no caption: write {shown(stem)}.txt beside it"
+            problem = f"has no caption: write {shown(caption_file(image, texts))} beside it"
             records.append(Record(image, 0, image, problems=[("captions", problem)]))
-        elif stem in seen:
-            problem = f"{seen[stem]} and {image} share one caption file; give each picture a name of its own"
+        elif whole in by_stem and stem in by_stem:
+            problem = f"{by_stem[stem]} is there too; keep one caption file"
+            records.append(Record(beside, 1, problems=[(None, problem)]))
+        elif beside in seen:
+            problem = f"{seen[beside]} and {image} share one caption file; give each picture a name of its own"
             records.append(Record(beside, 1, problems=[("image", problem)]))
         else:
             records.append(_read_text(folder, image, beside))
-        seen[stem] = image
-    orphans = [text for stem, text in by_stem.items() if stem not in seen]
+        seen |= {by_stem[name]: image for name in (stem, whole) if name in by_stem}
+    orphans = [text for text in by_stem.values() if text not in seen]
     return records + [Record(text, 0, problems=[(None, describe_extra(text))]) for text in orphans]
+
+
+def caption_file(image: str, texts: Sequence[str]) -> str:
+    """What the text beside ``image`` is called, where the other pictures have ``texts``."""
+    example = Path(next(iter(texts), ".txt"))
+    whole = Path(example.stem).suffix.lower() in EXTENSIONS
+    return f"{composed(image) if whole else stem_of(image)}{example.suffix or '.txt'}"
 
 
 def _read_text(folder: Path, image: str, text: str) -> Record:
     record = Record(text, 1, image)
-    content = _read_bytes(folder / text, record, _MAX_TEXT_BYTES)
+    content = read_text(folder / text, record, MAX_TEXT_BYTES)
     if content is not None:
-        try:
-            record.captions = {SINGLE_VARIANT: content.removeprefix(b"\xef\xbb\xbf").decode().rstrip("\r\n")}
-        except UnicodeDecodeError as error:
-            record.problems.append(("captions", f"not valid UTF-8 (byte {error.start}); save it as UTF-8"))
+        record.captions = {SINGLE_VARIANT: folded(content)}
     return record
+
+
+def read_text(path: Path, record: Record, most: int) -> str | None:
+    """A file's text, of at most ``most`` bytes; ``None`` where there is none, and why in the record."""
+    content = _read_bytes(path, record, most)
+    try:
+        return None if content is None else decoded(content)
+    except ValueError as error:
+        record.problems.append((None, str(error)))
+        return None
 
 
 def _read_bytes(path: Path, record: Record, most: int) -> bytes | None:
@@ -122,103 +155,23 @@ def _read_bytes(path: Path, record: Record, most: int) -> bytes | None:
         return None
 
 
-# --- metadata.jsonl --------------------------------------------------------------------------------------------------
+# --- one row of a table -----------------------------------------------------------------------------------------------
 
 
-def read_jsonl(folder: Path, source: str) -> Iterator[Record]:
-    """A row for every line that is not blank."""
-    whole = Record(source, 0)
-    content = _read_bytes(folder / source, whole, _MAX_JSONL_BYTES)
-    if content is None:
-        yield whole
-        return
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if line.strip():
-            yield _read_line(source, number, line)
-
-
-def _read_line(source: str, number: int, line: bytes) -> Record:
-    try:
-        value = json.loads(line.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        problem = f"not valid UTF-8 (byte {error.start} of the line); save the file as UTF-8"
-    except RecursionError:
-        problem = "not valid JSON: nested too deeply; write one flat object"
-    except ValueError as error:
-        problem = f"not valid JSON: {shown(str(error), _SHOWN)}; write one object a line"
-    else:
-        return _to_record(source, number, value)
-    return Record(source, number, problems=[(None, problem)])
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key!r} is there twice")
-        found[key] = value
-    return found
-
-
-def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} is not JSON")
-
-
-# --- parquet ---------------------------------------------------------------------------------------------------------
-
-
-def read_parquet(folder: Path, source: str) -> Iterator[Record]:
-    """A row for every row of the table."""
-    import pyarrow.parquet
-
-    whole = Record(source, 0)
-    try:
-        with pyarrow.parquet.ParquetFile(folder / source) as file:
-            names = file.schema_arrow.names
-            columns = [name for name in names if name in _KEYS]
-            unknown = [name for name in names if name not in _KEYS]
-            groups = (file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
-            if sum(groups) > _MAX_PARQUET_BYTES or file.metadata.num_rows > _MAX_PARQUET_ROWS:
-                raise ValueError("far too large; it should hold captions and paths only")
-            if len(set(names)) < len(names):
-                raise ValueError("two columns have the same name")
-            rows = file.read(columns=columns).to_pylist(maps_as_pydicts="strict") if columns else []
-    # pyarrow raises errors of many kinds on damaged files, and all of them mean the same to a person.
-    except Exception as error:
-        problem = f"cannot be read as parquet: {shown(' '.join(str(error).split()), _SHOWN)}; write it again"
-        whole.problems.append((None, problem))
-        yield whole
-        return
-    if unknown:
-        whole.problems.append((None, _describe_unknown(unknown)))
-        yield whole
-    for number, row in enumerate(rows, start=1):
-        yield _to_record(source, number, _without_nulls(row))
-
-
-def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A table has every column in every row; a null there means what a missing key means in JSON."""
-    present = {key: value for key, value in row.items() if value is not None}
-    if isinstance(present.get("captions"), dict):
-        present["captions"] = {key: value for key, value in present["captions"].items() if value is not None}
-    return present
-
-
-# --- one row, of either kind -----------------------------------------------------------------------------------------
-
-
-def _to_record(source: str, number: int, value: Any) -> Record:
+def to_record(source: str, number: int, value: Any) -> Record:
+    """A row in :data:`KEYS`; ``value`` is whatever stands there."""
     record = Record(source, number)
     if not isinstance(value, dict):
         problem = f"expected an object with image and captions, found {_kind(value)}; write {{...}}"
         record.problems.append((None, problem))
         return record
-    unknown = [key for key in value if key not in _KEYS]
+    unknown = [key for key in value if key not in KEYS]
     if unknown:
-        record.problems.append((None, _describe_unknown(unknown)))
+        record.problems.append((None, describe_unknown(unknown)))
     _take_image(record, value)
     _take_captions(record, value)
     _take_references(record, value)
+    _take_repeats(record, value)
     return record
 
 
@@ -230,7 +183,7 @@ def _take_image(record: Record, value: Mapping[str, Any]) -> None:
         found = "an empty text" if isinstance(image, str) else _kind(image)
         record.problems.append(("image", f"expected the path of a picture, found {found}; name the picture's file"))
     elif not is_text(image):
-        record.problems.append(("image", f"{shown(image, _SHOWN)}: control characters in a path; rename the file"))
+        record.problems.append(("image", f"{shown(image, SHOWN)}: control characters in a path; rename the file"))
     else:
         record.image = image
 
@@ -241,7 +194,7 @@ def _take_captions(record: Record, value: Mapping[str, Any]) -> None:
         record.problems.append(("captions", "both caption and captions are given; keep one of them"))
     elif "caption" in value:
         if isinstance(value["caption"], str):
-            record.captions = {SINGLE_VARIANT: value["caption"]}
+            record.captions = {SINGLE_VARIANT: folded(value["caption"])}
         else:
             record.problems.append(("caption", f"expected a text, found {_kind(value['caption'])}; write the caption"))
     elif "captions" not in value:
@@ -252,10 +205,10 @@ def _take_captions(record: Record, value: Mapping[str, Any]) -> None:
     else:
         wrong = [name for name, text in captions.items() if not isinstance(text, str)]
         for name in wrong:
-            problem = f"{shown(name, _SHOWN)!r} is {_kind(captions[name])} instead of a text; write the caption"
+            problem = f"{shown(name, SHOWN)!r} is {_kind(captions[name])} instead of a text; write the caption"
             record.problems.append(("captions", problem))
         if not wrong:
-            record.captions = dict(captions)
+            record.captions = {name: folded(text) for name, text in captions.items()}
 
 
 def _take_references(record: Record, value: Mapping[str, Any]) -> None:
@@ -268,13 +221,30 @@ def _take_references(record: Record, value: Mapping[str, Any]) -> None:
         if is_text(name):
             record.references.append(name)
         else:
-            problem = f"{shown(name, _SHOWN)}: control characters in a path; rename the file"
+            problem = f"{shown(name, SHOWN)}: control characters in a path; rename the file"
             record.problems.append(("references", problem))
 
 
-def _describe_unknown(keys: Sequence[Any]) -> str:
-    names = ", ".join(shown(str(key), _SHOWN) for key in keys[:5]) + (", ..." if len(keys) > 5 else "")
-    return f"unknown {'key' if len(keys) == 1 else 'keys'} {names}; known are {', '.join(_KEYS)}: rename or remove"
+def _take_repeats(record: Record, value: Mapping[str, Any]) -> None:
+    """A CSV has it as a text, and a table that leaves it out somewhere as a float."""
+    given = value.get("repeats", 1)
+    try:
+        number = 0 if isinstance(given, bool) or float(given) != int(given) else int(given)
+    except (TypeError, ValueError, OverflowError):
+        number = 0
+    if 1 <= number <= MAX_REPEATS:
+        record.repeats = number if "repeats" in value else None
+    else:
+        found = shown(str(given), SHOWN)
+        record.problems.append(
+            ("repeats", f"expected a whole number from 1 to {MAX_REPEATS}, found {found}; correct it")
+        )
+
+
+def describe_unknown(keys: Sequence[Any]) -> str:
+    """What to say of keys that mean nothing."""
+    names = ", ".join(shown(str(key), SHOWN) for key in keys[:5]) + (", ..." if len(keys) > 5 else "")
+    return f"unknown {'key' if len(keys) == 1 else 'keys'} {names}; known are {', '.join(KEYS)}: rename or remove"
 
 
 def _kind(value: Any) -> str:
@@ -314,6 +284,6 @@ def describe_extra(file: str) -> str:
     suffix = Path(file).suffix.lower()
     if suffix in EXTENSIONS:
         return "no row mentions this picture; add a row for it or take it out of the folder"
-    if suffix == ".txt":
+    if suffix in TEXTS:
         return "there is no picture of this name beside it; add the picture or remove the text"
     return "not part of the data set (pictures are PNG, JPEG, WEBP, AVIF, HEIC); take it out or convert it"

@@ -20,11 +20,11 @@ import pandera.pandas as pa
 
 from ..config import DataSettings, Judgement
 from .duplicates import near_duplicates
-from .folders import path_problem, repeats
+from .folders import kohya_repeats, path_problem
 from .images import FULL_AREA, ImageError, ImageFacts, inspect_image
 from .manifest import HOLDOUT, ConceptTable, DataError, Fault, Row, hash_content, read_table
 from .needs import ANY, Needs, Seen, leaked, unmet
-from .placeholder import alone, describe, lacking
+from .placeholder import alone, describe, describe_none, lacking
 from .records import is_text, shown
 
 MAX_ASPECT = 4.0
@@ -77,11 +77,14 @@ class _Part:
         """The rows of a folder without faults."""
         root = Path(os.path.abspath(self.folder))
         rows = tuple(_row(root, cells) for cells in self.frame.to_dict("records"))
+        # ten times each is once each, and in a better mixed order
+        common = math.gcd(*(row.repeats for row in rows))
+        rows = tuple(replace(row, repeats=row.repeats // common) for row in rows)
         listed = [
-            (_identity(seen.target), row.captions, [_identity(facts) for _, facts in seen.references])
+            (_identity(seen.target), row.captions, [_identity(facts) for _, facts in seen.references], row.repeats)
             for seen, row in zip(self.rows, rows, strict=True)
         ]
-        return ConceptTable(self.name, root, rows, hash_content(listed), self.warnings)
+        return ConceptTable(self.name, root, rows, hash_content(listed), self.warnings, self.frame.attrs["read_as"])
 
 
 def _identity(facts: ImageFacts | None) -> str:
@@ -119,8 +122,11 @@ def _validate(folder: Path, name: str, settings: DataSettings, needs: Needs, *, 
             *(_describe_lacking(found, settings) if allowed else ()),
         ]
     ]  # fmt: skip
-    names = [row.name for row in rows if row.name is not None]
-    warnings += [Fault(shown(str(folder / place)), None, None, problem) for place, problem in repeats(names)]
+    if not held_out and frame["repeats"].nunique() > 1:
+        counted = "times as its name says, as with kohya's tools; rename the folder if that is not meant"
+        folders = kohya_repeats(row.name for row in rows if row.name is not None)
+        warnings += [Fault(shown(str(folder / place)), None, None, f"each of its pictures counts {number} {counted}")
+                     for place, number in folders.items()]  # fmt: skip
     return _Part(folder, name, frame, rows, tuple(faults), tuple(warnings))
 
 
@@ -128,6 +134,10 @@ def _student_captions(cells: Mapping[str, Any], needs: Needs) -> dict[str, str]:
     """By variant, those that must name the concept: not the teacher's own."""
     captions = json.loads(cells["captions"]) if isinstance(cells["captions"], str) else {}
     return {variant: text for variant, text in captions.items() if variant != needs.teacher_variant}
+
+
+def _texts_of(frame: pd.DataFrame) -> list[str]:
+    return [text for cell in frame["captions"] if isinstance(cell, str) for text in json.loads(cell).values()]
 
 
 def _describe_lacking(found: Mapping[str, str], settings: DataSettings) -> list[tuple[str, str]]:
@@ -175,7 +185,7 @@ def _unmet(row: Seen, cells: Mapping[str, Any], needs: Needs) -> list[tuple[str,
 def _row(root: Path, cells: Mapping[str, Any]) -> Row:
     captions = tuple(json.loads(cells["captions"]).items())
     references = tuple(root / name for name in json.loads(cells["references"]))
-    return Row(root / cells["image"], captions, references, cells["source"], cells["row"])
+    return Row(root / cells["image"], captions, references, cells["source"], cells["row"], cells["repeats"])
 
 
 # --- what can be measured --------------------------------------------------------------------------------------------
@@ -274,6 +284,7 @@ def concept_schema(settings: DataSettings, named: bool, min_images: int) -> pa.D
         {
             "source": pa.Column(),
             "row": pa.Column(int),
+            "repeats": pa.Column(int),
             "problems": pa.Column(checks=each(lambda cell: cell == "[]", "unreadable")),
             "image": pa.Column(nullable=True),
             "captions": pa.Column(
@@ -357,8 +368,7 @@ _TABLE_MESSAGES: dict[str, Callable[[pd.DataFrame, DataSettings, int], str]] = {
     "too_few": lambda frame, _, needed: (
         f"too few images: {_count(frame)}, at least {needed} are needed; add more (data.min_images)"
     ),
-    "no_placeholder": lambda _, settings, __: (
-        f"no caption holds the placeholder {settings.placeholder}; name the concept with it, for example "
-        f'"a fox in {settings.placeholder} style" (data.placeholder){_unless("captions-without-placeholder")}'
+    "no_placeholder": lambda frame, settings, __: (
+        describe_none(_texts_of(frame), settings.placeholder) + _unless("captions-without-placeholder")
     ),
 }

@@ -100,6 +100,7 @@ def encode_concept(family: Family, table: ConceptTable, settings: Settings, cach
             width=sizes[index][0],
             image_index=index,
             caption=text,
+            repeats=table.rows[index].repeats,
         )
         for number, (index, text) in enumerate(pairs)
     ]

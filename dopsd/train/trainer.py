@@ -182,8 +182,9 @@ class _Run:
         self.log = RunLog(self.folder / "log.jsonl", self.step if saved else -1, self.observer)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.sampler = BucketSampler(
-            [(e.height, e.width) for e in examples], settings.batch_size * settings.accumulation, settings.seed
-        )
+            [(e.height, e.width) for e in examples], settings.batch_size * settings.accumulation, settings.seed,
+            [e.repeats for e in examples],
+        )  # fmt: skip
         # precision is set per forward (Family.velocity): accelerate would fix it for the whole process
         self.accelerator = Accelerator(cpu=family.device.type == "cpu", mixed_precision="no")
         self.main = self.accelerator.is_main_process
