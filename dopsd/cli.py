@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dopsd.config import Settings, load_settings
-from dopsd.files import is_disk_full
+from dopsd.files import full_disk_said
 from dopsd.lock import concept_lock
 from dopsd.project import StageError, needs_of, run_folder
 from dopsd.stages import STAGES, plan, run_stage, warnings_of
@@ -92,11 +92,11 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a terminal without arrows gets a mark in their place
     try:
         _check_locale()
-        app()
+        with full_disk_said(Path.cwd()):
+            app()
     except (ValueError, RuntimeError, OSError) as error:
         # our own errors are a person's mistakes, or a machine that is away; those out of a library need their traceback
-        known = isinstance(error, FileNotFoundError) or is_disk_full(error)
-        ours = type(error).__module__.partition(".")[0] == "dopsd" or known
+        ours = type(error).__module__.partition(".")[0] == "dopsd" or isinstance(error, FileNotFoundError)
         if not ours or "--debug" in sys.argv[1:]:
             raise
         typer.secho(f"error: {error}", fg="red", err=True)

@@ -37,7 +37,7 @@ ROOMS: dict[str, set[str]] = {
     "registry": {"config", "files", "identity", "tracking"},
     "captioning": {"config", "files", "data", "models"},
     "lock": {"config", "files"},
-    "memory": {"config"},
+    "memory": {"config", "files"},
     "project": {"config", "data", "models", "evaluation"},
     "card": {"config", "data", "models", "evaluation", "export", "project"},
     "champions": {"config", "files", "origin", "data", "models", "identity", "evaluation", "export", "given",

@@ -11,6 +11,8 @@ from traceback import walk_tb
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
+from dopsd.files import DiskFull, full_disk_said
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
@@ -74,7 +76,8 @@ def connect(uri: str) -> MlflowClient:
 def understood(uri: str) -> Iterator[None]:
     """Whatever is raised inside comes out as :class:`Away` or :class:`Refused`, in one short line without passwords."""
     try:
-        yield
+        with full_disk_said(_file_of(uri)):
+            yield
     except (Away, Refused):
         raise
     except Exception as error:  # MLflow's, those of four libraries below it, a database's: none may reach a training
@@ -84,7 +87,12 @@ def understood(uri: str) -> Iterator[None]:
             raise LoginNeeded(text) from None
         if status is not None and 400 <= status < 500 and status not in (408, 429):
             raise Refused(f"HTTP {status}{', too large' if status == 413 else ''}: {text}") from None
-        raise Away(text) from None
+        raise Away(text) from (error if isinstance(error, DiskFull) else None)
+
+
+def _file_of(uri: str) -> Path:
+    """Where a tracker without a server writes."""
+    return Path(uri.removeprefix("sqlite:///") if uri.startswith("sqlite:///") else ".").absolute()
 
 
 def _status(error: Exception) -> int | None:
