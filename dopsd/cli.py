@@ -338,18 +338,18 @@ def concept_add(
 ) -> None:
     """Check a folder, copy it to `data/concepts/NAME`, put it under DVC and list it in the settings."""
     from dopsd.config import OWN_SETTINGS
-    from dopsd.data.concept import add_concept, list_concept
+    from dopsd.data.concept import add_concept
 
     settings = _settings(params, overrides)
+    listed_in = None if name in settings.concepts else params
     with concept_lock(name, Path(), "dopsd concept add"):
-        table, held_out = add_concept(folder, name, Path(), settings.data, replace, needs_of(settings))
+        table, held_out = add_concept(folder, name, Path(), settings.data, replace, needs_of(settings), listed_in)
     for warning in warnings_of(table, held_out):
         print(warning)
     print(f"{len(table.rows)} images to train on, {_by_folder(table)} -> {table.root}")
     if held_out:
         print(f"{len(held_out.rows)} held-out images, {_by_folder(held_out)}")
-    if name not in settings.concepts:
-        list_concept(params, name)
+    if listed_in is not None:
         print(f"{params}: {name} is listed in `concepts` now")
     print(f"what it needs otherwise than others: {table.root / OWN_SETTINGS}")
     print(f"next: `dvc repro report@{name} register@{name}`")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dopsd.config import RegistrySettings
+from dopsd.files import disk_full, is_disk_full
 from dopsd.identity import VersionIdentity
 from dopsd.tracking import connect, tracking_uri, without_secrets
 
