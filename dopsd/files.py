@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PARTIAL = ".partial"
+_OF_A_FILE = re.compile(r".+\.\d+-\d+\.partial")
 
 
 @contextmanager
@@ -62,6 +63,11 @@ def _gone_on_failure(partial: Path, place: Path, needs: int = 0) -> Iterator[Non
         if isinstance(error, Exception) and is_disk_full(error):
             raise disk_full(error, place, needs, written) from error
         raise
+
+
+def is_partial(name: str) -> bool:
+    """Whether it is what :func:`whole_file` calls a file that is being written."""
+    return _OF_A_FILE.fullmatch(name) is not None
 
 
 def remove(path: Path) -> None:

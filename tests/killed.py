@@ -2,23 +2,23 @@
 
     python -m tests.killed PROJECT FOLDER HOW
 
-A step is a call of the system that changes a file of the project, outside of DVC's cache. For each one a copy of
+A step is a call of the system that changes a file of the project, DVC's cache apart. For each kind of step a copy of
 PROJECT is made, and a process that is forked from this one (importing DVC takes seconds) kills itself there; a file
-that is opened to be written over is empty then. Prints a JSON line for each: the step, what lies in data/concepts
-after a second call that fails, and after a third that is the first again.
+that is opened to be written over is empty then. Prints a JSON line of what lies in data/concepts after an unbroken
+call, and one for each kind: the step, what lies there after a second call that is refused, and after the first again.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 from collections.abc import Callable
-from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dopsd.data.concept import add_concept
 from tests.concept_folders import SETTINGS
@@ -26,27 +26,38 @@ from tests.concept_folders import SETTINGS
 CHANGES = {"os.rename", "os.remove", "os.link", "os.symlink", "os.mkdir", "os.rmdir", "os.truncate"}
 
 
-def kill_at(number: int, place: Path) -> None:
-    """End this process, as by ``kill -9``, at its ``number``-th step from now."""
-    steps = 0
+class Steps:
+    """Of this process, from :meth:`watch` on. ``kill_at``: the one at which it ends, as by ``kill -9``."""
 
-    def hook(event: str, args: tuple[Any, ...]) -> None:
-        nonlocal steps
+    def __init__(self, place: Path, kill_at: int | None = None) -> None:
+        self._place, self._kill_at = place, kill_at
+        self._seen: list[str] = []
+
+    def watch(self) -> None:
+        sys.addaudithook(self._hook)
+
+    def write(self) -> None:
+        (self._place.parent / "steps").write_text("\n".join(self._seen))
+
+    def _hook(self, event: str, args: tuple[Any, ...]) -> None:
         written = event == "open" and isinstance(args[0], str) and args[2] & (os.O_WRONLY | os.O_RDWR)
         if not written and event not in CHANGES:
             return
-        paths = [os.path.abspath(one) for one in args[:2] if isinstance(one, str)]
-        if not any(path.startswith(f"{place}/") and "/.dvc/cache/" not in path for path in paths):
+        paths = [os.path.abspath(one) for one in args[:2] if isinstance(one, str) and len(one) > 2]
+        paths = [path.removeprefix(f"{self._place}/") for path in paths if path.startswith(f"{self._place}/")]
+        if not any(path.startswith(("data/", "params", ".dvc/tmp/rwlock")) for path in paths):
             return
-        steps += 1
-        if steps == number:
+        self._seen.append(f"{event} {' '.join(paths)}")
+        if len(self._seen) - 1 == self._kill_at:
             if written and args[2] & os.O_TRUNC:
                 Path(args[0]).write_bytes(b"")
-            line = f"{event} {' '.join(path.removeprefix(f'{place}/') for path in paths)}"
-            (place.parent / "step").write_text(line)
+            self.write()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    sys.addaudithook(hook)
+
+def of_one_kind(step: str) -> str:
+    """Pictures are all alike to it, and so are the names of what is half-written."""
+    return re.sub(r"mine/[\w.]*|[\w-]{20,}|cache/\S+|\d+(-\d+)?", "*", step)
 
 
 def forked(work: Callable[[], object]) -> int:
@@ -63,12 +74,12 @@ def forked(work: Callable[[], object]) -> int:
 
 
 def seen(project: Path) -> dict[str, str]:
-    """Every file below data/concepts, and the settings."""
-    files = [path for path in (project / "data").rglob("*") if path.is_file()]
+    """Every file below data/concepts, and the settings; not what DVC leaves where it tries whether links can be made."""
+    files = [p for p in (project / "data").rglob("*") if p.is_file() and not re.fullmatch(r"\.[\w-]{22}\.tmp", p.name)]
     return {str(p.relative_to(project)): p.read_bytes().hex() for p in [*files, project / "params.yaml"]}
 
 
-def main(project: Path, folder: Path, how: str) -> None:
+def main(project: Path, folder: Path, how: str, out: TextIO) -> None:
     """``how``: ``fresh``, ``replace`` or ``in-place``."""
     place = project.parent / "copy"
 
@@ -79,25 +90,35 @@ def main(project: Path, folder: Path, how: str) -> None:
         what = target if how == "in-place" and source == folder else source
         add_concept(what, "mine", place, SETTINGS, how == "replace", listed_in=listed_in)
 
-    def killed(number: int) -> None:
-        kill_at(number, place)
+    def watched(steps: Steps) -> None:
+        steps.watch()
         add(folder)
+        steps.write()
 
-    (bad := folder.with_name("bad")).mkdir()
-    for number in count(1):
+    def anew() -> None:
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(project, place, symlinks=True)
-        if (ended := forked(lambda: killed(number))) == 0:  # noqa: B023
-            print(json.dumps({"step": "none", "after": seen(place)}), flush=True)
-            return
+
+    (bad := folder.with_name("bad")).mkdir()
+    os.dup2(2, 1)  # DVC talks
+    anew()
+    add(folder)  # what is imported here is there in every child
+    anew()
+    assert forked(lambda: watched(Steps(place))) == 0
+    steps = (place.parent / "steps").read_text().split("\n")
+    print(json.dumps({"after": seen(place)}), file=out)
+    for number in sorted({of_one_kind(step): number for number, step in enumerate(steps)}.values()):
+        anew()
+        ended = forked(lambda: watched(Steps(place, number)))  # noqa: B023
         assert ended == -signal.SIGKILL, ended
-        row: dict[str, Any] = {"step": (place.parent / "step").read_text()}
-        row["code"] = forked(lambda: add(bad))
-        row["failed"] = seen(place)
+        row: dict[str, Any] = {"step": (place.parent / "steps").read_text().split("\n")[-1]}
+        row["refused"] = how == "fresh" or forked(lambda: add(bad)) == 1
+        row["before"] = seen(place)
         row["again"] = forked(lambda: add(folder))
         row["after"] = seen(place)
-        print(json.dumps(row), flush=True)
+        print(json.dumps(row), file=out, flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    with os.fdopen(os.dup(1), "w") as rows:
+        main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], rows)

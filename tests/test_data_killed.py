@@ -39,14 +39,15 @@ def test_killed_at_any_step_the_second_try_works_and_nothing_is_lost(tmp_path: P
                       if p.is_file()})  # fmt: skip
     command = [sys.executable, "-m", "tests.killed", project, folder, how]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    *killed, unbroken = map(json.loads, done.stdout.splitlines())
-    assert len(killed) > 20
+    unbroken, *killed = map(json.loads, done.stdout.splitlines())
+    assert len(killed) > 10
     new = data_of(unbroken["after"])
     assert len(new) == 6 + (how == "in-place")
     for row in killed:
         step = f"{row['step']}\n{done.stderr}"
-        assert row["code"] == 1, step
-        assert data_of(row["failed"]) in (before, new), f"whole, after {step}"
+        assert row["refused"], step
+        if how != "fresh":
+            assert data_of(row["before"]) in (before, new), f"not whole after {step}"
         assert row["again"] == 0, f"after {step}"
         assert row["after"] == unbroken["after"], f"after {step}"
     assert any(name.endswith("/mine.dvc") for name in unbroken["after"])

@@ -81,6 +81,7 @@ def _copy(
     for file in concept_files(folder):
         (partial / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / file, partial / file)
+    _with_own_settings(partial)
     copies = validate_dataset(partial, name, settings, needs)
     if [_hash(copy) for copy in copies] != [_hash(table) for table in tables]:
         raise ConceptError(f"{folder}: changed while it was copied; nothing was added, try again")

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..config import OWN_SETTINGS
-from ..files import remove, whole_file, whole_folder
+from ..files import PARTIAL, is_partial, remove, whole_file, whole_folder
 from .manifest import concept_files
 
 BEGUN = """\
@@ -47,6 +47,9 @@ class Change:
         more than that."""
         remove(self.partial)
         remove(self._dropped)
+        for path in self.target.rglob(f"*{PARTIAL}"):
+            if is_partial(path.name):
+                remove(path)
         if self._data.exists() and (not os.path.lexists(self.target) or _holds_no_more(self.target, self._data)):
             self._put_back()
             remove(self._dropped)
