@@ -188,7 +188,8 @@ def disk_full(error: BaseException, place: Path, needs: int = 0, written: int = 
         return cause
     room = [f"needs {_megabytes(needs)}" if needs else f"needs more than {_megabytes(written)}" if written else ""]
     room += [_free(place)] if code == errno.ENOSPC else []
-    said = f"{place}{_NO_ROOM[code]} {', '.join(filter(None, room))}".rstrip()
+    known = ", ".join(filter(None, room))
+    said = f"{place}{_NO_ROOM[code]}" + (f" {known}" if room[0] else f", {known}" if known else "")
     return DiskFull(code, f"disk full: {said}; make room, then start it again: what was saved is whole")
 
 
@@ -231,7 +232,7 @@ def _free(place: Path) -> str:
 
 
 def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"
+    return f"{count / 1e6:,.{1 if count >= 1e5 else 3}f} MB"
 
 
 _TYPES = {

@@ -23,7 +23,7 @@ from typing import Any, TextIO
 from dopsd.data.concept import add_concept
 from tests.concept_folders import SETTINGS
 
-CHANGES = {"os.rename", "os.remove", "os.link", "os.symlink", "os.mkdir", "os.rmdir", "os.truncate"}
+CHANGES = {"os.rename", "os.remove", "os.link", "os.symlink", "os.truncate"}
 
 
 class Steps:
@@ -74,7 +74,7 @@ def forked(work: Callable[[], object]) -> int:
 
 
 def seen(project: Path) -> dict[str, str]:
-    """Every file below data/concepts, and the settings; not what DVC leaves where it tries whether links can be made."""
+    """Every file below data/concepts, and the settings; not what DVC leaves where it tries to make a link."""
     files = [p for p in (project / "data").rglob("*") if p.is_file() and not re.fullmatch(r"\.[\w-]{22}\.tmp", p.name)]
     return {str(p.relative_to(project)): p.read_bytes().hex() for p in [*files, project / "params.yaml"]}
 

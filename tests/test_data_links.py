@@ -43,7 +43,9 @@ def cached(tmp_path: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in tmp_path.rglob("files/md5/*/*") if path.is_file()}
 
 
-def test_links_into_the_cache_are_read_and_written_over_and_the_cache_stays(tmp_path: Path, project: Path) -> None:
+def test_links_into_the_cache_are_read_and_written_over_and_the_cache_stays(
+    tmp_path: Path, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = make(tmp_path / "mine")
     make(folder / "holdout", count=2, first=20)
     table, held_out = add_concept(folder, "mine", project, SETTINGS)
@@ -57,8 +59,8 @@ def test_links_into_the_cache_are_read_and_written_over_and_the_cache_stays(tmp_
     rows[2].pop("captions")
     (target / "metadata.jsonl").unlink()
     (target / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    add_concept(target, "mine", project, SETTINGS) if False else dvc(project, "add", "data/concepts/mine")
-    kept = cached(tmp_path) | kept
+    dvc(project, "add", "data/concepts/mine")
+    kept |= cached(tmp_path)
     (one,), total = uncaptioned(target)
     assert (one.image, total) == ("2.png", 7)
     assert save(one, {"short": "a late fox in [V] style"})
@@ -71,7 +73,8 @@ def test_links_into_the_cache_are_read_and_written_over_and_the_cache_stays(tmp_
         path.unlink()
     dvc(project, "checkout")
     assert validate_dataset(target, "mine", SETTINGS)[0].content_hash == before.content_hash
-    # and a copy of such a folder, with its links, is a data set like any other
+    # and a copy of such a folder, with its links, is a data set like any other for who works in the project
+    monkeypatch.chdir(project)
     subprocess.run(["cp", "-a", target, tmp_path / "again"], check=True)
     replaced, _ = add_concept(tmp_path / "again", "mine", project, SETTINGS, replace=True)
     assert replaced.content_hash == before.content_hash
@@ -83,7 +86,8 @@ def test_any_other_link_that_leaves_is_refused(tmp_path: Path, project: Path) ->
     says where the cache is, too."""
     add_concept(make(tmp_path / "mine"), "mine", project, SETTINGS)
     target = project / "data/concepts/mine"
-    (own,) = (path for path in [target / "4.png"] if path.is_symlink())
+    own = target / "4.png"
+    assert own.is_symlink()
     held = own.resolve()
     others = tmp_path / "other/.dvc/cache/files/md5" / held.parent.name / held.name
     beside = held.parents[3] / "beside.png"

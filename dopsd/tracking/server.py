@@ -7,11 +7,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from traceback import walk_tb
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
-from dopsd.files import DiskFull, full_disk_said
+from filelock import FileLock
+
+from dopsd.files import PARTIAL, DiskFull, full_disk_said, remove
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -69,7 +72,26 @@ def connect(uri: str) -> MlflowClient:
         logging.getLogger(name).setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
+    if uri.startswith("sqlite:///") and not _file_of(uri).exists():
+        _make_database(_file_of(uri))
     return MlflowClient(tracking_uri=uri)
+
+
+def _make_database(path: Path) -> None:
+    """A new tracker's SQLite file, whole or not at all: MLflow makes it in fifty steps, and refuses for ever to go on
+    with one that a kill or a full disk has cut short."""
+    from mlflow import MlflowClient
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        for leftover in path.parent.glob(f".{path.name}.*{PARTIAL}"):
+            remove(leftover)
+        if path.exists():  # another process was faster
+            return
+        with TemporaryDirectory(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent) as place:
+            made = Path(place) / path.name
+            MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments(max_results=1)
+            made.replace(path)
 
 
 @contextmanager
@@ -92,7 +114,7 @@ def understood(uri: str) -> Iterator[None]:
 
 def _file_of(uri: str) -> Path:
     """Where a tracker without a server writes."""
-    return Path(uri.removeprefix("sqlite:///") if uri.startswith("sqlite:///") else ".").absolute()
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0] if uri.startswith("sqlite:///") else ".").absolute()
 
 
 def _status(error: Exception) -> int | None:
