@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -17,6 +19,10 @@ from filelock import FileLock, Timeout
 
 from dopsd.config import concept_name
 from dopsd.files import write_json
+
+
+_PR_SET_PDEATHSIG = 1
+"""To be sent a signal when the parent ends (prctl(2))."""
 
 
 class ConceptBusy(RuntimeError):
@@ -39,7 +45,7 @@ def concept_lock(
         lock.acquire(timeout=0)
     except Timeout:
         if wait > 0:
-            message(f"{_held(concept, holder)}; waiting for it, {wait / 60:.0f} minutes at most")
+            message(f"{_held(concept, holder)}; waiting for it, {_long(wait)} at most")
         try:
             lock.acquire(timeout=wait)
         except Timeout:
@@ -51,6 +57,25 @@ def concept_lock(
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
+
+
+def _long(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
+
+
+def end_with_dvc() -> float:
+    """Where DVC called this process, let it end with DVC, as by Ctrl-C: what it went on to make nobody would write
+    down, and it would hold the concept until then. Returns the seconds to wait for one that is just ending so.
+
+    On Linux, and where the shell that DVC calls it with gives way to it, as most do; elsewhere it goes on.
+    """
+    if "DVC_STAGE" not in os.environ or sys.platform != "linux":
+        return 0.0
+    import ctypes
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    return 30.0
 
 
 def _held(concept: str, holder: Path) -> str:

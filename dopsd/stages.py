@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from dopsd.config import Method, Settings
 from dopsd.files import full_disk_said, read_json, stamps, write_json
-from dopsd.lock import concept_lock
+from dopsd.lock import concept_lock, end_with_dvc
 from dopsd.project import (
     BASE,
     ENCODINGS,
@@ -251,7 +251,7 @@ STAGES: dict[str, Stage] = {
 
 def run_stage(name: str, concept: str, settings: Settings, root: Path) -> None:
     """One stage (or ``plan``) by itself, while nobody else works on the concept. Raises ``ConceptBusy``."""
-    with concept_lock(concept, root, f"dopsd {name}"):
+    with concept_lock(concept, root, f"dopsd {name}", end_with_dvc()):
         (STAGES | {"plan": plan})[name](concept, settings, root)
 
 
