@@ -20,7 +20,6 @@ from filelock import FileLock, Timeout
 from dopsd.config import concept_name
 from dopsd.files import write_json
 
-
 _PR_SET_PDEATHSIG = 1
 """To be sent a signal when the parent ends (prctl(2))."""
 
@@ -75,7 +74,7 @@ def end_with_dvc() -> float:
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    return 30.0
+    return 10.0
 
 
 def _held(concept: str, holder: Path) -> str:

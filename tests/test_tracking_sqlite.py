@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from dopsd.tracking import server as tracker_server
 from tests.tracked import Folder, Log, history_of, in_haste
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +59,7 @@ def test_two_clones_begin_one_file_at_one_moment_and_both_have_all_there(
     assert rows == 600
 
 
-@pytest.mark.parametrize("statement", [1, 40, 200])
+@pytest.mark.parametrize("statement", [40, 200])
 def test_killed_while_the_file_is_made_the_next_one_makes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statement: int
 ) -> None:
@@ -94,4 +93,3 @@ def test_a_file_that_another_process_has_locked_is_waited_for(tmp_path: Path, mo
     other.close()
     assert [step for step, _ in history_of(folder)] == [1, 2, 3]
     assert not any("not all of" in line for line in log)
-    assert tracker_server.tracking_uri(tmp_path).endswith("mlflow.db")
