@@ -107,9 +107,9 @@ def test_a_stage_ends_with_the_dvc_that_called_it_and_the_next_repro_goes_throug
     assert first.stdout is not None
     assert any(line.startswith("begun") for line in first.stdout)
     first.kill()
+    first.wait()  # else it still counts as a process
     (tmp_path / "go").touch()
     second = dvc("repro")
     said, _ = second.communicate()
     assert second.returncode == 0, said
     assert (tmp_path / "out").read_text() == "made"
-    first.wait()
