@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -19,9 +21,6 @@ from filelock import FileLock, Timeout
 
 from dopsd.config import concept_name
 from dopsd.files import write_json
-
-_PR_SET_PDEATHSIG = 1
-"""To be sent a signal when the parent ends (prctl(2))."""
 
 
 class ConceptBusy(RuntimeError):
@@ -66,15 +65,25 @@ def end_with_dvc() -> float:
     """Where DVC called this process, let it end with DVC, as by Ctrl-C: what it went on to make nobody would write
     down, and it would hold the concept until then. Returns the seconds to wait for one that is just ending so.
 
-    On Linux, and where the shell that DVC calls it with gives way to it, as most do; elsewhere it goes on.
+    On Linux; elsewhere it goes on.
     """
     if "DVC_STAGE" not in os.environ or sys.platform != "linux":
         return 0.0
-    import ctypes
+    import psutil
 
+    try:  # DVC's own environment has no stage, that of a shell which it called us with has
+        caller = next(one for one in psutil.Process().parents() if "DVC_STAGE" not in one.environ())
+        handle = os.pidfd_open(caller.pid)
+    except (StopIteration, psutil.Error, OSError):
+        return 0.0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    threading.Thread(target=_end_with, args=(handle,), name="ends with DVC", daemon=True).start()
     return 10.0
+
+
+def _end_with(handle: int) -> None:
+    select.select([handle], [], [])
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _held(concept: str, holder: Path) -> str:
