@@ -84,7 +84,8 @@ def test_links_into_the_cache_are_read_and_written_over_and_the_cache_stays(
 def test_any_other_link_that_leaves_is_refused(tmp_path: Path, project: Path) -> None:
     """To a file beside the cache, to what is in the cache and no object, to another's cache; where the data set itself
     says where the cache is, too."""
-    add_concept(make(tmp_path / "mine"), "mine", project, SETTINGS)
+    make(make(tmp_path / "mine") / "holdout", count=2, first=20)
+    add_concept(tmp_path / "mine", "mine", project, SETTINGS)
     target = project / "data/concepts/mine"
     own = target / "4.png"
     assert own.is_symlink()
@@ -102,7 +103,10 @@ def test_any_other_link_that_leaves_is_refused(tmp_path: Path, project: Path) ->
         with pytest.raises(DataError, match="is a link that leaves the folder"):
             add_concept(target, "mine", project, SETTINGS)
     own.unlink()
-    own.symlink_to(others)
+    own.symlink_to(held)
+    validate_dataset(target, "mine", SETTINGS)
+    (target / "holdout/0.png").unlink()
+    (target / "holdout/0.png").symlink_to(others)
     (target / ".dvc").mkdir()
     (target / ".dvc/config").write_text(f"[cache]\n    dir = {tmp_path}\n")
     with pytest.raises(DataError, match="is a link that leaves the folder"):

@@ -74,7 +74,6 @@ class Change:
                 if in_place:
                     _copy_all(self.target, before / self._data.name)
         try:
-            self._write_pointer()  # a kill may have cut it in two, and DVC would refuse to read it
             if not in_place:
                 self._put()
             yield
@@ -85,13 +84,6 @@ class Change:
             self._drop(self._before)
             raise
         self._drop(self._before)
-
-    def _write_pointer(self) -> None:
-        if not self._pointer.exists():
-            self._dvc.unlink(missing_ok=True)
-        elif not (self._dvc.exists() and filecmp.cmp(self._dvc, self._pointer, shallow=False)):
-            with whole_file(self._dvc) as partial:
-                shutil.copyfile(self._pointer, partial)
 
     def _put(self) -> None:
         if os.path.lexists(self.target):
