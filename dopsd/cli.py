@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dopsd.config import Settings, load_settings
-from dopsd.files import is_disk_full
+from dopsd.files import full_disk_said
 from dopsd.lock import concept_lock
 from dopsd.process import prepare_process
 from dopsd.project import StageError, needs_of, run_folder
@@ -94,11 +94,11 @@ def main() -> None:
     prepare_process()
     try:
         _check_locale()
-        app()
+        with full_disk_said(Path.cwd()):
+            app()
     except (ValueError, RuntimeError, OSError) as error:
         # our own errors are a person's mistakes, or a machine that is away; those out of a library need their traceback
-        known = isinstance(error, FileNotFoundError) or is_disk_full(error)
-        ours = type(error).__module__.partition(".")[0] == "dopsd" or known
+        ours = type(error).__module__.partition(".")[0] == "dopsd" or isinstance(error, FileNotFoundError)
         if not ours or "--debug" in sys.argv[1:]:
             raise
         typer.secho(f"error: {error}", fg="red", err=True)
@@ -348,21 +348,22 @@ def concept_add(
 ) -> None:
     """Check a folder, copy it to `data/concepts/NAME`, put it under DVC and list it in the settings."""
     from dopsd.config import OWN_SETTINGS
-    from dopsd.data.concept import add_concept, list_concept
+    from dopsd.data.concept import add_concept
     from dopsd.data.unpack import rewording
 
     settings = _settings(params, overrides)
     how = rewording(settings.data.placeholder, trigger, wording)
+    listed_in = None if name in settings.concepts else params
     with concept_lock(name, Path(), "dopsd concept add"):
-        needs = needs_of(settings, Path())
-        table, held_out = add_concept(folder, name, Path(), settings.data, replace, needs, print, how)
+        table, held_out = add_concept(
+            folder, name, Path(), settings.data, replace, needs_of(settings, Path()), listed_in, print, how
+        )
     for warning in warnings_of(table, held_out):
         print(warning)
     print(f"{len(table.rows)} images to train on, {_by_folder(table)} -> {table.root}")
     if held_out:
         print(f"{len(held_out.rows)} held-out images, {_by_folder(held_out)}")
-    if name not in settings.concepts:
-        list_concept(params, name)
+    if listed_in is not None:
         print(f"{params}: {name} is listed in `concepts` now")
     print(f"what it needs otherwise than others: {table.root / OWN_SETTINGS}")
     print(f"next: `dvc repro report@{name} register@{name}`")

@@ -19,30 +19,63 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PARTIAL = ".partial"
+_OF_A_FILE = re.compile(r".+\.\d+-\d+\.partial")
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to; it takes its place when the block ends well, and is gone when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def whole_file(path: Path, needs: int = 0) -> Iterator[Path]:
+    """A path beside ``path`` to write to; it takes its place when the block ends well, and is gone when it does not.
+
+    ``needs``: its bytes, where they are known beforehand. Raises :class:`DiskFull` where there is no room for it.
+    """
     # a name of its own: two that write the same file at one moment must not take each other's away
     partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}{PARTIAL}")
-    try:
+    with _gone_on_failure(partial, path, needs):
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A fresh folder beside ``path`` that takes its place, with all that was there, when the block ends well."""
-    partial = path.with_name(path.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    shutil.rmtree(path, ignore_errors=True)
-    partial.rename(path)
+    """A fresh folder beside ``path`` that takes its place, with all that was there, when the block ends well; it is
+    gone when it does not. Raises :class:`DiskFull` where there is no room for it."""
+    partial, before = path.with_name(path.name + PARTIAL), path.with_name(f"{path.name}.before{PARTIAL}")
+    for leftover in (partial, before):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with _gone_on_failure(partial, path):
+        partial.mkdir(parents=True)
+        yield partial
+        if path.exists():
+            path.rename(before)  # and not deleted where it is: a kill would leave half of it under its name
+        partial.rename(path)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+@contextmanager
+def _gone_on_failure(partial: Path, place: Path, needs: int = 0) -> Iterator[None]:
+    """Where the block fails, take away what it wrote to ``partial``: on a full disk the next try needs its room."""
+    try:
+        yield
+    except BaseException as error:
+        written = size_of(partial) if os.path.lexists(partial) else 0
+        remove(partial)
+        if isinstance(error, Exception) and is_disk_full(error):
+            raise disk_full(error, place, needs, written) from error
+        raise
+
+
+def is_partial(name: str) -> bool:
+    """Whether it is what :func:`whole_file` calls a file that is being written."""
+    return _OF_A_FILE.fullmatch(name) is not None
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder with all that is in it, as far as that can be; what is not there is gone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -129,15 +162,77 @@ def now() -> int:
     return int(time.time() * 1000)
 
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# --- a disk that is full ----------------------------------------------------------------------------------------------
+
+_NO_ROOM = {errno.ENOSPC: "", errno.EDQUOT: " (your quota)", errno.EFBIG: " (a file may not be so large there)"}
+
+
+class DiskFull(OSError):
+    """A write that failed for want of room; its text is one line for a person. With room made, the same may be done
+    again, and goes on from what was saved."""
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a write failed for want of room. Safetensors has an error of its own, which says it in words."""
-    if isinstance(error, OSError):
-        return error.errno in _NO_ROOM
-    found = re.search(r"(?:os error |code: )(\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
-    return found is not None and int(found[1]) in _NO_ROOM
+    """Whether it, or what it was raised from, is a write that failed for want of room."""
+    return _no_room(error) is not None
+
+
+def disk_full(error: BaseException, place: Path, needs: int = 0, written: int = 0) -> DiskFull:
+    """An error of :func:`is_disk_full` as one that says where, and what is known of the room. ``place``: what was to be
+    written; ``needs``: its bytes; ``written``: those that had room."""
+    code, cause = _no_room(error) or (errno.ENOSPC, error)
+    if isinstance(cause, DiskFull):
+        return cause
+    room = [f"needs {_megabytes(needs)}" if needs else f"needs more than {_megabytes(written)}" if written else ""]
+    room += [_free(place)] if code == errno.ENOSPC else []
+    known = ", ".join(filter(None, room))
+    said = f"{place}{_NO_ROOM[code]}" + (f" {known}" if room[0] else f", {known}" if known else "")
+    return DiskFull(code, f"disk full: {said}; make room, then start it again: what was saved is whole")
+
+
+@contextmanager
+def full_disk_said(place: Path) -> Iterator[None]:
+    """A write of the block that had no room is a :class:`DiskFull`. ``place``: where it writes, as far as the error
+    does not know better."""
+    try:
+        yield
+    except Exception as error:
+        if (found := _no_room(error)) is not None:
+            named = getattr(found[1], "filename", None)
+            raise disk_full(error, Path(named) if isinstance(named, str | os.PathLike) else place) from error
+        raise
+
+
+def _no_room(error: BaseException | None) -> tuple[int, BaseException] | None:
+    """The number of the system's error, and whose it is: the error's own, or that of one which it was raised from."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            return error.errno, error
+        # safetensors' errors have a text and no number, SQLite's a number of its own: 13
+        theirs = type(error).__name__ == "SafetensorError"
+        if theirs and (found := re.search(r"(?:os error |code: )(\d+)", str(error))) and int(found[1]) in _NO_ROOM:
+            return int(found[1]), error
+        if getattr(error, "sqlite_errorcode", None) == 13:
+            return errno.ENOSPC, error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
+def _free(place: Path) -> str:
+    """What is free where ``place`` is, or would be."""
+    there = next((path for path in (place, *place.absolute().parents) if path.exists()), None)
+    if there is None:
+        return ""
+    stat = os.statvfs(there)
+    no_names = stat.f_files > 0 and stat.f_favail == 0
+    return f"{_megabytes(stat.f_bavail * stat.f_frsize)} free" + (", but no file more may be there" * no_names)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.{1 if count >= 1e5 else 3}f} MB"
 
 
 _TYPES = {
@@ -170,7 +265,7 @@ def write_tensors(
         header[key] = {"dtype": name, "shape": list(tensors[key].shape), "data_offsets": [begin, end]}
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
-    with whole_file(path) as partial, partial.open("wb") as file:
+    with whole_file(path, 8 + len(text) + end) as partial, partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key in order:
             tensor = tensors[key].detach().to("cpu", typed[key]).contiguous()

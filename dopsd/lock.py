@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import socket
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -39,7 +43,7 @@ def concept_lock(
         lock.acquire(timeout=0)
     except Timeout:
         if wait > 0:
-            message(f"{_held(concept, holder)}; waiting for it, {wait / 60:.0f} minutes at most")
+            message(f"{_held(concept, holder)}; waiting for it, {_long(wait)} at most")
         try:
             lock.acquire(timeout=wait)
         except Timeout:
@@ -51,6 +55,35 @@ def concept_lock(
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
+
+
+def _long(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
+
+
+def end_with_dvc() -> float:
+    """Where DVC called this process, let it end with DVC, as by Ctrl-C: what it went on to make nobody would write
+    down, and it would hold the concept until then. Returns the seconds to wait for one that is just ending so.
+
+    On Linux; elsewhere it goes on.
+    """
+    if "DVC_STAGE" not in os.environ or sys.platform != "linux":
+        return 0.0
+    import psutil
+
+    try:  # DVC's own environment has no stage, that of a shell which it called us with has
+        caller = next(one for one in psutil.Process().parents() if "DVC_STAGE" not in one.environ())
+        handle = os.pidfd_open(caller.pid)
+    except (StopIteration, psutil.Error, OSError):
+        return 0.0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    threading.Thread(target=_end_with, args=(handle,), name="ends with DVC", daemon=True).start()
+    return 10.0
+
+
+def _end_with(handle: int) -> None:
+    select.select([handle], [], [])
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _held(concept: str, holder: Path) -> str:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random
 
 from dopsd.config import CONCEPTS
+from dopsd.data.dvc_cache import heal_locks
+from dopsd.files import full_disk_said
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -81,7 +83,8 @@ def _project(root: Path, concept: str | None) -> Iterator[Repo]:
 
     logging.getLogger("dvc").setLevel(logging.WARNING)
     try:
-        with _ONE, Repo(str(root)) as repo:
+        with _ONE, full_disk_said(root / ".dvc"), Repo(str(root)) as repo:
+            heal_locks(repo)
             yield repo
     except NotDvcRepoError:
         raise PipelineError(f"{root.resolve()}: not a DVC project; run `dvc init` there (`dvc init --no-scm` without "

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dopsd.config import Method, Settings
-from dopsd.files import read_json, stamps, write_json
-from dopsd.lock import concept_lock
+from dopsd.files import full_disk_said, read_json, stamps, write_json
+from dopsd.lock import concept_lock, end_with_dvc
 from dopsd.project import (
     BASE,
     ENCODINGS,
@@ -43,9 +43,11 @@ def identify_base(settings: Settings, root: Path) -> None:
     from dopsd.models import open_base, remember_commits, resolved
 
     settings = resolved(settings)
-    base = open_base(settings.model, root, fresh=True)
-    remember_commits(base, root)
-    write_json(root / BASE, {"family": settings.model.family, "files": dict(sorted(base.identities.items()))})
+    with full_disk_said(root / BASE):
+        base = open_base(settings.model, root, fresh=True)
+        remember_commits(base, root)
+        about = {"family": settings.model.family, "files": dict(sorted(base.identities.items()))}
+        write_json(root / BASE, about)
     print(f"base: {base.source.shown} is {settings.model.family}, {base.identity[:12]}")
 
 
@@ -240,7 +242,8 @@ def _of_concept(stage: Stage) -> Stage:
 
         settings = resolved(settings.of(concept, root))
         try:
-            stage(concept, settings, root)
+            with full_disk_said(run_folder(concept, root)):
+                stage(concept, settings, root)
         except RuntimeError as error:
             from dopsd.train.device_memory import out_of_memory, ran_out
 
@@ -260,7 +263,7 @@ STAGES: dict[str, Stage] = {
 
 def run_stage(name: str, concept: str, settings: Settings, root: Path) -> None:
     """One stage (or ``plan``) by itself, while nobody else works on the concept. Raises ``ConceptBusy``."""
-    with concept_lock(concept, root, f"dopsd {name}"):
+    with concept_lock(concept, root, f"dopsd {name}", end_with_dvc()):
         (STAGES | {"plan": plan})[name](concept, settings, root)
 
 

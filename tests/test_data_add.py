@@ -59,8 +59,13 @@ def test_add_copies_and_tracks_or_leaves_everything_as_it_was(tmp_path, project)
     assert "md5" in (target.parent / "my-style.dvc").read_text()
 
     before = snapshot(project)
+    assert add_concept(folder, "my-style", project, SETTINGS)[0] == table, "the same again is no mistake"
+    assert snapshot(project) == before
     with pytest.raises(ConceptError, match="there already"):
-        add_concept(folder, "my-style", project, SETTINGS)
+        add_concept(make(tmp_path / "else", first=60), "my-style", project, SETTINGS)
+    (fewer := make(tmp_path / "more")).joinpath("README").write_text("more than is there")
+    with pytest.raises(ConceptError, match="there already"):
+        add_concept(fewer, "my-style", project, SETTINGS)
     bad = make(tmp_path / "bad")
     (bad / "1.png").unlink()
     with pytest.raises(DataError, match="is missing"):

@@ -37,7 +37,7 @@ ROOMS: dict[str, set[str]] = {
     "registry": {"config", "files", "identity", "tracking"},
     "captioning": {"config", "files", "data", "models"},
     "lock": {"config", "files"},
-    "memory": {"config"},
+    "memory": {"config", "files", "data"},
     "process": set(),
     "project": {"config", "data", "models", "evaluation"},
     "card": {"config", "data", "models", "distill", "evaluation", "export", "project"},
@@ -56,7 +56,7 @@ ONLY_THERE = {
     "mlflow": ("dopsd/tracking/", "dopsd/registry/"),
     "ray": ("dopsd/train/launch.py", "dopsd/train/worker.py", "dopsd/train/workers.py"),
     "pandera": ("dopsd/data/schema.py",),
-    "dvc": ("dopsd/data/concept.py", "dopsd/memory.py"),
+    "dvc": ("dopsd/data/concept.py", "dopsd/data/dvc_cache.py", "dopsd/memory.py"),
     "typer": ("dopsd/cli.py", "emoji_turbo/cli.py", "flows/train.py", "flows/nightly.py"),
 }
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from dopsd.lock import ConceptBusy, concept_lock
+
+ROOT = Path(__file__).parent.parent
 
 HOLDER = """
 import sys
@@ -76,3 +80,41 @@ def test_a_holder_file_that_is_damaged_hides_nobody(tmp_path: Path) -> None:
         (tmp_path / "runs/.locks/mine.json").write_text("")
         with pytest.raises(ConceptBusy, match="mine is held by another process"):
             concept_lock("mine", tmp_path, "x").__enter__()
+
+
+STAGE = """
+import os, signal
+from pathlib import Path
+from dopsd.lock import concept_lock, end_with_dvc
+with concept_lock("mine", Path(), "dopsd train", end_with_dvc()):
+    again = Path("go").exists()
+    print("begun", os.getpid(), flush=True)
+    if not again:
+        signal.pause()
+    Path("out").write_text("made")
+"""
+
+
+def test_a_stage_ends_with_the_dvc_that_called_it_and_the_next_repro_goes_through(tmp_path: Path) -> None:
+    """``kill -9`` of ``dvc repro`` alone: nobody would write down what the stage went on to make."""
+    (tmp_path / "stage.py").write_text(STAGE)
+    (tmp_path / "dvc.yaml").write_text(f"stages: {{s: {{cmd: '{sys.executable} stage.py', outs: [out]}}}}\n")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DVC_NO_ANALYTICS": "1", "SHELL": "/bin/sh"}
+
+    def dvc(*command: str) -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "-m", "dvc", *command], cwd=tmp_path, env=environment,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+    assert dvc("init", "-q", "--no-scm").wait() == 0
+    first = dvc("repro")
+    assert first.stdout is not None
+    stage = next(int(line.split()[1]) for line in first.stdout if line.startswith("begun"))
+    first.kill()
+    first.wait()  # else it still counts as a process
+    (tmp_path / "go").touch()
+    second = dvc("repro")
+    said, _ = second.communicate()
+    with suppress(ProcessLookupError):
+        os.kill(stage, signal.SIGKILL)  # where it did not end
+    assert second.returncode == 0, said
+    assert (tmp_path / "out").read_text() == "made"

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import resource
-import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from dopsd.files import DiskFull
 from dopsd.train import checkpoint as ckpt
-from dopsd.train.errors import LaunchError
 from tests import tiny
+from tests.small_disk import fill, free, small_disk
 
 SETTINGS = {"max_steps": 8, "checkpoint_steps": 3}
 
@@ -41,32 +40,18 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 16 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", place], capture_output=True).returncode:
-        pytest.skip("mounting a small disk takes root")
-    yield place
-    subprocess.run(["umount", "--lazy", place], check=True)
-
-
-def _fill(disk: Path, left: int) -> None:
-    """Leave ``left`` bytes."""
-    with (disk / "ballast").open("wb", buffering=0) as file, suppress(OSError):
-        while file.write(bytes(4096)) == 4096:
-            pass
-    with (disk / "ballast").open("rb+") as file:
-        file.truncate((disk / "ballast").stat().st_size - left)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "16m") as place:
+        yield place
 
 
 def _assert_goes_on(folder: Path, unbroken: Path, limit: Callable[[], None], free: Callable[[], None]) -> None:
     settings = tiny.tiny_settings(**SETTINGS)
-    with pytest.raises(LaunchError) as failure:
+    with pytest.raises(DiskFull) as failure:
         tiny.run_tiny("d-opsd", folder, settings, Acts(4, limit))
     free()
     text = str(failure.value)
-    assert "disk is full" in text
+    assert text.startswith(f"disk full: {folder}")
     assert len(text.splitlines()) == 1
     assert [path.name for path in (folder / "train/checkpoints").iterdir()] == ["step-00000003"]
     saved = ckpt.load_checkpoint(folder / "train/checkpoints", pytest.fail)
@@ -82,11 +67,11 @@ def _assert_goes_on(folder: Path, unbroken: Path, limit: Callable[[], None], fre
 
 
 @pytest.mark.parametrize("left", [0, 8192, 100_000])
-def test_a_full_disk_is_one_clear_line_and_the_next_start_goes_on(small_disk: Path, unbroken: Path, left: int) -> None:
+def test_a_full_disk_is_one_clear_line_and_the_next_start_goes_on(disk: Path, unbroken: Path, left: int) -> None:
     """Full at a row of the log, or at some place within a checkpoint."""
     tensors = next((unbroken / "train/checkpoints").glob("*/tensors.safetensors"))
     assert tensors.stat().st_size > 100_000
-    _assert_goes_on(small_disk, unbroken, lambda: _fill(small_disk, left), lambda: (small_disk / "ballast").unlink())
+    _assert_goes_on(disk, unbroken, lambda: fill(disk, left), lambda: free(disk))
 
 
 def test_a_file_that_may_not_grow_is_told_of_as_a_full_disk(tmp_path: Path, unbroken: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
+
+from ..files import whole_file
 
 Conditioning = Mapping[str, Tensor]
 """As in :mod:`dopsd.models.base`: named tensors of one example, without a batch axis."""
@@ -72,13 +73,8 @@ class EncodingCache:
         path = self.path(key)
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in conditioning.items()}
         content = save(tensors, metadata={"key": key, "sha256": checksum(tensors)})
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{key}.{os.getpid()}.partial")
-        try:
+        with whole_file(path, len(content)) as partial:
             partial.write_bytes(content)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
         return tensors
 
     def get_or_encode(

@@ -12,18 +12,15 @@ import yaml
 from filelock import FileLock
 
 from ..config import CONCEPTS, OWN_SETTINGS, DataSettings, SettingsError, concept_name
-from ..files import whole_file
+from ..files import disk_full, is_disk_full, remove, size_of, whole_file
+from .dvc_cache import heal_locks
 from .manifest import ConceptTable, concept_files
 from .needs import ANY, Needs
+from .replacement import BEGUN, Change
 from .schema import validate_dataset
 from .unpack import Rewording, as_folder, reword
 
 _Table = ConceptTable | None
-_OWN = """\
-# What differs from `train` in params.yaml for this concept alone; as it is, nothing. Take the `#` off, or add others:
-# max_steps: 100
-# learning_rate: 7e-5
-"""
 
 
 class RemoteAway(RuntimeError):
@@ -41,27 +38,57 @@ def add_concept(
     settings: DataSettings,
     replace: bool = False,
     needs: Needs = ANY,
+    listed_in: Path | None = None,
     say: Callable[[str], object] = lambda line: None,
     how: Rewording | None = None,
 ) -> tuple[ConceptTable, ConceptTable | None]:
-    """Check ``folder``, copy it to ``root/data/concepts/name`` and ``dvc add`` it. Returns the tables there: training,
-    and held out. What is packed (:mod:`dopsd.data.packed`) is unpacked; ``say`` is told how it was read.
-    ``how``: the placeholder, written into the copy's captions.
+    """Check ``folder``, copy it to ``root/data/concepts/name``, ``dvc add`` it, and add ``name`` to the concepts in the
+    settings ``listed_in``, where that is given. Returns the tables there: training, and held out. What is packed
+    (:mod:`dopsd.data.packed`) is unpacked; ``say`` is told how it was read. ``how``: the placeholder, written into the
+    copy's captions.
 
     A folder that lies there already is checked and put under DVC where it is. ``replace`` overwrites another data set
-    of that name. A ``train.yaml`` is written where there is none. Whatever fails, everything is as before. Raises
-    ``DataError`` for faults of the data, ``SettingsError`` for a name that is none, and :class:`ConceptError` for one
-    that is taken, or where DVC refuses.
+    of that name. A ``train.yaml`` is written where there is none. Whatever fails, everything is as before; whatever is
+    killed, the same call again does all of it. Raises ``DataError`` for faults of the data, ``SettingsError`` for a
+    name that is none, ``DiskFull`` where there is no room, and :class:`ConceptError` for a name that is taken, or where
+    DVC refuses.
     """
     root, name = Path(os.path.abspath(root)), concept_name(name)
     if not (root / ".dvc").is_dir():
         raise ConceptError(f"{root}: not a DVC project; run from the project's root, or `dvc init` there first")
-    target = root / CONCEPTS / name
+    change = Change(root / CONCEPTS / name)
+    target, partial = change.target, change.partial
+    change.recover()
     in_place = target.exists() and folder.exists() and target.samefile(folder)
-    if os.path.lexists(target) and not in_place and not replace:
-        raise ConceptError(f"{target} is there already; choose another name or pass --replace")
-    _recover(target)
-    with as_folder(folder, target.with_name(f".{target.name}.unpacked"), say, copy=how is not None) as (rows, packed):
+    try:
+        with _as_checked(folder, change, in_place, settings, needs, say, how) as (rows, tables):
+            if os.path.lexists(target) and not in_place and not replace and not change.goes_on(rows):
+                raise ConceptError(f"{target} is there already; choose another name or pass --replace")
+            if not in_place:
+                _copy(rows, name, partial, settings, needs, tables)
+        with change.made(in_place):
+            _with_own_settings(target)
+            _dvc_add(root, target)
+            tables = validate_dataset(target, name, settings, needs)
+            if listed_in is not None:
+                list_concept(listed_in, name)
+    except OSError as error:
+        if is_disk_full(error):
+            raise disk_full(error, target, size_of(folder) if folder.exists() else 0) from error
+        raise ConceptError(f"{error.filename or target}: {error.strerror}; nothing was added") from None
+    finally:
+        remove(partial)
+    return tables
+
+
+@contextmanager
+def _as_checked(
+    folder: Path, change: Change, in_place: bool, settings: DataSettings, needs: Needs,
+    say: Callable[[str], object], how: Rewording | None,
+) -> Iterator[tuple[Path, tuple[ConceptTable, ConceptTable | None]]]:  # fmt: skip
+    """The data set as a folder of rows, unpacked and reworded where that is asked, and its tables."""
+    name = change.target.name
+    with as_folder(folder, change.unpacked, say, copy=how is not None) as (rows, packed):
         if in_place and rows != folder:
             raise ConceptError(f"{folder}: cannot be unpacked or reworded into itself; move it, and add it from there")
         read_as = None
@@ -70,86 +97,35 @@ def add_concept(
             tables = validate_dataset(rows, name, any_caption, needs)
             read_as = tables[0].read_as
             reword(rows, tables, how, needs.teacher_variant)
-        table, held_out = validate_dataset(rows, name, settings, needs)
+        tables = validate_dataset(rows, name, settings, needs)
         if not packed:
-            number = len(table.rows)
-            say(f"{folder}: read as {read_as or table.read_as}: {number} rows, {number} pictures")
-        partial = None if in_place else _copy(rows, name, target, settings, needs, (table, held_out))
-    with _undone_on_failure(target, partial):
-        _dvc_add(root, target)
-    return validate_dataset(target, name, settings, needs)
+            number = len(tables[0].rows)
+            say(f"{folder}: read as {read_as or tables[0].read_as}: {number} rows, {number} pictures")
+        yield rows, tables
 
 
 def _copy(
-    folder: Path, name: str, target: Path, settings: DataSettings, needs: Needs, tables: tuple[_Table, _Table]
-) -> Path:
-    """Copy the data set's own files to a hidden folder beside ``target`` and check that the copy is the same."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        for file in concept_files(folder):
-            (partial / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / file, partial / file)
-        _with_own_settings(partial)
-        copies = validate_dataset(partial, name, settings, needs)
-        if [_hash(copy) for copy in copies] != [_hash(table) for table in tables]:
-            raise ConceptError(f"{folder}: changed while it was copied; nothing was added, try again")
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            problem = f"cannot be copied to {target}: {error.strerror}; nothing was added"
-            raise ConceptError(f"{folder}: {problem}") from None
-        raise
-    return partial
+    folder: Path, name: str, partial: Path, settings: DataSettings, needs: Needs, tables: tuple[_Table, _Table]
+) -> None:
+    """Copy the data set's own files to ``partial`` and check that the copy is the same."""
+    for file in concept_files(folder):
+        (partial / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / file, partial / file)
+    _with_own_settings(partial)
+    copies = validate_dataset(partial, name, settings, needs)
+    if [_hash(copy) for copy in copies] != [_hash(table) for table in tables]:
+        raise ConceptError(f"{folder}: changed while it was copied; nothing was added, try again")
 
 
 def _hash(table: ConceptTable | None) -> str | None:
     return table.content_hash if table else None
 
 
-def _aside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.previous")
-
-
-def _recover(target: Path) -> None:
-    """Put back what a run that was killed in the middle of a replacement had set aside."""
-    aside = _aside(target)
-    if aside.exists() and not target.exists():
-        aside.rename(target)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextmanager
-def _undone_on_failure(target: Path, partial: Path | None) -> Iterator[None]:
-    """Put ``partial`` in the place of ``target``; where the block fails, put everything back, DVC's two files too."""
-    pointers = [target.with_name(f"{target.name}.dvc"), target.with_name(".gitignore"), target / OWN_SETTINGS]
-    before = [path.read_bytes() if path.exists() else None for path in pointers]
-    aside = _aside(target)
-    try:
-        if partial is not None:
-            if target.exists():
-                target.rename(aside)
-            partial.rename(target)
-        _with_own_settings(target)
-        yield
-    except BaseException:
-        if partial is not None:
-            shutil.rmtree(target if not partial.exists() else partial, ignore_errors=True)
-            if aside.exists():
-                aside.rename(target)
-        for path, content in zip(pointers, before, strict=True):
-            if content is None:
-                path.unlink(missing_ok=True)
-            else:
-                path.write_bytes(content)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
 def _with_own_settings(folder: Path) -> None:
     path = folder / OWN_SETTINGS
-    if not path.exists():
-        path.write_text(_OWN, encoding="utf-8")
+    if not os.path.lexists(path):  # a link to what is gone would be written through
+        with whole_file(path) as partial:
+            partial.write_text(BEGUN, encoding="utf-8")
 
 
 def list_concept(params: Path, name: str) -> None:
@@ -189,8 +165,11 @@ def _dvc_add(root: Path, target: Path) -> None:
 
     try:
         with Repo(str(root)) as repo:
+            heal_locks(repo)
             repo.add(str(target))
     except (DvcException, SCMError, OSError) as error:
+        if is_disk_full(error):
+            raise disk_full(error, Path(repo.cache.local_cache_dir), size_of(target)) from error
         message = " ".join(str(error).split())
         raise ConceptError(f"{target}: dvc add failed: {message}; nothing was added") from None
 
@@ -213,6 +192,7 @@ def pull_missing(root: Path, name: str) -> bool:
         with Repo(str(root)) as repo:
             if not repo.config["remote"]:
                 return False
+            heal_locks(repo)
             repo.pull(targets=[str(pointer)])
     except (DvcException, SCMError, OSError) as error:
         raise RemoteAway(f"{target}: dvc pull failed: {' '.join(str(error).split())[:300]}") from None

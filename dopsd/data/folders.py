@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ..files import is_partial
 from .records import leaves
 
 HOLDOUT = "holdout"
@@ -26,8 +27,8 @@ _REPEATS = re.compile(r"(\d{1,3})_.+")
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file or folder of that name is hidden, or what a system, a NAS or a viewer leaves behind."""
-    return name.startswith(".") or name.casefold().partition(":")[0] in _LEFTOVERS
+    """Whether a file or folder of that name is hidden, or what a system, a NAS, a viewer or a kill leaves behind."""
+    return name.startswith(".") or is_partial(name) or name.casefold().partition(":")[0] in _LEFTOVERS
 
 
 def path_problem(root: Path, name: str) -> str:

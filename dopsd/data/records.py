@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .dvc_cache import is_cached
 from .images import EXTENSIONS
 from .text import decoded, folded
 
@@ -75,9 +76,10 @@ def shown(text: str, limit: int = 4096) -> str:
 
 
 def leaves(folder: Path, name: str) -> bool:
-    """Whether ``name``, links followed, lies outside ``folder``."""
+    """Whether ``name``, links followed, lies outside ``folder``, and not in DVC's cache either."""
     root = os.path.realpath(folder)
-    return os.path.commonpath([root, os.path.realpath(os.path.join(root, name))]) != root
+    path = os.path.realpath(os.path.join(root, name))
+    return os.path.commonpath([root, path]) != root and not is_cached(path, folder)
 
 
 # --- images with texts beside them -----------------------------------------------------------------------------------

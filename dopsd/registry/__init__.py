@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dopsd.config import RegistrySettings
+from dopsd.files import disk_full, is_disk_full
 from dopsd.identity import VersionIdentity
 from dopsd.tracking import connect, tracking_uri, without_secrets
 
@@ -194,6 +195,8 @@ class _Answers:
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
         from mlflow.exceptions import MlflowException
 
+        if error is not None and is_disk_full(error):
+            raise disk_full(error, Path.cwd()) from None
         if isinstance(error, MlflowException | OSError):
             text = " ".join(without_secrets(str(error), self._uri).split())[:300]
             raise RegistryAway(f"the registry did not take it ({text}); run stage register again later") from None

@@ -22,6 +22,7 @@ from tenacity.wait import wait_exponential
 from tqdm import tqdm
 
 from dopsd.config import TrackingSettings
+from dopsd.files import disk_full, is_disk_full
 from dopsd.process import proxy_note
 
 from .sender import Comparison
@@ -75,7 +76,8 @@ class Sender:
         except Timeout:
             self._comparison.warn(f"another process is sending {self._run}; this one leaves it to that")
         except OSError as error:
-            self._comparison.warn(f"nothing of {self._run} is sent ({error})")
+            full = disk_full(error, self._run) if is_disk_full(error) else None
+            self._comparison.warn(f"nothing of {self._run} is sent ({full or error})")
         return False
 
     def _work(self) -> None:
@@ -122,7 +124,9 @@ class Sender:
             if isinstance(error, LoginNeeded):
                 how = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
                 self._comparison.warn(f"login needed at {self._uri} (HTTP 401): {how}; the run goes on without it")
-            elif not isinstance(error, Away):  # a mistake of ours, or a full disk here: training must not pay for it
+            elif is_disk_full(error):
+                self._comparison.warn(f"{disk_full(error, self._run)}; the run goes on, and is sent later")
+            elif not isinstance(error, Away):  # a mistake of ours: training must not pay for it
                 self._comparison.warn(f"something of {self._run} was not sent ({type(error).__name__}: {error})")
             elif not self._away:
                 self._log(f"tracking: {self._uri} cannot be reached ({error}){proxy_note()}; "

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dopsd.config import TrackingSettings
-from dopsd.files import GrowingFile, now, read_json, whole_file
+from dopsd.files import GrowingFile, is_disk_full, now, read_json, whole_file
 
 from .folder import Content, contents, rows
 from .server import Refused, connect, tracking_uri, understood
@@ -199,6 +199,8 @@ class Comparison:
             except FileNotFoundError:
                 pass  # replaced at this moment: the next comparison sees it
             except (OSError, ValueError) as error:
+                if is_disk_full(error):
+                    raise
                 self.warn(f"{path} cannot be read ({type(error).__name__}); it is left out")
             if unnoted == FILES_PER_NOTE or (unnoted and path == content.files[-1][0]):
                 self._attempt(content, f"file {SENT}", "log_dict", known.run_id, known.sent, SENT)

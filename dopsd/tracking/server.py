@@ -7,9 +7,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from traceback import walk_tb
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
+
+from filelock import FileLock
+
+from dopsd.files import PARTIAL, DiskFull, full_disk_said, remove
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -67,14 +72,34 @@ def connect(uri: str) -> MlflowClient:
         logging.getLogger(name).setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
+    if uri.startswith("sqlite:///") and not _file_of(uri).exists():
+        _make_database(_file_of(uri))
     return MlflowClient(tracking_uri=uri)
+
+
+def _make_database(path: Path) -> None:
+    """A new tracker's SQLite file, whole or not at all: MLflow makes it in fifty steps, and refuses for ever to go on
+    with one that a kill or a full disk has cut short."""
+    from mlflow import MlflowClient
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        for leftover in path.parent.glob(f".{path.name}.*{PARTIAL}"):
+            remove(leftover)
+        if path.exists():  # another process was faster
+            return
+        with TemporaryDirectory(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent) as place:
+            made = Path(place) / path.name
+            MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments(max_results=1)
+            made.replace(path)
 
 
 @contextmanager
 def understood(uri: str) -> Iterator[None]:
     """Whatever is raised inside comes out as :class:`Away` or :class:`Refused`, in one short line without passwords."""
     try:
-        yield
+        with full_disk_said(_file_of(uri)):
+            yield
     except (Away, Refused):
         raise
     except Exception as error:  # MLflow's, those of four libraries below it, a database's: none may reach a training
@@ -84,7 +109,12 @@ def understood(uri: str) -> Iterator[None]:
             raise LoginNeeded(text) from None
         if status is not None and 400 <= status < 500 and status not in (408, 429):
             raise Refused(f"HTTP {status}{', too large' if status == 413 else ''}: {text}") from None
-        raise Away(text) from None
+        raise Away(text) from (error if isinstance(error, DiskFull) else None)
+
+
+def _file_of(uri: str) -> Path:
+    """Where a tracker without a server writes."""
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0] if uri.startswith("sqlite:///") else ".").absolute()
 
 
 def _status(error: Exception) -> int | None:

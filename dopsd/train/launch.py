@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from dopsd.config import ComputeSettings, Method
-from dopsd.files import append_line, is_disk_full, whole_file
+from dopsd.files import append_line, full_disk_said, is_disk_full, whole_file
 from dopsd.train import worker
 from dopsd.train.checkpoint import set_aside
 from dopsd.train.errors import LaunchError
 from dopsd.train.job import Job, run_job
 from dopsd.train.observer import Observer, Progress
-from dopsd.train.status import disk_full_said, end_run, how_it_ended
+from dopsd.train.status import end_run, how_it_ended
 from dopsd.train.storage import JobStorage
 from dopsd.train.trainer import TrainError, TrainResult, milestones, publish
 
@@ -66,7 +66,7 @@ def run_training(
     Raises :class:`~dopsd.train.trainer.TrainError` where the job itself is at fault, :class:`LaunchError` where the
     machines are and ``compute.max_failures`` did not suffice.
     """
-    with disk_full_said(folder):
+    with full_disk_said(folder):
         if compute.launcher == "local":
             return run_job(job, folder, adapters, observer)
         return _run_on_ray(job, compute, root, folder, adapters, observer)
@@ -217,6 +217,8 @@ def _run_on_ray(
     try:
         storage.offer(folder, job.train.methods)
     except OSError as error:
+        if is_disk_full(error):
+            raise
         raise LaunchError(f"{job.name}: cannot write to the storage {_shown(storage.place)} ({error})") from None
     trainer = DataParallelTrainer(
         worker.run,
@@ -272,7 +274,7 @@ def bring_back(name: str, compute: ComputeSettings, root: Path, folder: Path) ->
     storage = storage_of(name, compute, root)
     if compute.launcher == "local" and not Path(storage.place, name).is_dir():
         return
-    with disk_full_said(folder):
+    with full_disk_said(folder):
         try:
             if further := storage.further_than(folder):
                 _fetch(storage, folder, further, ("checkpoints", "adapters"))

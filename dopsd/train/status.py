@@ -1,4 +1,4 @@
-"""``run.json`` of a run: since when it runs, until when it ran, and how it ended; and a full disk said in one line."""
+"""``run.json`` of a run: since when it runs, until when it ran, and how it ended."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dopsd.files import is_disk_full, now, read_json, write_json
-from dopsd.train.errors import LaunchError
+from dopsd.files import full_disk_said, now, read_json, write_json
 from dopsd.train.observer import Observer
 
 RUN_FILE = "run.json"
@@ -18,7 +17,7 @@ RUN_FILE = "run.json"
 def running(folder: Path, observer: Observer, training: str = "") -> Iterator[None]:
     """RUNNING inside the block; FINISHED, FAILED or KILLED after it. ``training``: the name of what it is part of."""
     try:
-        with disk_full_said(folder):
+        with full_disk_said(folder):
             before = read_json(folder / RUN_FILE)
             started = before.get("started") if before.get("training") == training else None
             _write(
@@ -32,18 +31,6 @@ def running(folder: Path, observer: Observer, training: str = "") -> Iterator[No
         with suppress(OSError):  # where it cannot be written that it failed, the error itself says so
             end_run(folder, observer, how_it_ended(error))
         raise
-
-
-@contextmanager
-def disk_full_said(folder: Path) -> Iterator[None]:
-    """A disk that is full is a :class:`LaunchError`: with room made, the same run may be started again and goes on."""
-    try:
-        yield
-    except Exception as error:
-        if not is_disk_full(error):
-            raise
-        text = f"{folder}: the disk is full ({error}); make room and start it again, it goes on where it was saved"
-        raise LaunchError(text) from None
 
 
 def how_it_ended(error: BaseException | None) -> str:

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dopsd.files import link_or_copy
+from dopsd.files import link_or_copy, whole_file
 
 _REFUSAL = "refused.txt"
 _STEP = re.compile(r"checkpoints/step-(\d+)/state\.json$")
@@ -130,9 +130,8 @@ class JobStorage:
         if system.type_name != "local":  # an object is there whole or not at all
             copy_files(str(file), target, destination_filesystem=system)
             return
-        partial = Path(f"{target}.partial")
-        link_or_copy(file, partial)
-        partial.replace(target)
+        with whole_file(Path(target)) as partial:
+            link_or_copy(file, partial)
 
 
 def _stamp(file: Path) -> tuple[int, int]:

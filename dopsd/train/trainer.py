@@ -95,8 +95,8 @@ class Place:
 def train(family: Family, training: Training, place: Place) -> TrainResult:
     """Train on encoded examples; a run of another identity in the same folder is set aside.
 
-    Raises :class:`TrainError` before any work where settings and data do not fit each other, ``LaunchError`` where the
-    disk is full. The family's transformer is given back without adapters.
+    Raises :class:`TrainError` before any work where settings and data do not fit each other, ``DiskFull`` where the
+    disk is. The family's transformer is given back without adapters.
     """
     _check(training)
     settings, method, folder = training.settings, training.method, place.folder

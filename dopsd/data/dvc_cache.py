@@ -1,0 +1,68 @@
+"""What DVC keeps beside a project's files: its cache, where with ``cache.type`` symlink the files of a data set are
+links to; and who holds what."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+
+_OBJECT = re.compile(r"(files/md5/)?[0-9a-f]{2}/[0-9a-f]{30}")
+"""How DVC 3, and DVC 2 before it, calls a file there."""
+
+
+def is_cached(path: str, folder: Path) -> bool:
+    """Whether ``path``, an absolute one with all links followed, is a file in DVC's cache: of the project that the data
+    set ``folder`` lies in, or of the one that is worked in.
+
+    Nothing else that lies beside it counts: whoever made a data set may have written what it says of its cache.
+    """
+    for place in _caches(folder) if _OBJECT.search(path) else ():
+        if path.startswith(place + os.sep) and _OBJECT.fullmatch(path[len(place) + 1 :]):
+            return True
+    return False
+
+
+def _caches(folder: Path) -> Iterator[str]:
+    for start in (os.path.dirname(os.path.abspath(folder)), os.getcwd()):
+        projects = (os.path.join(parent, ".dvc") for parent in (start, *map(str, Path(start).parents)))
+        if project := next(filter(os.path.isdir, projects), None):
+            files = (os.path.join(project, name) for name in ("config", "config.local"))
+            stamps = [os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files]
+            if place := _cache_of(project, *stamps):
+                yield place
+
+
+@cache
+def _cache_of(project: str, *_: int) -> str | None:
+    """The cache of the project with that ``.dvc``, links followed; read anew when its configuration has changed."""
+    from dvc.config import Config, ConfigError
+
+    try:
+        config = Config(project)
+    except (ConfigError, OSError):  # DVC itself says what is wrong with it
+        return None
+    named = config["remote"].get(config["cache"].get("local"), {}).get("url")
+    return os.path.realpath(named or config["cache"].get("dir") or os.path.join(project, "cache"))
+
+
+def heal_locks(repo: Repo) -> None:
+    """Delete DVC's list of who holds what where a kill left half of it: DVC would refuse to work until somebody does.
+    Raises DVC's ``LockError`` where another process is writing it."""
+    from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK, make_lock
+
+    path = Path(repo.tmp_dir or "", RWLOCK_FILE)
+    with make_lock(str(path.with_name(RWLOCK_LOCK)), tmp_dir=repo.tmp_dir, hardlink_lock=False):
+        try:
+            json.loads(path.read_bytes())
+        except FileNotFoundError:
+            pass
+        except ValueError:
+            path.unlink()
