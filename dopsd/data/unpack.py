@@ -64,7 +64,7 @@ def reword(folder: Path, tables: tuple[ConceptTable, ConceptTable | None], how: 
         part = folder / os.path.relpath(table.root, os.path.abspath(folder))
         for source in {row.source for row in table.rows}:
             (part / source).unlink()
-        (part / METADATA).write_text("\n".join([*lines, ""]))
+        (part / METADATA).write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
 @contextmanager
@@ -141,7 +141,10 @@ def _unpack(source: Path, packing: Packing, files: list[str], place: Path, say: 
     try:
         for part in (place, place / HOLDOUT):
             part.mkdir(parents=True)
-        with (place / METADATA).open("w") as train, (place / HOLDOUT / METADATA).open("w") as held_out:
+        with (
+            (place / METADATA).open("w", encoding="utf-8") as train,
+            (place / HOLDOUT / METADATA).open("w", encoding="utf-8") as held_out,
+        ):
             for item in (item for file in files for item in packing.items(root, file, seen)):
                 rows[item.held_out] += 1
                 if sum(rows.values()) > MAX_ROWS:
