@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,11 +35,11 @@ class Finding:
     advice: str = ""
 
 
-def examine(params: Path, root: Path) -> list[Finding]:
-    """Look at everything; a check that fails is a finding, not an exception."""
+def examine(params: Path, root: Path, overrides: Sequence[str] = ()) -> list[Finding]:
+    """Look at everything; a check that fails is a finding, not an exception. ``overrides``: KEY=VALUE."""
     findings = [*_python(), *_machine()]
     try:
-        settings = load_settings(params)
+        settings = load_settings(params, tuple(overrides))
     except SettingsError as error:
         return [*findings, Finding("settings", str(error), "fault", "correct them; nothing runs without")]
     findings.append(Finding("settings", f"{params}, {len(settings.concepts)} concepts"))
@@ -54,15 +54,24 @@ def card_meant(text: str | None) -> Card | None:
     return card_of(text) if text is not None else None
 
 
-def what_is_needed(params: Path, root: Path, card: Card | None) -> Iterator[str]:
+def what_is_needed(
+    params: Path, root: Path, card: Card | None, overrides: Sequence[str] = (), concept: str | None = None
+) -> Iterator[str]:
     """Lines on memory, disk and time of a base of true size, on that card or (``None``) this machine's; nothing where
-    the settings or the base are at fault, which is a finding already."""
+    the settings or the base are at fault, which is a finding already. ``concept``: with the settings of its own.
+    Raises ``SettingsError`` where those are at fault."""
     from dopsd.models import ModelError, resolved
     from dopsd.sizing.plan import plan_for
     from dopsd.sizing.show import report
 
     try:
-        settings = resolved(load_settings(params))
+        settings = load_settings(params, tuple(overrides))
+    except SettingsError:
+        return
+    if concept is not None:
+        settings = settings.of(concept, root)
+    try:
+        settings = resolved(settings)
         yield ""
         plan = plan_for(settings, root)
         yield from report(settings, plan, card or (card_here() if plan else None))

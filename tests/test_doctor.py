@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dopsd import doctor
-from dopsd.config import load_settings
+from dopsd.config import SettingsError, load_settings
 from dopsd.doctor import Finding, examine, what_is_needed
 from dopsd.models import ModelError, resolved
 from dopsd.sizing.cards import card_of
@@ -83,3 +83,23 @@ def test_the_card_is_measured_where_something_is_planned_and_after_what_was_foun
     assert not measured
     next(lines_of_klein)
     assert measured
+
+
+def test_what_is_asked_is_what_would_run(tmp_path: Path) -> None:
+    """A concept's own settings over those of the file, and KEY=VALUE over both, as in a training."""
+    file = params(tmp_path, "z-image-turbo", load_settings(ROOT / "recipes/z-image-turbo.yaml").model.path)
+    own = tmp_path / "data/concepts/big/train.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("lora: {rank: 8}\n", encoding="utf-8")
+
+    def said(*overrides: str, concept: str | None = None) -> str:
+        return "\n".join(what_is_needed(file, tmp_path, card_of("24"), overrides, concept))
+
+    plain = said()
+    assert said(concept="big") == said("train.lora.rank=8") != plain
+    assert said("train.lora.rank=64", concept="big") == plain
+    own.write_text("ranks: 8\n", encoding="utf-8")
+    with pytest.raises(SettingsError, match="ranks"):
+        said(concept="big")
+    with pytest.raises(SettingsError, match="No Name"):
+        said(concept="No Name")

@@ -57,7 +57,7 @@ ONLY_THERE = {
     "ray": ("dopsd/train/launch.py", "dopsd/train/worker.py", "dopsd/train/workers.py"),
     "pandera": ("dopsd/data/schema.py",),
     "dvc": ("dopsd/data/concept.py", "dopsd/data/dvc_cache.py", "dopsd/memory.py"),
-    "typer": ("dopsd/cli.py", "emoji_turbo/cli.py", "flows/train.py", "flows/nightly.py"),
+    "typer": ("dopsd/cli/", "emoji_turbo/cli.py", "flows/train.py", "flows/nightly.py"),
 }
 
 _FILES = sorted(path for room in ("dopsd", "emoji_turbo", "flows") for path in (ROOT / room).rglob("*.py"))

@@ -9,24 +9,22 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dopsd.config import Settings, load_settings
 from dopsd.files import full_disk_said
-from dopsd.lock import concept_lock
 from dopsd.process import prepare_process
-from dopsd.project import StageError, needs_of, run_folder
-from dopsd.stages import STAGES, plan, run_stage, warnings_of
+from dopsd.project import StageError, run_folder
+from dopsd.stages import STAGES, plan, run_stage
+
+from .concept import app as concept_app
+from .options import PARAMS, Concept, Overrides, Params, settings_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from dopsd.data.manifest import ConceptTable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -51,20 +49,11 @@ app = typer.Typer(
         dopsd sample --adapter runs/style-ink/adapters/d-opsd.safetensors --prompt "a fox in [V] style"
     """,
 )
-concept_app = typer.Typer(no_args_is_help=True, help="Concept data sets.")
 base_app = typer.Typer(no_args_is_help=True, help="The base model.")
 track_app = typer.Typer(no_args_is_help=True, help="The tracker (MLflow).")
 app.add_typer(concept_app, name="concept")
 app.add_typer(base_app, name="base")
 app.add_typer(track_app, name="track")
-
-Concept = Annotated[str, typer.Option("--concept", "-c", help="A folder in data/concepts.", metavar="NAME")]
-Params = Annotated[Path, typer.Option("--params", help="The settings.", metavar="FILE")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="A setting for this run alone, for example train.max_steps=20.", metavar="KEY=VALUE"),
-]
-PARAMS = Path("params.yaml")
 
 
 @app.callback()
@@ -116,13 +105,9 @@ def _check_locale() -> None:
         ) from None
 
 
-def _settings(params: Path, overrides: list[str] | None) -> Settings:
-    return load_settings(params, tuple(overrides or ()))
-
-
 def _stage_command(name: str) -> Callable[..., None]:
     def command(concept: Concept, params: Params = PARAMS, overrides: Overrides = None) -> None:
-        run_stage(name, concept, _settings(params, overrides), Path())
+        run_stage(name, concept, settings_of(params, overrides), Path())
 
     return command
 
@@ -159,7 +144,7 @@ def show(concept: Concept, params: Params = PARAMS) -> None:
     for what, path in (("page", run / "report.html"), ("export", run / "export"), ("metrics", metrics)):
         if path.exists():
             console.print(f"{what:>8}: {path.resolve()}", soft_wrap=True, highlight=False)
-    if _settings(params, None).tracking.enabled:
+    if settings_of(params, None).tracking.enabled:
         console.print(f" tracker: {public_uri(tracking_uri(Path()))}", soft_wrap=True, highlight=False)
         console.print("          `make ui` opens it on 127.0.0.1", soft_wrap=True, highlight=False)
 
@@ -195,7 +180,7 @@ def sample(
     from dopsd.sampling import draw, read_references, seeds_of, size_of
     from dopsd.train.observer import picture_row
 
-    settings = resolved(_settings(params, overrides))
+    settings = resolved(settings_of(params, overrides))
     seeds = seeds_of(seed or [], len(prompt))
     steps = steps or settings.evaluation.few
     references = read_references(reference or [], settings)
@@ -229,7 +214,7 @@ def gain(
 
     from dopsd.gain_report import gain_table, report_gain, verdict
 
-    report, path = report_gain(concept, _settings(params, overrides), Path(), images, seeds)
+    report, path = report_gain(concept, settings_of(params, overrides), Path(), images, seeds)
     console = Console()
     console.print(gain_table(report))
     for way, why in report.left_out:
@@ -251,16 +236,23 @@ def doctor(
     card: Annotated[
         str | None, typer.Option("--card", help="A card elsewhere: its memory in GB, or its name (RTX 4090).")
     ] = None,
+    concept: Annotated[
+        str | None, typer.Option("--concept", "-c", help="With the settings of its own.", metavar="NAME")
+    ] = None,
+    overrides: Overrides = None,
 ) -> None:
-    """Look at the machine and the project, say what to do about what is missing, and what the settings need."""
+    """Look at the machine and the project, say what to do about what is missing, and what the settings need.
+
+    Would it fit? `dopsd doctor --card 12 --set model.quantization=nf4`
+    """
     from rich.console import Console
 
     from dopsd.doctor import card_meant, examine, findings_table, what_is_needed
 
     meant = card_meant(card)
-    findings = examine(params, Path())
+    findings = examine(params, Path(), overrides or ())
     Console().print(findings_table(findings))
-    for line in what_is_needed(params, Path(), meant):
+    for line in what_is_needed(params, Path(), meant, overrides or (), concept):
         print(line, flush=True)
     if any(finding.state == "fault" for finding in findings):
         raise typer.Exit(1)
@@ -323,104 +315,9 @@ def runs(
     if remove:
         if concept is None:
             raise SettingsError("--remove: say of which concept, with --concept NAME")
-        for run in remove_runs(Path(), concept, remove, _settings(params, None).compute):
+        for run in remove_runs(Path(), concept, remove, settings_of(params, None).compute):
             print(f"removed: {run.folder}, {run.steps} steps")
     Console().print(runs_table(runs_in(Path(), concept), Path()))
-
-
-@concept_app.command("add")
-def concept_add(
-    folder: Annotated[
-        Path, typer.Argument(help="Pictures and captions, as this or another tool has them (docs/data.md).")
-    ],
-    name: Annotated[str, typer.Option("--name", help="What to call it: a-z, 0-9 and -.")],
-    replace: Annotated[bool, typer.Option("--replace", help="Overwrite a concept of that name.")] = False,
-    trigger: Annotated[
-        str | None,
-        typer.Option("--trigger", help="The word that calls it in its captions now: [V] is put there.", metavar="WORD"),
-    ] = None,
-    wording: Annotated[
-        str | None,
-        typer.Option("--wording", help='What becomes of captions without [V]: "{} in [V] style".', metavar="WORDS"),
-    ] = None,
-    params: Params = PARAMS,
-    overrides: Overrides = None,
-) -> None:
-    """Check a folder, copy it to `data/concepts/NAME`, put it under DVC and list it in the settings."""
-    from dopsd.config import OWN_SETTINGS
-    from dopsd.data.concept import add_concept
-    from dopsd.data.unpack import rewording
-
-    settings = _settings(params, overrides)
-    how = rewording(settings.data.placeholder, trigger, wording)
-    listed_in = None if name in settings.concepts else params
-    with concept_lock(name, Path(), "dopsd concept add"):
-        table, held_out = add_concept(
-            folder, name, Path(), settings.data, replace, needs_of(settings, Path()), listed_in, print, how
-        )
-    for warning in warnings_of(table, held_out):
-        print(warning)
-    print(f"{len(table.rows)} images to train on, {_by_folder(table)} -> {table.root}")
-    if held_out:
-        print(f"{len(held_out.rows)} held-out images, {_by_folder(held_out)}")
-    if listed_in is not None:
-        print(f"{params}: {name} is listed in `concepts` now")
-    print(f"what it needs otherwise than others: {table.root / OWN_SETTINGS}")
-    print(f"next: `dvc repro report@{name} register@{name}`")
-
-
-def _by_folder(table: ConceptTable) -> str:
-    """How many of its pictures lie where."""
-    places = [f"{number} in {table.root.name if place == '.' else place}/" for place, number in table.folders().items()]
-    return ", ".join(places)
-
-
-@concept_app.command("caption")
-def concept_caption(
-    place: Annotated[str, typer.Argument(help="A folder of pictures, or a concept.", metavar="NAME_OR_FOLDER")],
-    kind: Annotated[
-        Literal["subject", "style"] | None,
-        typer.Option("--kind", help="What [V] is to mean; by itself a style, or a subject where --subject says which."),
-    ] = None,
-    subject: Annotated[
-        str | None, typer.Option("--subject", help='What all pictures show, such as "a wolf".', metavar="WORDS")
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model", "-m", help="The VLM that looks; by itself that of the settings.", metavar="NAME_OR_FOLDER"
-        ),
-    ] = None,
-    redo: Annotated[
-        bool, typer.Option("--redo", help="Make all captions anew, yours too; they stay in a hidden .NAME.before.")
-    ] = False,
-    params: Params = PARAMS,
-    overrides: Overrides = None,
-) -> None:
-    """Write captions for the pictures that have none, by a VLM; review them, then `dopsd concept add`.
-
-    Each picture gets a short, a medium and a detailed caption, and a request, with `[V]` in each. For example:
-    `dopsd concept caption ~/my-pictures` for a style, `dopsd concept caption ~/mug --subject "a mug"` for a subject.
-    """
-    from dopsd.captioning import caption_folder, folder_of, naming_for, next_command
-
-    settings = _settings(params, overrides)
-    folder, concept = folder_of(place, Path())
-    naming = naming_for(folder, kind, subject, settings.data.placeholder)
-    with concept_lock(concept, Path(), "dopsd concept caption") if concept else nullcontext():
-        report = caption_folder(folder, naming, settings, Path(), model, redo)
-    print(f"{report.made} of {report.total} pictures captioned{report.untouched}")
-    for line in report.examples:
-        print(f"  {line}")
-    for line in report.look:
-        print(f"look at {line}")
-    for line in report.failed:
-        typer.secho(f"no caption for {line}", fg="red", err=True)
-    if report.files:
-        print(f"review and edit: {', '.join(map(str, sorted(report.files)[:3]))}{', ...' * (len(report.files) > 3)}")
-    print(f"next: `{next_command(folder, concept)}`")
-    if report.failed:
-        raise typer.Exit(1)
 
 
 @track_app.command("sync")
@@ -429,7 +326,7 @@ def track_sync(concept: Concept, params: Params = PARAMS) -> None:
     from dopsd.tracking import public_uri, send, tracking_uri
 
     run = run_folder(concept, Path())
-    if not send(Path(), run, _settings(params, None).tracking):
+    if not send(Path(), run, settings_of(params, None).tracking):
         raise typer.Exit(1)
     print(f"{public_uri(tracking_uri(Path()))} has all of {run} that it takes")
 
@@ -439,8 +336,4 @@ def base_identify(params: Params = PARAMS, overrides: Overrides = None) -> None:
     """Check the base's files (or fetch them), and write what it is to `runs/base.json`; large ones are read once."""
     from dopsd.stages import identify_base
 
-    identify_base(_settings(params, overrides), Path())
-
-
-if __name__ == "__main__":
-    main()
+    identify_base(settings_of(params, overrides), Path())
