@@ -11,7 +11,7 @@ from dopsd.evaluation.table import table_as_text
 from dopsd.export import Card
 from dopsd.models import Base, family_class, licence_of, teaching_of
 from dopsd.models.base import Request
-from dopsd.project import read_result
+from dopsd.project import PLAN, read_result
 
 _LISTED_LICENCES = ("apache-2.0", "mit", "openrail", "creativeml-openrail-m", "cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0")
 """Identifiers that a hub takes as a licence; any other is given as the name of one."""
@@ -50,7 +50,7 @@ def card_of(
             "teacher": f"{train.teacher.kind}, decay {train.teacher.decay}, guidance {train.teacher.guidance:g}",
             "replay": f"{train.replay.weight:g}",
             "seed": str(train.seed),
-            **({"begun from": Path(train.init_from).name} if train.init_from else {}),
+            **({"begun from": _start_of(train.init_from, run)} if train.init_from else {}),
         },
         columns=columns,
         rows=rows,
@@ -69,3 +69,9 @@ def _context_of(settings: Settings) -> str:
     if teaching.context == "enhanced-prompt":
         return f"{teaching.context} (the teacher reads the caption {settings.model.context_variant!r})"
     return f"{teaching.context}{f', with{teaching.suffix}' if teaching.suffix else ''}"
+
+
+def _start_of(path: str, run: Path) -> str:
+    """The file's name, and the hash that says which one of that name."""
+    known: str = read_result(run / PLAN, "plan")["train"]["init_from"]
+    return f"{Path(path).name} (sha256 {known[:12]}...)"

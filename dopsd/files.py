@@ -41,6 +41,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """A fresh folder beside ``path`` that takes its place, with all that was there, when the block ends well; it is
     gone when it does not. Raises :class:`DiskFull` where there is no room for it."""
     partial, before = path.with_name(path.name + PARTIAL), path.with_name(f"{path.name}.before{PARTIAL}")
+    if before.exists() and not path.exists():  # a kill between the two renamings
+        before.rename(path)
     for leftover in (partial, before):
         shutil.rmtree(leftover, ignore_errors=True)
     with _gone_on_failure(partial, path):
@@ -48,7 +50,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
         yield partial
         if path.exists():
             path.rename(before)  # and not deleted where it is: a kill would leave half of it under its name
-        partial.rename(path)
+        try:
+            partial.rename(path)
+        except OSError:
+            if before.exists():
+                before.rename(path)
+            raise
     shutil.rmtree(before, ignore_errors=True)
 
 

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, Final
 
@@ -54,6 +54,12 @@ def find_given(path: Path) -> Path:
     return path
 
 
+def check_transformer(folder: Path, transformer: nn.Module) -> None:
+    """Raise :class:`AdapterError` unless the folder of a transformer is whole and of this base; no value is read."""
+    shapes = {name: shape for shard in _shards(folder) for name, shape in _read_header(shard).shapes.items()}
+    _check_weights(folder, shapes, transformer)
+
+
 def as_trained(path: Path, out: Path, transformer: nn.Module, family: type[Family]) -> Path:
     """``path`` itself where training left it, or ``out``, written from it.
 
@@ -61,18 +67,19 @@ def as_trained(path: Path, out: Path, transformer: nn.Module, family: type[Famil
     cannot be taken, or is of another base; all of it by names and shapes, before a value is read.
     """
     if path.is_dir():
-        _check_weights(
-            path, {k: s for shard in _shards(path) for k, s in _read_header(shard).shapes.items()}, transformer
-        )
+        check_transformer(path, transformer)
         return read_export(path, out)
     header = _read_header(path)
     if header.metadata.get("format") == FORMAT:
         _check_weights(path, header.shapes, transformer)
         return path
     if header.metadata.get("format") == _TRAINED:
+        _check_rank(path, header, _scale_of(path, header.metadata, "rank", "alpha")[0])
         _check_layers(path, header.shapes, transformer)
         return path
     if all(key.startswith(_DIFFUSERS) for key in header.shapes) and _of_peft(path, header):
+        if config := _config_of(path, header):
+            _check_rank(path, header, int(config["transformer.r"]))
         _check_layers(path, {k.removeprefix(_DIFFUSERS): shape for k, shape in header.shapes.items()}, transformer)
         return read_export(path, out)
     _refuse_foreign(path, header.shapes)
@@ -96,8 +103,7 @@ def read_export(path: Path, out: Path) -> Path:
         rank = _lokr_rank(tensors)
         alpha = float(rank)
     else:
-        config = json.loads(header.metadata["lora_adapter_metadata"])
-        rank, alpha = config["transformer.r"], float(config["transformer.lora_alpha"])
+        rank, alpha = _scale_of(path, _config_of(path, header), "transformer.r", "transformer.lora_alpha")
     write_tensors(out, tensors, {"format": _TRAINED, "rank": str(rank), "alpha": repr(alpha)})
     return out
 
@@ -112,9 +118,44 @@ def _read_header(path: Path) -> _Header:
     try:
         with safe_open(path, framework="pt") as file:
             keys = file.keys()
-            return _Header(file.metadata() or {}, {key: tuple(file.get_slice(key).get_shape()) for key in keys})
+            header = _Header(file.metadata() or {}, {key: tuple(file.get_slice(key).get_shape()) for key in keys})
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path}: not a whole safetensors file ({error}); fetch or export it again") from None
+    if not header.shapes:
+        raise AdapterError(f"{path}: there is no tensor in it; export it again")
+    return header
+
+
+def _scale_of(path: Path, values: Mapping[str, Any], rank: str, alpha: str) -> tuple[int, float]:
+    """Rank and alpha that a header says. Raises :class:`AdapterError` where they are none."""
+    try:
+        found = int(values[rank]), float(values[alpha])
+        if found[0] > 0 and isfinite(found[1]):
+            return found
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise AdapterError(f"{path}: its header has no rank and alpha ({rank}, {alpha}); export it again")
+
+
+def _check_rank(path: Path, header: _Header, rank: int) -> None:
+    for key, shape in header.shapes.items():
+        if key.endswith(".lora_A.weight") and shape[:1] != (rank,):
+            raise AdapterError(f"{path}: its header says rank {rank}, and {key} is {_size(shape)}; export it again")
+
+
+def _config_of(path: Path, header: _Header) -> dict[str, Any]:
+    """What diffusers writes into the header of a LoRA; empty where there is nothing."""
+    text = header.metadata.get("lora_adapter_metadata")
+    if text is None:
+        return {}
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path}: its header's lora_adapter_metadata cannot be read; export it again")
+    _scale_of(path, config, "transformer.r", "transformer.lora_alpha")
+    return config
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -153,10 +194,11 @@ def _product(have: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """(out, in) of the change that these parts make; nothing where one is missing."""
     try:
         if "lora_A" in have or "lora_B" in have:
-            return (have["lora_B"][0], have["lora_A"][1])
+            (out, rank), (other, inner) = have["lora_B"], have["lora_A"]
+            return (out, inner) if rank == other else ()
         sides = [[have.get(f"lokr_w{n}") or (have[f"lokr_w{n}_a"][0], have[f"lokr_w{n}_b"][1])] for n in (1, 2)]
         return tuple(prod(side[0][axis] for side in sides) for axis in (0, 1))
-    except (KeyError, IndexError):
+    except (KeyError, IndexError, ValueError):
         return ()
 
 
@@ -171,8 +213,7 @@ def _size(shape: tuple[int, ...]) -> str:
 
 def _of_peft(path: Path, header: _Header) -> bool:
     """Whether diffusers wrote it with its scale in the header, or it is a LoKr under the names that peft has."""
-    if text := header.metadata.get("lora_adapter_metadata"):
-        config = json.loads(text)
+    if config := _config_of(path, header):
         for name in ("rank_pattern", "alpha_pattern", "use_rslora"):
             if config.get(_DIFFUSERS + name):
                 raise AdapterError(f"{path}: its layers differ in scale ({name}); only one scale for all is read")
@@ -246,7 +287,12 @@ def _halves(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor
     for layer, pair in halves.items():
         if len(pair) < 2:
             raise AdapterError(f"{path}: {layer} has one half of a LoRA alone; fetch or export it again")
+        if pair["A"].ndim != 2 or pair["B"].ndim != 2 or len(pair["A"]) != pair["B"].shape[1]:
+            sizes = f"{_size(tuple(pair['B'].shape))} and {_size(tuple(pair['A'].shape))}"
+            raise AdapterError(f"{path}: {layer} is {sizes}, which are no two halves of a LoRA of a linear layer")
         if (alpha := tensors.get(f"{layer}.alpha")) is not None:
+            if alpha.numel() != 1:
+                raise AdapterError(f"{path}: {layer}.alpha is no single number")
             pair["B"] = pair["B"] * (float(alpha) / len(pair["A"]))
     return {layer: (pair["A"], pair["B"]) for layer, pair in halves.items()}
 

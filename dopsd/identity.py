@@ -100,7 +100,7 @@ def made_of(train: TrainSettings, method: Method, parts: Mapping[str, Any]) -> d
 
 
 _WHAT_CHANGED = {
-    "init_from": "the content of train.init_from", "data": "the encoded data", "base": "the base",
+    "init_from": "what train.init_from names", "data": "the encoded data", "base": "the base",
     "version": "the version of the training code",
 }  # fmt: skip
 
@@ -114,7 +114,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if was == is_now:
             continue
         if group in _WHAT_CHANGED:
-            words.append(f"{_WHAT_CHANGED[group]} changed")
+            how = "changed" if was and is_now else "is new" if is_now else "is gone"
+            words.append(f"{_WHAT_CHANGED[group]} {how}")
             continue
         old, new = _flat(was, group), _flat(is_now, group)
         for key in sorted({*old, *new}):

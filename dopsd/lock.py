@@ -10,7 +10,6 @@ import os
 import select
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,14 +64,15 @@ def end_with_dvc() -> float:
     """Where DVC called this process, let it end with DVC, as by Ctrl-C: what it went on to make nobody would write
     down, and it would hold the concept until then. Returns the seconds to wait for one that is just ending so.
 
-    On Linux; elsewhere it goes on.
+    On Linux, and with a Python that can wait for processes there; elsewhere it goes on.
     """
-    if "DVC_STAGE" not in os.environ or sys.platform != "linux":
+    stage = os.environ.get("DVC_STAGE")
+    if stage is None or not hasattr(os, "pidfd_open"):
         return 0.0
     import psutil
 
-    try:  # DVC's own environment has no stage, that of a shell which it called us with has
-        caller = next(one for one in psutil.Process().parents() if "DVC_STAGE" not in one.environ())
+    try:  # DVC's own environment has no stage or another one, that of a shell which it called us with has ours
+        caller = next(one for one in psutil.Process().parents() if one.environ().get("DVC_STAGE") != stage)
         handle = os.pidfd_open(caller.pid)
     except (StopIteration, psutil.Error, OSError):
         return 0.0

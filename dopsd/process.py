@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 import resource
+import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Final
+from urllib.parse import urlsplit
 
 LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
-_PROXIES: Final = ("http_proxy", "https_proxy", "all_proxy")
-_OPEN_FILES: Final = 65_536
+_OPEN_FILES: Final = (65_536, 10_240)
+"""Wanted; and what macOS allows where it says that there is no limit."""
 
 
 def prepare_process() -> None:
@@ -20,26 +22,44 @@ def prepare_process() -> None:
 
 
 def no_proxy_of(environment: Mapping[str, str]) -> dict[str, str]:
-    """``no_proxy`` and ``NO_PROXY`` with this machine's loopback added to what either names.
+    """``no_proxy`` and ``NO_PROXY`` with this machine's loopback added to what either names; nothing where no variable
+    names a proxy (macOS asks its own settings then), or all hosts are exempt.
 
     A proxy is for what is further away: MLflow, Prefect and Ray are next door, and most clients would ask a proxy for
     them all the same.
     """
     named = [name.strip() for key in ("no_proxy", "NO_PROXY") for name in environment.get(key, "").split(",")]
+    if not _proxies(environment) or "*" in named:
+        return {}
     whole = ",".join(dict.fromkeys([*filter(None, named), *LOOPBACK]))
     return {"no_proxy": whole, "NO_PROXY": whole}
 
 
-def proxy_note(environment: Mapping[str, str] = os.environ) -> str:
-    """For a message about an address that did not answer: which variables send it elsewhere, passwords left out."""
-    named = {key: value for key, value in environment.items() if key.lower() in _PROXIES and value}
-    shown = [f"{key}={re.sub(r'//[^/@]*@', '//', value)}" for key, value in sorted(named.items())]
-    return f" (through {', '.join(shown)}; is that proxy there?)" if shown else ""
+def proxy_note(address: str, environment: Mapping[str, str] = os.environ) -> str:
+    """For a message about an address that did not answer: which variable sends it elsewhere, if any does. Whatever
+    stands before an ``@`` may be a password, and is left out."""
+    parts = urlsplit(address)
+    if not parts.hostname or urllib.request.proxy_bypass(parts.hostname):
+        return ""
+    wanted = (f"{parts.scheme}_proxy", "all_proxy")
+    for key, value in sorted(_proxies(environment).items(), key=lambda item: item[0].lower() == "all_proxy"):
+        if key.lower() in wanted:
+            return f" (through {key}={value.rpartition('@')[2]}; is that proxy there?)"
+    return ""
+
+
+def _proxies(environment: Mapping[str, str]) -> dict[str, str]:
+    kinds = ("http_proxy", "https_proxy", "all_proxy")
+    return {key: value for key, value in environment.items() if key.lower() in kinds and value}
 
 
 def raise_open_files() -> None:
     """Take as many open files as the machine allows: Ray alone needs some hundreds, and macOS begins with 256."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    for wanted in _OPEN_FILES:
+        most = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        if soft == resource.RLIM_INFINITY or soft >= most:
+            return
+        with suppress(ValueError, OSError):  # more than the kernel gives; what there is must do
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import subprocess
 import sys
@@ -71,3 +72,25 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
         (partial / "new").write_text("2")
     assert [p.name for p in folder.iterdir()] == ["new"]
     assert not folder.with_name("out.partial").exists()
+
+
+def test_a_folder_between_its_two_renamings_is_not_lost(tmp_path, monkeypatch):
+    """A kill there leaves the old one under another name; a renaming that fails puts it back at once."""
+    folder = tmp_path / "out"
+    aside = folder.with_name("out.before.partial")
+    aside.mkdir()
+    (aside / "old").touch()
+    with pytest.raises(OSError, match="full"), whole_folder(folder):
+        raise OSError(errno.ENOSPC, "full")
+    assert [p.name for p in folder.iterdir()] == ["old"]
+    rename = Path.rename
+
+    def refused(self, target):
+        if self.name == "out.partial":
+            raise OSError(errno.EACCES, "no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(OSError, match="no"), whole_folder(folder) as partial:
+        (partial / "new").touch()
+    assert [(p.name, [q.name for q in p.iterdir()]) for p in tmp_path.iterdir()] == [("out", ["old"])]

@@ -162,7 +162,31 @@ FOREIGN = {
     ),
     "its layers differ in scale": _file(
         {f"transformer.{LAYER}.lora_A.weight": (2, 9)},
-        lora_adapter_metadata=json.dumps({"transformer.alpha_pattern": {"x": 1}}),
+        lora_adapter_metadata=json.dumps(
+            {"transformer.r": 2, "transformer.lora_alpha": 2, "transformer.alpha_pattern": {"x": 1}}
+        ),
+    ),
+    "there is no tensor in it": _file({}),
+    "lora_adapter_metadata cannot be read": _file({"transformer.x.lora_A.weight": (2, 9)}, lora_adapter_metadata="["),
+    "no rank and alpha (transformer.r": _file({"transformer.x.lora_A.weight": (2, 9)}, lora_adapter_metadata="{}"),
+    "no rank and alpha (rank, alpha)": _file(
+        {"x.lora_A.weight": (2, 9)}, format="dopsd-lora", rank="0", alpha="2.0"
+    ),
+    "no rank and alpha (rank, alpha); ": _file(
+        {"x.lora_A.weight": (2, 9)}, format="dopsd-lora", rank="2", alpha="nan"
+    ),
+    "its header says rank 2, and x.lora_A.weight is 4 x 9": _file(
+        {"x.lora_A.weight": (4, 9)}, format="dopsd-lora", rank="2", alpha="2.0"
+    ),
+    "is 8 x 3 and 2 x 8, which are no two halves of a LoRA": _file(
+        {f"transformer.{LAYER}.lora_A.weight": (2, 8), f"transformer.{LAYER}.lora_B.weight": (8, 3)}
+    ),
+    "which are no two halves of a LoRA of a linear layer": _file(
+        {f"transformer.{LAYER}.lora_A.weight": (2, 8, 1, 1), f"transformer.{LAYER}.lora_B.weight": (8, 2, 1, 1)}
+    ),
+    f"{LAYER}.alpha is no single number": _file(
+        {f"transformer.{LAYER}.lora_A.weight": (2, 8), f"transformer.{LAYER}.lora_B.weight": (8, 2),
+         f"transformer.{LAYER}.alpha": (2,)}
     ),
 }  # fmt: skip
 

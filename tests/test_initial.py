@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dopsd.config import SettingsError, TrainSettings, load_settings
+from dopsd.champions import identity_today
+from dopsd.config import Settings, SettingsError, TrainSettings, load_settings
 from dopsd.distill.adapters import adapter_applied
 from dopsd.distill.targets import AdapterError
 from dopsd.export import COMFYUI_FILE, DIFFUSERS_FILE, export_trained
+from dopsd.identity import changes
 from dopsd.models import Family
-from dopsd.stages import plan
+from dopsd.project import StageError
+from dopsd.runs import runs_in
+from dopsd.stages import plan, run_stage
 from dopsd.train.start import start_hash
 from dopsd.train.student import begin, check_start, make_pair, save_student
 from dopsd.train.trainer import Place, Training, train
@@ -155,6 +161,7 @@ def _odd(kind: str, path: Path) -> Path:
         ("comfyui", {"lora": {"rank": 4, "targets": ["to_q"]}}, "are none that train.lora.targets choose, such as "),
         ("weights", {"tune": "full", "lora": {"targets": ["to_q"]}}, "are none that train.lora.targets choose"),
         ("another base's", {}, "it was made for another base"),
+        ("not a number", {}, "lora_A.weight holds values that are no numbers"),
         ("missing", {}, "no such adapter"),
         ("garbage", {}, "not a whole safetensors file"),
         ("foreign", {}, "is no name of diffusers' or ComfyUI's"),
@@ -176,6 +183,10 @@ def test_what_does_not_fit_is_said_before_anything_is_loaded(
         _trained(path, _settings(tune="full"))
     elif file == "another base's":
         tensors = {key: value[..., :7].contiguous() for key, value in load_file(_trained(path, _settings())).items()}
+        save_file(tensors, path, {"format": "dopsd-lora", "rank": "4", "alpha": "4.0"})
+    elif file == "not a number":
+        tensors = load_file(_trained(path, _settings()))
+        next(value for key, value in tensors.items() if key.endswith("lora_A.weight"))[0, 0] = torch.nan
         save_file(tensors, path, {"format": "dopsd-lora", "rank": "4", "alpha": "4.0"})
     elif file in ("ours", "diffusers", "comfyui"):
         path = _file_as(file, _trained(path, _settings()), tmp_path)
@@ -261,3 +272,38 @@ def test_what_the_training_itself_writes_is_refused_and_what_was_set_aside_is_no
                 start_hash(settings, tmp_path, run)
         assert len(start_hash(settings, tmp_path, tmp_path / "runs/other")) == 64, "another concept's is as good"
     assert start_hash(_settings(), tmp_path, run) == ""
+
+
+def test_every_stage_goes_by_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained from it by the stage, evaluated and registered with it on the card; another content is another training,
+    and what would be made today is another version."""
+    root = make_project(tmp_path / "project", methods=["d-opsd"])
+    monkeypatch.setenv("HOME", str(root))
+    begun = load_file(_trained(root / "start.safetensors", _settings()))
+
+    def settings(*changes: str) -> Settings:
+        return load_settings(root / "params.yaml", ("tracking.enabled=false", *changes))
+
+    own, plain = settings("train.init_from=~/start.safetensors"), settings()
+    for stage in ("plan", "validate", "encode", "train", "evaluate", "register"):
+        run_stage(stage, "blots", own, root)
+    run = root / "runs/blots"
+    adapter = load_file(run / "adapters/d-opsd.safetensors")
+    assert max(float((adapter[key] - begun[key]).abs().max()) for key in begun) < 0.1, "some steps of 0.01 from there"
+    digest = hashlib.sha256((root / "start.safetensors").read_bytes()).hexdigest()
+    assert f"start.safetensors (sha256 {digest[:12]}...)" in (run / "export/README.md").read_text()
+    content = json.loads((run / "validated.json").read_text())["content_hash"]
+    with_it, without = (identity_today("blots", content, how, root) for how in (own, plain))
+    assert with_it != without
+    tensors = {key: value + 0.1 for key, value in begun.items()}
+    save_file(tensors, root / "start.safetensors", {"format": "dopsd-lora", "rank": "4", "alpha": "4.0"})
+    assert identity_today("blots", content, own, root) != with_it
+    with pytest.raises(StageError, match="was trained from other settings, data or base than today's"):
+        run_stage("register", "blots", own, root)
+    run_stage("train", "blots", own, root)
+    run_stage("train", "blots", plain, root)
+    made = {run.folder.name: run.made_of for run in runs_in(root, "blots")}
+    chain = [made[f"d-opsd{which}"] for which in (".previous-1", ".previous-2", "")]
+    assert [changes(*pair) for pair in pairwise(chain)] == [
+        ["what train.init_from names changed"], ["what train.init_from names is gone"],
+    ]  # fmt: skip

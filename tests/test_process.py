@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dopsd.process import no_proxy_of, proxy_note
+from dopsd.process import no_proxy_of, proxy_note, raise_open_files
 from dopsd.project import StageError, find_project
 from tests.stack import ELSEWHERE
 
@@ -52,18 +53,46 @@ def test_loopback_is_reached_past_a_proxy_that_is_not_there() -> None:
                               env=os.environ | ELSEWHERE)  # fmt: skip
         server.shutdown()
     assert done.stdout.split() == ["hello"] * 6, done.stderr
-    both = no_proxy_of({"no_proxy": "a.example, 10.0.0.1", "NO_PROXY": "b.example,127.0.0.1"})
+    both = no_proxy_of({"http_proxy": "h", "no_proxy": "a.example, 10.0.0.1", "NO_PROXY": "b.example,127.0.0.1"})
     assert set(both.values()) == {"a.example,10.0.0.1,b.example,127.0.0.1,localhost,::1"}
-    assert no_proxy_of(both) == both
+    assert no_proxy_of({"http_proxy": "h", **both}) == both
 
 
-def test_a_proxy_is_named_without_its_password() -> None:
-    note = proxy_note(ELSEWHERE | {"HTTP_PROXY": "", "OTHER": "x"})
-    assert "https_proxy=http://127.0.0.1:9" in note
-    assert "ALL_PROXY" in note
-    assert "secret" not in note
-    assert "HTTP_PROXY" not in note
-    assert proxy_note({"no_proxy": "x"}) == ""
+def test_nothing_changes_where_no_proxy_is_named_or_all_is_exempt() -> None:
+    """macOS asks its own settings where no variable is set; ``*`` alone is everything to urllib and requests."""
+    assert no_proxy_of({}) == no_proxy_of({"no_proxy": "a.example", "http_proxy": ""}) == {}
+    assert no_proxy_of({"http_proxy": "http://proxy", "NO_PROXY": "*"}) == {}
+    assert no_proxy_of({"HTTPS_PROXY": "http://proxy"})["no_proxy"] == "127.0.0.1,localhost,::1"
+
+
+@pytest.mark.parametrize("login", ["u:secret@", "http://u:secret@", "http://u:secret/x@", "http://u:secr@secret@"])
+def test_a_proxy_is_named_without_its_password(login: str) -> None:
+    note = proxy_note("https://hub.example/x", {"https_proxy": f"{login}proxy.example:3128"})
+    assert note == " (through https_proxy=proxy.example:3128; is that proxy there?)"
+
+
+def test_a_proxy_is_named_for_what_goes_through_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"HTTP_PROXY": "h:1", "all_proxy": "a:1"}
+    assert "HTTP_PROXY=h:1" in proxy_note("http://tracker.example", given)
+    assert "all_proxy=a:1" in proxy_note("https://tracker.example", given)
+    assert proxy_note("https://tracker.example", {"HTTP_PROXY": "h:1"}) == ""
+    assert proxy_note("sqlite:///mlflow.db", given) == ""
+    for name, value in (given | no_proxy_of(given)).items():
+        monkeypatch.setenv(name, value)
+    assert proxy_note("http://127.0.0.1:5000") == ""
+
+
+def test_what_the_kernel_does_not_give_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def refuse(_: int, limits: tuple[int, int]) -> None:
+        asked.append(limits[0])
+        raise ValueError("not allowed to raise maximum limit")
+
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, resource.RLIM_INFINITY))
+    raise_open_files()
+    assert asked == [65_536, 10_240]
 
 
 def test_few_open_files_become_as_many_as_there_may_be() -> None:

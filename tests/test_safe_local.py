@@ -100,16 +100,24 @@ def test_pages_of_other_origins_are_told_apart(method: str, headers: dict[str, s
         assert is_foreign(request) is foreign
 
 
-def test_an_address_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_UI_URL", "tracker.example:8443")
-    with pytest.raises(ServiceError, match="MLFLOW_UI_URL=tracker"):
+@pytest.mark.parametrize("text", ["h:8443", "https://h/mlflow", "https://me:secret@h", "http://h:99999"])
+def test_an_address_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("MLFLOW_UI_URL", text)
+    with pytest.raises(ServiceError, match=r"MLFLOW_UI_URL=.*h.*expected http") as caught:
         Stack.from_environment()
+    assert "secret" not in str(caught.value)
+
+
+def test_an_address_is_as_browsers_write_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, public in (("https://H.example:443", "https://h.example"), ("http://h:443/", "http://h:443")):
+        monkeypatch.setenv("MLFLOW_UI_URL", text)
+        assert Stack.from_environment().public == public
 
 
 def test_make_ui_asks_for_the_password_and_shows_it_to_a_terminal_alone(tmp_path: Path) -> None:
     place = Running.with_free_ports(tmp_path)
     given = {"DOPSD_ROOT": str(tmp_path), "DOPSD_SERVICES_DIR": "", "MLFLOW_PORT": str(place.mlflow),
-             "MLFLOW_UI_URL": "https://tracker.example:8443/mlflow"}  # fmt: skip
+             "MLFLOW_UI_URL": "https://Tracker.example:8443/"}  # fmt: skip
     said = tmp_path / "said"
     with said.open("w") as output:
         process = psutil.Popen([sys.executable, "-m", "infra.local.ui"], cwd=ROOT, env=os.environ | given,

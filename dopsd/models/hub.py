@@ -108,6 +108,7 @@ def _away(error: BaseException) -> bool:
 
 def _why(error: BaseException, name: str, revision: str | None, key: str, begun: bool) -> str:
     """Why the hub gave nothing, and what to do. ``begun``: it had answered, and files were being fetched."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -148,7 +149,7 @@ def _why(error: BaseException, name: str, revision: str | None, key: str, begun:
         return f"the download broke off ({what}); run again, what was fetched is kept; or {elsewhere}"
     return (
         "no such folder here, not (or not all) in the hub's cache here, and the hub cannot be reached "
-        f"({what}){proxy_note()}; {elsewhere}"
+        f"({what}){proxy_note(constants.ENDPOINT)}; {elsewhere}"
     )
 
 

@@ -129,7 +129,7 @@ class Sender:
             elif not isinstance(error, Away):  # a mistake of ours: training must not pay for it
                 self._comparison.warn(f"something of {self._run} was not sent ({type(error).__name__}: {error})")
             elif not self._away:
-                self._log(f"tracking: {self._uri} cannot be reached ({error}){proxy_note()}; "
+                self._log(f"tracking: {self._uri} cannot be reached ({error}){proxy_note(self._uri)}; "
                           "the run goes on, and is sent later")  # fmt: skip
             self._away = isinstance(error, Away)
             if last or self._away:

@@ -16,6 +16,7 @@ from dopsd.identity import made_of, training_identity
 from dopsd.models import load_family
 from dopsd.models.checkpointing import Checkpointing
 from dopsd.train.device_memory import checkpointing_for, counted, out_of_memory, ran_out
+from dopsd.train.start import start_path
 from dopsd.train.trainer import Observer, OutOfMemory, Place, Training, TrainResult, train
 
 
@@ -58,7 +59,7 @@ def run_job(
     replay = [conditioning for _, conditioning in encoded.replay]
     for method in job.train.methods:
         identity = training_identity(how, method, job.common)
-        start = job.root / how.init_from if how.init_from else None
+        start = start_path(how, job.root)
         training = Training(method, how, encoded.examples, identity, replay, encoded.previews, job.training,
                             made_of(how, method, job.parts), start)  # fmt: skip
         try:

@@ -7,6 +7,11 @@ from pathlib import Path
 from dopsd.config import SettingsError, TrainSettings
 
 
+def start_path(settings: TrainSettings, root: Path) -> Path | None:
+    """Where ``train.init_from`` is; ``None``: a training begins from the base."""
+    return root / Path(settings.init_from).expanduser() if settings.init_from is not None else None
+
+
 def start_hash(settings: TrainSettings, root: Path, run: Path) -> str:
     """The hash of the content of ``train.init_from``; empty where a training begins from the base. ``run``: the
     concept's run folder.
@@ -14,13 +19,13 @@ def start_hash(settings: TrainSettings, root: Path, run: Path) -> str:
     Raises ``SettingsError`` for a file that the training itself writes, and
     :class:`~dopsd.distill.targets.AdapterError` for one that is missing, or of no kind that is read.
     """
-    if settings.init_from is None:
+    path = start_path(settings, root)
+    if path is None:
         return ""
     from dopsd.distill.targets import AdapterError  # torch and more
     from dopsd.given import find_given
     from dopsd.models.hashes import HASHES, content_hash
 
-    path = root / settings.init_from
     _check_stays(path, run)
     try:
         return content_hash(find_given(path), root / HASHES)

@@ -16,11 +16,12 @@ from dopsd.distill.kinds import NAMES
 from dopsd.distill.pair import STUDENT, Pair, TeacherKind
 from dopsd.distill.targets import AdapterError
 from dopsd.distill.weights import WeightPair, train_weights
-from dopsd.given import as_trained, find_given
+from dopsd.given import as_trained, check_transformer, find_given
 from dopsd.models import family_class
 from dopsd.models.base import Configs, Family
 from dopsd.models.hashes import content_hash
 from dopsd.models.sizes import configurations, skeleton
+from dopsd.train.start import start_path
 
 
 def make_pair(settings: TrainSettings, transformer: nn.Module, targets: Sequence[str], kind: TeacherKind) -> Pair:
@@ -35,13 +36,14 @@ def check_start(settings: TrainSettings, model: ModelSettings, root: Path) -> No
     """Raise :class:`~dopsd.distill.targets.AdapterError`, one line, where ``train.init_from`` is not what these
     settings train. Nothing of the base is loaded; where its configuration is not known yet, its training will say
     it."""
-    if settings.init_from is None or (configs := configurations(model, root)) is None:
+    start = start_path(settings, root)
+    if start is None or (configs := configurations(model, root)) is None:
         return
     family = family_class(model)
     transformer = skeleton("transformer", configs, family)
     with torch.device("meta"):
         pair = make_pair(settings, transformer, family.lora_targets, "frozen")
-    begin(settings, pair, root / settings.init_from, None, configs, family)
+    begin(settings, pair, start, None, configs, family)
 
 
 def begin(
@@ -55,7 +57,10 @@ def begin(
             given = find_given(start)
             if expected and content_hash(given, known) != expected:
                 raise AdapterError(f"{start}: it changed since this training was started; start it again")
-            file = as_trained(given, out, skeleton("transformer", configs, family), family)
+            transformer = skeleton("transformer", configs, family)
+            if given.is_dir():  # tens of gigabytes: read where they lie
+                check_transformer(given, transformer)
+            file = given if given.is_dir() else as_trained(given, out, transformer, family)
         except AdapterError as error:
             raise AdapterError(f"train.init_from: {error}") from None
         try:

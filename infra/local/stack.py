@@ -192,11 +192,16 @@ class Stack:
 
 
 def _public() -> str:
+    """As browsers write an origin: small letters, and no port that the scheme has anyway."""
     text = os.environ.get("MLFLOW_UI_URL", "")
-    match = re.match(r"https?://[A-Za-z0-9.-]+(:\d{1,5})?(?=/|$)", text)
-    if text and match is None:
-        raise ServiceError(f"MLFLOW_UI_URL={text}: expected http(s)://NAME or http(s)://NAME:PORT")
-    return match[0] if match else ""
+    match = re.fullmatch(r"(https?)://([a-z0-9.-]+)(?::(\d{1,5}))?/?", text.lower())
+    if text and (match is None or int(match[3] or 0) > 65535):
+        shown = text.rpartition("@")[2]
+        raise ServiceError(f"MLFLOW_UI_URL={shown}: expected http(s)://NAME or http(s)://NAME:PORT, and nothing more")
+    if match is None:
+        return ""
+    scheme, host, port = match.groups()
+    return f"{scheme}://{host}" + (f":{port}" if port not in (None, {"http": "80", "https": "443"}[scheme]) else "")
 
 
 def _port(variable: str, default: int) -> int:
