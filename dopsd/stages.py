@@ -59,11 +59,12 @@ def _plan(concept: str, settings: Settings, root: Path) -> None:
 
     run = run_folder(concept, root)
     start = start_hash(settings.train, root, run)
-    if start:
+    made = plan_of(settings, open_base(settings.model, root), start)
+    if start and read_json(run / PLAN).get("train") != made["train"]:  # else it was looked at before
         from dopsd.train.student import check_start
 
         check_start(settings.train, settings.model, root)
-    write_json(run / PLAN, plan_of(settings, open_base(settings.model, root), start))
+    write_json(run / PLAN, made)
 
 
 # --- the stages -------------------------------------------------------------------------------------------------------
