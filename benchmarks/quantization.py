@@ -37,7 +37,8 @@ def main() -> None:
     for seed in given.seeds:
         runs.append({"seed": seed, "headline": headlines(seed, given.kinds)})
         said = {
-            "command": f"python benchmarks/quantization.py --kinds {' '.join(given.kinds)}",
+            "command": f"python benchmarks/quantization.py --kinds {' '.join(given.kinds)} "
+            f"--seeds {' '.join(map(str, given.seeds))}",
             "date": date.today().isoformat(), "machine": results._machine(), "concept": CONCEPT, "runs": runs,
         }  # fmt: skip
         OUT.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
@@ -56,13 +57,14 @@ def headlines(seed: int, kinds: list[str]) -> dict[str, Any]:
 
 
 def table(runs: list[dict[str, Any]]) -> list[str]:
-    """Mean over the seeds, smallest and largest."""
+    """Mean over the seeds; smallest and largest where there are several."""
     lines = ["| `model.quantization` | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for kind in runs[0]["headline"]:
         cells = []
         for key in COLUMNS.values():
             values = [run["headline"][kind][key] for run in runs]
-            cells.append(f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})")
+            spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f}{spread}")
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     return lines
 
