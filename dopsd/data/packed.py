@@ -8,6 +8,7 @@ under a path that stands there, no code is run, and neither rows nor bytes are w
 from __future__ import annotations
 
 import json
+import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -101,11 +102,27 @@ def _of_shard(root: Path, shard: str, seen: Seen) -> Iterator[Item]:
                 content = _content(file, member, ending, seen)
                 if content is not None:
                     sample[ending] = content
+            _check_end(root, shard, file.offset, seen)  # before the last row, which a damaged shard has half of
             if sample:
                 yield from _of_sample(shard, key, sample, seen)
     except (tarfile.TarError, EOFError, UnicodeError) as error:
         problem = f"{shard}: cannot be read as a plain .tar ({shown(str(error), SHOWN)})"
         raise PackedError(f"{problem}; gunzip a compressed one, or fetch it again") from None
+
+
+def _check_end(root: Path, shard: str, end: int, seen: Seen) -> None:
+    """Two blocks of zeros or more end a tar: the library stops without a word at a damaged or a missing header too."""
+    with (root / shard).open("rb") as file:
+        seen.take(shard, max(0, os.fstat(file.fileno()).st_size - end), _MAX_PICTURE_BYTES)
+        file.seek(end)
+        read = 0
+        while part := file.read(1 << 20):
+            if part.count(0) < len(part):
+                raise PackedError(f"{shard}: is damaged at byte {end:,}, or another .tar was added to it there; fetch "
+                                  "it again, or give each .tar as a file of its own")  # fmt: skip
+            read += len(part)
+    if read < 2 * tarfile.BLOCKSIZE:
+        raise PackedError(f"{shard}: ends too early, at byte {end:,}; fetch it again")
 
 
 def _key_of(shard: str, member: tarfile.TarInfo) -> tuple[str, str]:
