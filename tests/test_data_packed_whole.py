@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import tarfile
 from collections.abc import Callable
 
+import pyarrow as pa
 import pytest
-from packed_sets import is_as_packed, refused, samples, shard, unpacked
+from concept_folders import make
+from packed_sets import CAPTIONS, is_as_packed, refused, rows_of, samples, saved, shard, unpacked
 
 BLOCK = tarfile.BLOCKSIZE
 
@@ -53,3 +57,69 @@ def test_a_shard_ends_with_two_blocks_of_zeros_and_any_number_more(tmp_path, zer
     path.write_bytes(path.read_bytes()[:end] + bytes(2 * BLOCK + zeros))
     found, *_ = unpacked(path)
     assert is_as_packed(found, range(5))
+
+
+# --- save_to_disk -----------------------------------------------------------------------------------------------------
+
+
+def test_an_arrow_file_that_the_data_set_names_and_lacks_is_a_fault(tmp_path):
+    folder = saved(tmp_path / "saved")
+    names = [{"filename": name} for name in ("data.arrow", "data-1.arrow", "../../other.arrow")]
+    (folder / "state.json").write_text(json.dumps({"_data_files": names}))
+    assert refused(folder) == (
+        f"{folder}: data-1.arrow is missing, 2 of 3 files that the data set names; copy all of it, or save it again "
+        "with save_to_disk"
+    )
+
+
+def test_a_split_that_the_data_set_names_and_lacks_is_a_fault(tmp_path):
+    saved(tmp_path / "all" / "train")
+    (tmp_path / "all" / "dataset_dict.json").write_text('{"splits": ["train", "validation"]}')
+    assert f"{tmp_path}/all: validation/state.json is missing, 1 of 3 files" in refused(tmp_path / "all")
+
+
+@pytest.mark.parametrize("state", ["{}", '{"_data_files": []}', '{"_data_files": 3}', '{"_data_files": [{}, 1]}'])
+def test_a_data_set_that_names_no_files_is_a_fault(tmp_path, state):
+    folder = saved(tmp_path / "saved")
+    (folder / "state.json").write_text(state)
+    assert refused(folder) == f"{folder}: state.json: names no files of rows; save it again with save_to_disk"
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[" * 200_000, "cannot be read ("),
+        (json.dumps({"a": "x" * (1 << 20)}), "cannot be read (larger than 1 MiB)"),
+        ("[]", "cannot be read (no JSON object)"),
+        ("{", "cannot be read (Expecting property name"),
+    ],
+)
+def test_a_state_that_is_none_is_one_line(tmp_path, name, content, words):
+    folder = saved(tmp_path / "saved")
+    (folder / name).write_text(content)
+    assert refused(folder).startswith(f"{folder}: {name}: {words}")
+
+
+@pytest.mark.parametrize("batches", [1, 2, 4])
+def test_an_arrow_file_that_is_cut_between_rows_is_refused(tmp_path, batches):
+    folder = saved(tmp_path / "saved")
+    whole, ends = rows_of(), []
+    with pa.OSFile(str(folder / "data.arrow"), "wb") as sink, pa.ipc.new_stream(sink, whole.schema) as stream:
+        for i in range(5):
+            ends.append(sink.tell())
+            stream.write_batch(whole.slice(i, 1).to_batches()[0])
+    assert [text for _, text, _ in unpacked(folder)[0]] == CAPTIONS
+    content = (folder / "data.arrow").read_bytes()
+    (folder / "data.arrow").write_bytes(content[: ends[batches]])
+    assert f"data.arrow: ends too early or is damaged at byte {ends[batches]:,}; copy it again" in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.parquet", "state.json", "dataset_dict.json", "x.png", "x"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_pipe_is_not_waited_for(tmp_path, name, alone):
+    folder = tmp_path / "data" if alone else make(tmp_path / "data")
+    folder.mkdir(exist_ok=True)
+    (folder / "dataset_info.json").write_text("{}")
+    os.mkfifo(folder / name)
+    assert refused(folder) == f"{folder}/{name}: is a pipe, a socket or a device, not an ordinary file; take it out"

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json
 from .dialects import CAPTIONS
 from .folders import is_leftover, says_held_out
 from .images import EXTENSIONS
@@ -34,6 +33,8 @@ _STARTS = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg", b"RIFF": ".webp"}
 _TAR_TEXTS = ("txt", "caption", "text")
 _ROW_KEYS = ("captions", "repeats")
 """Columns that mean here what they are called."""
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+"""What arrow's stream of rows ends with."""
 
 
 class PackedError(ValueError):
@@ -70,7 +71,8 @@ class Seen:
 
 @dataclass(frozen=True)
 class Packing:
-    """``files``: of a path's files, relative, those that this layout is made of, or none. ``items``: their rows."""
+    """``files``: of a path's files, relative, those that this layout is made of, or none. ``items``: their rows.
+    Both raise :class:`PackedError`."""
 
     name: str
     files: Callable[[Path, Sequence[str]], list[str]]
@@ -196,13 +198,47 @@ def _row_of(values: Mapping[str, Any], place: str, seen: Seen, text: str | None 
 
 
 def _saved(root: Path, files: Sequence[str]) -> list[str]:
-    """A folder that ``save_to_disk`` wrote: one with ``state.json``, or several below ``dataset_dict.json``."""
-    folders = [file.removesuffix("state.json") for file in files if Path(file).name == "state.json"]
-    listed = [(folder, read_json(root / folder / "state.json").get("_data_files"))
-              for folder in folders if f"{folder}dataset_info.json" in files]  # fmt: skip
-    named = [f"{folder}{one.get('filename')}" for folder, ones in listed if isinstance(ones, list)
-             for one in ones if isinstance(one, dict)]  # fmt: skip
-    return [name for name in named if name in files]
+    """A folder that ``save_to_disk`` wrote: one with ``state.json``, or several below ``dataset_dict.json``. Raises
+    :class:`PackedError` where a file that those name is missing."""
+    listed, present = [], set(files)
+    for about in (file for file in files if Path(file).name == "dataset_dict.json"):
+        splits = _json_of(root, about).get("splits")
+        listed += [about.replace("dataset_dict.json", f"{split}/state.json") for split in _texts(splits)]
+    found = []
+    for about in (file for file in files if Path(file).name == "state.json"):
+        folder = about.removesuffix("state.json")
+        if f"{folder}dataset_info.json" not in present:
+            continue
+        ones = _json_of(root, about).get("_data_files")
+        ones = ones if isinstance(ones, list) else []
+        names = _texts([one.get("filename") for one in ones if isinstance(one, dict)])
+        if not names:
+            raise PackedError(f"{about}: names no files of rows; save it again with save_to_disk")
+        found += [folder + name for name in names]
+    missing = [name for name in (*listed, *found) if name not in present]
+    if missing:
+        raise PackedError(f"{shown(missing[0], SHOWN)} is missing, {len(missing)} of {len(listed) + len(found)} files "
+                          "that the data set names; copy all of it, or save it again with save_to_disk")  # fmt: skip
+    return found
+
+
+def _texts(value: Any) -> list[str]:
+    return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
+
+
+def _json_of(root: Path, file: str) -> dict[str, Any]:
+    """The object in a file. Raises :class:`PackedError` where there is none, or it is huge or nested without end."""
+    with (root / file).open("rb") as stream:
+        content = stream.read(_MAX_JSON_BYTES + 1)
+    try:
+        if len(content) > _MAX_JSON_BYTES:
+            raise ValueError(f"larger than {_MAX_JSON_BYTES >> 20} MiB")
+        value = json.loads(decoded(content))
+        if not isinstance(value, dict):
+            raise ValueError("no JSON object")
+    except (ValueError, RecursionError) as error:
+        raise PackedError(f"{file}: cannot be read ({shown(str(error), SHOWN)}); save it again") from None
+    return value
 
 
 def _parquets(root: Path, files: Sequence[str]) -> list[str]:
@@ -236,10 +272,14 @@ def _picture_columns(schema: Any) -> list[str]:
 def _of_arrow(root: Path, file: str, seen: Seen) -> Iterator[Item]:
     import pyarrow
 
-    if read_json((root / file).with_name("state.json")).get("_indices_data_files"):
+    if _json_of(root, Path(file).with_name("state.json").as_posix()).get("_indices_data_files"):
         raise PackedError(f"{file}: has an index beside it, as old versions wrote; save it again with save_to_disk")
     with pyarrow.memory_map(str(root / file)) as source, pyarrow.ipc.open_stream(source) as stream:
         yield from _of_batches(file, stream.schema, stream, seen)
+        end = source.tell()
+        source.seek(max(0, end - len(_END_OF_STREAM)))
+        if source.read() != _END_OF_STREAM:  # the library takes any end of the file for the end of the rows
+            raise PackedError(f"{file}: ends too early or is damaged at byte {end:,}; copy it again")
 
 
 def _of_parquet(root: Path, file: str, seen: Seen) -> Iterator[Item]:

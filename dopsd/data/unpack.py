@@ -121,11 +121,18 @@ def _packing_of(source: Path) -> tuple[Packing, list[str]] | None:
     """How a file or folder is packed, and the files that are."""
     if source.is_dir():
         root, files = source, concept_files(source)
+        strange = [file for file in files if (source / file).exists() and not (source / file).is_file()]
+        if strange:  # opening a pipe waits for ever
+            problem = "is a pipe, a socket or a device, not an ordinary file; take it out"
+            raise DataError(Fault(str(source / file), None, None, problem) for file in map(shown, strange))
     elif source.is_file():
         root, files = source.parent, [source.name]
     else:
         return None
-    found = [(packing, own) for packing in PACKINGS if (own := packing.files(root, files))]
+    try:
+        found = [(packing, own) for packing in PACKINGS if (own := packing.files(root, files))]
+    except (PackedError, OSError) as error:
+        raise DataError([Fault(str(source), None, None, shown(str(error)))]) from None
     if not found:
         return None
     ways = [f"{packing.name} ({shown(own[0], SHOWN)})" for packing, own in found]
