@@ -88,9 +88,11 @@ def test_shards_of_another_split_are_held_out(tmp_path):
     found, held_out, said = unpacked(tmp_path / "s")
     assert is_as_packed(found, range(4))
     assert is_as_packed(held_out, range(20, 22))
-    assert said[0].endswith("6 rows, 6 pictures, 2 of them held out as their split's name says")
+    assert said[0].endswith("6 rows, 6 pictures, 2 of them held out as their split's name says (val-000000.tar)")
     (tmp_path / "s" / "train-000000.tar").unlink()
-    assert "only 2 rows of splits that are for testing; give what is to be trained on" in refused(tmp_path / "s")
+    assert "only 2 rows of splits that are for testing (val-000000.tar); give what is to be trained on" in refused(
+        tmp_path / "s"
+    )
 
 
 def test_the_rows_are_those_that_the_tool_itself_reads(tmp_path):

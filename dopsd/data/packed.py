@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .dialects import CAPTIONS
-from .folders import is_leftover, says_held_out
+from .folders import is_leftover, kohya_repeats, says_held_out, says_regularisation
 from .images import EXTENSIONS
 from .records import MAX_TEXT_BYTES, SHOWN, shown
 from .text import decoded, folded
@@ -44,13 +44,13 @@ class PackedError(ValueError):
 @dataclass(frozen=True)
 class Item:
     """A row with its picture. ``name``: what it is called there; ``ending``: of the picture's file. ``row``: what of
-    it is kept; ``held_out``: whether its split is for testing."""
+    it is kept; ``held_out``: whose name says that it is for testing, empty where none does."""
 
     name: str
     ending: str
     content: bytes
     row: Mapping[str, Any]
-    held_out: bool
+    held_out: str
 
 
 @dataclass
@@ -77,6 +77,23 @@ class Packing:
     name: str
     files: Callable[[Path, Sequence[str]], list[str]]
     items: Callable[[Path, str, Seen], Iterator[Item]]
+
+
+def _by_place(file: str, row: dict[str, Any], key: str = "") -> str:
+    """Whose name says that a row is for testing; empty where none does. Its repeats are written into ``row`` where a
+    folder is called as kohya's ``10_fox``. ``key``: its path in the file. Raises :class:`PackedError` for what folders
+    of pictures are refused for too."""
+    inside = key.rpartition("/")[0]
+    folders, name = [*file.split("/")[:-1], *inside.split("/")], Path(file).name.partition(".")[0]
+    repeats = next(iter(kohya_repeats(["/".join([*folders, ""])]).values()), None)
+    regularisation = any(map(says_regularisation, (*folders, name)))
+    if regularisation or repeats == 0:
+        what = "regularisation pictures, which nothing here uses" if regularisation else "0 repeats, so leave it out"
+        place = f"{file}: {shown(key, SHOWN)}" if key else file
+        raise PackedError(f"{place}: a name there says {what}; pack it again without, or under another name")
+    if repeats is not None:
+        row.setdefault("repeats", repeats)
+    return file if says_held_out(file) else f"{file}: {shown(inside, SHOWN)}/" if says_held_out(inside) else ""
 
 
 # --- WebDataset -------------------------------------------------------------------------------------------------------
@@ -174,7 +191,7 @@ def _of_sample(shard: str, key: str, sample: Mapping[str, bytes], seen: Seen) ->
         raise PackedError(f"{place}: {shown(str(error), SHOWN)}; pack it again") from None
     values = values if isinstance(values, dict) else {"json": values}
     row = _row_of(values, place, seen, text, "json.")
-    yield Item(key, f".{pictures[0]}", sample[pictures[0]], row, says_held_out(shard))
+    yield Item(key, f".{pictures[0]}", sample[pictures[0]], row, _by_place(shard, row, key))
 
 
 def _row_of(values: Mapping[str, Any], place: str, seen: Seen, text: str | None = None, prefix: str = "") -> dict:
@@ -314,8 +331,8 @@ def _of_batches(file: str, schema: Any, batches: Any, seen: Seen) -> Iterator[It
                 raise PackedError(f"{place}: no picture in column {column}, only a path or nothing; save it with them")
             seen.take(place, len(content), _MAX_PICTURE_BYTES)
             present = {key: value for key, value in values.items() if value is not None}
-            yield Item(Path(path).stem, _ending(path, content), content, _row_of(present, place, seen),
-                       says_held_out(file))  # fmt: skip
+            row = _row_of(present, place, seen)
+            yield Item(Path(path).stem, _ending(path, content), content, row, _by_place(file, row))
 
 
 def _ending(path: str, content: bytes) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -145,6 +145,7 @@ def _packing_of(source: Path) -> tuple[Packing, list[str]] | None:
 
 def _unpack(source: Path, packing: Packing, files: list[str], place: Path, say: Callable[[str], object]) -> None:
     root, seen, rows = source if source.is_dir() else source.parent, Seen(), {False: 0, True: 0}
+    names = dict[str, None]()
     try:
         for part in (place, place / HOLDOUT):
             part.mkdir(parents=True)
@@ -153,11 +154,13 @@ def _unpack(source: Path, packing: Packing, files: list[str], place: Path, say: 
             (place / HOLDOUT / METADATA).open("w", encoding="utf-8") as held_out,
         ):
             for item in (item for file in files for item in packing.items(root, file, seen)):
-                rows[item.held_out] += 1
+                held = bool(item.held_out)
+                rows[held] += 1
+                names |= {item.held_out: None} if held else {}
                 if sum(rows.values()) > MAX_ROWS:
                     raise PackedError(f"more than {MAX_ROWS:,} rows; give a part of it")
-                name = _save(item, place / HOLDOUT if item.held_out else place, rows[item.held_out])
-                print(json.dumps({"image": name, **item.row}), file=held_out if item.held_out else train)
+                name = _save(item, place / HOLDOUT if held else place, rows[held])
+                print(json.dumps({"image": name, **item.row}), file=held_out if held else train)
     except PackedError as error:
         raise DataError([Fault(str(source), None, None, str(error))]) from None
     except OSError as error:
@@ -170,12 +173,18 @@ def _unpack(source: Path, packing: Packing, files: list[str], place: Path, say: 
     if not rows[True]:
         shutil.rmtree(place / HOLDOUT)
     if not rows[False]:
-        found = f"only {rows[True]} rows of splits that are for testing" if rows[True] else "no rows"
+        found = f"only {rows[True]} rows of splits that are for testing ({_few(names)})" if rows[True] else "no rows"
         raise DataError([Fault(str(source), None, None, f"{found}; give what is to be trained on")])
-    held = f", {rows[True]} of them held out as their split's name says" if rows[True] else ""
+    told = f", {rows[True]} of them held out as their split's name says ({_few(names)})" if rows[True] else ""
     ignored = f", ignored columns: {', '.join(seen.ignored)}" if seen.ignored else ""
     number, total = f"{len(files)} {'file' if len(files) == 1 else 'files'}", sum(rows.values())
-    say(f"{source}: read as {packing.name} ({number}){ignored}: {total} rows, {total} pictures{held}")
+    say(f"{source}: read as {packing.name} ({number}){ignored}: {total} rows, {total} pictures{told}")
+
+
+def _few(names: Iterable[str]) -> str:
+    listed = [*names]
+    more = [f"and {len(listed) - 4} more"] if len(listed) > 4 else []
+    return ", ".join([*(shown(name, SHOWN) for name in listed[:4]), *more])
 
 
 def _save(item: Item, part: Path, number: int) -> str:
