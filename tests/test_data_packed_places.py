@@ -7,15 +7,16 @@ from packed_sets import CAPTIONS, is_as_packed, parquet, refused, rows_of, sampl
 
 from dopsd.data.folders import says_held_out
 
-HELD_OUT = (
-    "test.tar test-00000-of-00001.parquet validation/x.arrow imagenet1k-validation-00.tar mine-test/data.arrow "
-    "hold-out-0.tar holdout/x holdout_2.tar held_out.tar val2017.tar my_val_set.tar a.test.tar data/eval/0.tar "
-    "my-dev.parquet test_images-1.tar valid.tar TEST.tar evaluation.tar 01testing.tar"
-).split()  # noqa: SIM905
-TRAINED_ON = (
-    "train.tar contest.tar latest-0.tar valley.tar devil.tar evaluated.tar hold-0.tar out-hold.tar "
-    "interval-1.tar attestation.parquet héval.tar data/0.tar portfolio.tar"
-).split()  # noqa: SIM905
+HELD_OUT = [
+    "test.tar", "test-00000-of-00001.parquet", "validation/x.arrow", "imagenet1k-validation-00.tar",
+    "mine-test/data.arrow", "hold-out-0.tar", "holdout/x", "holdout_2.tar", "held_out.tar", "val2017.tar",
+    "my_val_set.tar", "a.test.tar", "data/eval/0.tar", "my-dev.parquet", "test_images-1.tar", "valid.tar",
+    "TEST.tar", "evaluation.tar", "01testing.tar",
+]  # fmt: skip
+TRAINED_ON = [
+    "train.tar", "contest.tar", "latest-0.tar", "valley.tar", "devil.tar", "evaluated.tar", "hold-0.tar",
+    "out-hold.tar", "interval-1.tar", "attestation.parquet", "héval.tar", "data/0.tar", "portfolio.tar",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HELD_OUT)

@@ -9,8 +9,15 @@ from collections.abc import Callable
 
 import pyarrow as pa
 import pytest
-from concept_folders import make
-from packed_sets import CAPTIONS, is_as_packed, refused, rows_of, samples, saved, shard, unpacked
+from concept_folders import SETTINGS, make
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from packed_sets import CAPTIONS, is_as_packed, parquet, refused, rows_of, samples, saved, shard, unpacked
+
+from dopsd.data.manifest import DataError
+from dopsd.data.schema import validate_dataset
+from dopsd.data.unpack import as_folder
 
 BLOCK = tarfile.BLOCKSIZE
 
@@ -123,3 +130,31 @@ def test_a_pipe_is_not_waited_for(tmp_path, name, alone):
     (folder / "dataset_info.json").write_text("{}")
     os.mkfifo(folder / name)
     assert refused(folder) == f"{folder}/{name}: is a pipe, a socket or a device, not an ordinary file; take it out"
+
+
+fuzz = hypothesis_settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+
+
+@fuzz
+@given(data=st.binary(max_size=600), cut=st.integers(0, 20_000), place=st.integers(0, 20_000))
+def test_whatever_is_damaged_no_row_is_lost_without_a_word(tmp_path, data, cut, place):
+    made = {".tar": shard(tmp_path / "a.tar", samples(4)).read_bytes(), ".parquet": parquet(tmp_path / "a.parquet")}
+    made["saved"] = saved(tmp_path / "saved").joinpath("data.arrow").read_bytes()
+    for kind, whole in made.items():
+        spoilt = bytearray(whole)
+        spoilt[place % len(whole) : place % len(whole) + len(data)] = data
+        path = tmp_path / ("saved/data.arrow" if kind == "saved" else f"a{kind}")
+        path.write_bytes(bytes(spoilt[: max(1, len(spoilt) - cut)]))
+        source = path.parent if kind == "saved" else path
+        try:
+            with as_folder(source, tmp_path / ".place", lambda line: None) as (one, _):
+                rows = len(validate_dataset(one, "test", SETTINGS)[0].rows)
+        except DataError as error:
+            found = str(error)
+        else:
+            assert rows == (4 if kind == ".tar" else 5), "a row is lost without a word"
+            found = str(source)
+        assert str(source) in found
+        assert not (tmp_path / ".place").exists()

@@ -72,11 +72,12 @@ class Seen:
 @dataclass(frozen=True)
 class Packing:
     """``files``: of a path's files, relative, those that this layout is made of, or none. ``items``: their rows.
-    Both raise :class:`PackedError`."""
+    Both raise :class:`PackedError`. ``beside``: names of files that go with them and hold no rows, as patterns."""
 
     name: str
     files: Callable[[Path, Sequence[str]], list[str]]
     items: Callable[[Path, str, Seen], Iterator[Item]]
+    beside: tuple[str, ...] = ()
 
 
 def _by_place(file: str, row: dict[str, Any], key: str = "") -> str:
@@ -164,6 +165,10 @@ def _content(file: tarfile.TarFile, member: tarfile.TarInfo, ending: str, seen: 
     """What is needed of a member; nothing of others, whose endings are noted."""
     texts = dict.fromkeys(_TAR_TEXTS, MAX_TEXT_BYTES) | {"json": _MAX_JSON_BYTES}
     picture = f".{ending}" in EXTENSIONS
+    last = ending.rpartition(".")[2]
+    if last != ending and (f".{last}" in EXTENSIONS or last in _TAR_TEXTS):
+        place = shown(member.name, SHOWN)
+        raise PackedError(f"{place}: has a dot in its name, at the first of which its ending begins; rename it")
     if not picture and ending not in texts:
         seen.ignored[shown(ending, SHOWN)] = None
         return None
@@ -330,6 +335,9 @@ def _of_batches(file: str, schema: Any, batches: Any, seen: Seen) -> Iterator[It
             if not content:
                 raise PackedError(f"{place}: no picture in column {column}, only a path or nothing; save it with them")
             seen.take(place, len(content), _MAX_PICTURE_BYTES)
+            seen.take(
+                f"{place}, text", len(json.dumps(values, ensure_ascii=False, default=str).encode()), MAX_TEXT_BYTES
+            )
             present = {key: value for key, value in values.items() if value is not None}
             row = _row_of(present, place, seen)
             yield Item(Path(path).stem, _ending(path, content), content, row, _by_place(file, row))
@@ -343,6 +351,7 @@ def _ending(path: str, content: bytes) -> str:
 
 PACKINGS = (
     Packing("WebDataset", _shards, _of_shard),
-    Packing("Hugging Face data set on disk", _saved, _of_arrow),
+    Packing("Hugging Face data set on disk", _saved, _of_arrow,
+            ("state.json", "dataset_info.json", "dataset_dict.json", "cache-*.arrow")),
     Packing("parquet with pictures", _parquets, _of_parquet),
-)
+)  # fmt: skip
