@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from concept_folders import SETTINGS, make, picture
+from packed_by_their_tools import CHOSEN, packed_by_their_tools
 from packed_sets import (
     CAPTIONS,
     PACKED,
@@ -121,15 +122,10 @@ def test_shards_of_another_split_are_held_out(tmp_path):
     )
 
 
-def test_the_rows_are_those_that_the_tool_itself_reads(tmp_path):
-    webdataset = pytest.importorskip("webdataset")
-    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
-        for i in range(5):
-            writer.write({"__key__": f"dir.v1/{i}", "png": content(i), "txt": CAPTIONS[i], "cls": i})
-    read = list(webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False))
-    found, *_ = unpacked(tmp_path / "a.tar")
-    assert [sample["txt"].decode() for sample in read] == [text for _, text, _ in found]
+def test_the_rows_are_those_that_the_tool_itself_wrote(tmp_path):
+    found, _, said = unpacked(packed_by_their_tools(tmp_path) / "webdataset.tar")
     assert is_as_packed(found, range(5))
+    assert "ignored columns: cls:" in said[0]
 
 
 def _member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int = 0) -> tarfile.TarInfo:
@@ -232,19 +228,12 @@ def test_parquet_with_pictures_in_shards(tmp_path, plain):
     assert is_as_packed(held_out, range(40, 41))
 
 
-def test_what_the_library_itself_writes_is_read_as_the_library_reads_it(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    whole = datasets.Dataset.from_dict({"image": [picture(i) for i in range(5)], "text": CAPTIONS}, features=features)
-    chosen = whole.select([4, 0, 2, 1])  # an index over it, which saving flattens
-    chosen.save_to_disk(str(tmp_path / "saved"), num_shards=2)
-    datasets.DatasetDict({"train": chosen, "test": whole.select([3])}).save_to_disk(str(tmp_path / "splits"))
-    chosen.to_parquet(str(tmp_path / "a.parquet"))
-    for name in ("saved", "splits", "a.parquet"):
-        found, held_out, _ = unpacked(tmp_path / name)
-        assert [text for _, text, _ in found] == list(chosen["text"])
-        assert all(np.array_equal(one[0], np.asarray(row["image"])) for one, row in zip(found, chosen, strict=True))
-        assert len(held_out) == (name == "splits")
+@pytest.mark.parametrize("name", ["saved", "splits", "datasets.parquet"])
+def test_the_rows_are_those_that_the_library_itself_wrote(tmp_path, name):
+    found, held_out, _ = unpacked(packed_by_their_tools(tmp_path) / name)
+    assert [text for _, text, _ in found] == [CAPTIONS[i] for i in CHOSEN]
+    assert all(np.array_equal(one[0], np.asarray(picture(i))) for one, i in zip(found, CHOSEN, strict=True))
+    assert [text for _, text, _ in held_out] == ([CAPTIONS[3]] if name == "splits" else [])
 
 
 @pytest.mark.parametrize(
@@ -279,7 +268,7 @@ def test_a_data_set_of_the_hub_by_its_name(tmp_path):
         "me/folder": Repository({**folder, "load.py": b"raise SystemExit", ".gitattributes": b"x"}),
         "me/rows": Repository({"data/train-0.parquet": parquet(tmp_path / "x.parquet")}, commit="b" * 40),
         "me/closed": Repository({}, gated="all"),
-        "me/full": Repository({"a.tar": os.urandom(1 << 20)}, commit="e" * 40),
+        "me/full": Repository({"full.tar": os.urandom(1 << 20)}, commit="e" * 40),
         "me/large": Repository({"a.tar": bytes(3000)}, commit="c" * 40),
     }
     script = (
