@@ -92,7 +92,7 @@ def test_a_concepts_own_documents_come_along_and_what_is_left_aside_is_named(tmp
 @pytest.mark.parametrize("name", ["shot 1.5 m.png", "shot 1.5 m.txt", "a/0.png.txt", "x.y.JPG", "v1.2.caption"])
 def test_a_dot_in_a_pictures_or_captions_name_is_said(tmp_path, name):
     said = refused(shard(tmp_path / "a.tar", [*samples(), (name, content(9))]))
-    assert f"a.tar: {name}: has a dot in its name, at the first of which its ending begins; rename it" in said
+    assert f"a.tar: a.tar: {name}: has a dot in its name, at the first of which its ending begins; rename it" in said
 
 
 def test_a_caption_may_be_in_the_json_and_repeats_too(tmp_path):

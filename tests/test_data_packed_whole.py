@@ -122,6 +122,15 @@ def test_an_arrow_file_that_is_cut_between_rows_is_refused(tmp_path, batches):
     assert f"data.arrow: ends too early or is damaged at byte {ends[batches]:,}; copy it again" in refused(folder)
 
 
+def test_of_many_files_the_damaged_one_is_named(tmp_path):
+    content = parquet(tmp_path / "s" / "0.parquet")
+    (tmp_path / "s" / "1.parquet").write_bytes(content[:200] + bytes(200) + content[400:])
+    assert f"{tmp_path}/s: 1.parquet: cannot be read as parquet with pictures: " in refused(tmp_path / "s")
+    folder = saved(tmp_path / "saved")
+    (folder / "data.arrow").write_bytes((folder / "data.arrow").read_bytes()[:-300])
+    assert f"{folder}: data.arrow: cannot be read as Hugging Face data set on disk: Expected" in refused(folder)
+
+
 @pytest.mark.parametrize("name", ["x.tar", "x.parquet", "state.json", "dataset_dict.json", "x.png", "x"])
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_pipe_is_not_waited_for(tmp_path, name, alone):

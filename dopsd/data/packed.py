@@ -119,7 +119,7 @@ def _of_shard(root: Path, shard: str, seen: Seen) -> Iterator[Item]:
                 key = own
                 if ending in sample:
                     raise PackedError(f"{shown(member.name, SHOWN)} is there twice; pack it again")
-                content = _content(file, member, ending, seen)
+                content = _content(shard, file, member, ending, seen)
                 if content is not None:
                     sample[ending] = content
             _check_end(root, shard, file.offset, seen)  # before the last row, which a damaged shard has half of
@@ -161,13 +161,12 @@ def _key_of(shard: str, member: tarfile.TarInfo) -> tuple[str, str]:
     return found[1], found[2].lower()
 
 
-def _content(file: tarfile.TarFile, member: tarfile.TarInfo, ending: str, seen: Seen) -> bytes | None:
+def _content(shard: str, file: tarfile.TarFile, member: tarfile.TarInfo, ending: str, seen: Seen) -> bytes | None:
     """What is needed of a member; nothing of others, whose endings are noted."""
     texts = dict.fromkeys(_TAR_TEXTS, MAX_TEXT_BYTES) | {"json": _MAX_JSON_BYTES}
     picture = f".{ending}" in EXTENSIONS
-    last = ending.rpartition(".")[2]
+    place, last = f"{shard}: {shown(member.name, SHOWN)}", ending.rpartition(".")[2]
     if last != ending and (f".{last}" in EXTENSIONS or last in _TAR_TEXTS):
-        place = shown(member.name, SHOWN)
         raise PackedError(f"{place}: has a dot in its name, at the first of which its ending begins; rename it")
     if not picture and ending not in texts:
         seen.ignored[shown(ending, SHOWN)] = None
@@ -176,7 +175,7 @@ def _content(file: tarfile.TarFile, member: tarfile.TarInfo, ending: str, seen: 
     stream = file.extractfile(member)
     content = stream.read() if stream else b""
     if len(content) < member.size:
-        raise PackedError(f"{shown(member.name, SHOWN)} ends too early; fetch the shard again")
+        raise PackedError(f"{place} ends too early; fetch the shard again")
     return content
 
 

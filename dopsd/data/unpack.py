@@ -159,7 +159,7 @@ def _unpack(
             (place / METADATA).open("w", encoding="utf-8") as train,
             (place / HOLDOUT / METADATA).open("w", encoding="utf-8") as held_out,
         ):
-            for item in (item for file in files for item in packing.items(root, file, seen)):
+            for item in (item for file in files for item in _read(packing, root, file, seen)):
                 held = bool(item.held_out)
                 rows[held] += 1
                 names |= {item.held_out: None} if held else {}
@@ -177,10 +177,6 @@ def _unpack(
             raise
         problem = f"cannot be unpacked: {shown(error.strerror or str(error), SHOWN)}; nothing was added"
         raise DataError([Fault(str(source), None, None, problem)]) from None
-    # pyarrow raises errors of many kinds on damaged files, and all of them mean the same to a person.
-    except Exception as error:
-        problem = f"cannot be read as {packing.name}: {shown(' '.join(str(error).split()), SHOWN)}; fetch it again"
-        raise DataError([Fault(str(source), None, None, problem)]) from None
     if not rows[True]:
         shutil.rmtree(place / HOLDOUT)
     if not rows[False]:
@@ -193,6 +189,19 @@ def _unpack(
     told += f", left aside: {_few(left)}" if left else ""
     number, total = f"{len(files)} {'file' if len(files) == 1 else 'files'}", sum(rows.values())
     say(f"{source}: read as {packing.name} ({number}){ignored}: {total} rows, {total} pictures{told}")
+
+
+def _read(packing: Packing, root: Path, file: str, seen: Seen) -> Iterator[Item]:
+    """The rows of a file. Whatever is wrong with it is a :class:`PackedError`."""
+    try:
+        yield from packing.items(root, file, seen)
+    except PackedError:
+        raise
+    # pyarrow raises errors of many kinds on damaged files, and all of them mean the same to a person.
+    except Exception as error:
+        why = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+        problem = f"{shown(file, SHOWN)}: cannot be read as {packing.name}: {shown(why, SHOWN)}; fetch it again"
+        raise PackedError(problem) from None
 
 
 def _few(names: Iterable[str]) -> str:
