@@ -268,6 +268,7 @@ def test_a_data_set_of_the_hub_by_its_name(tmp_path):
         "me/folder": Repository({**folder, "load.py": b"raise SystemExit", ".gitattributes": b"x"}),
         "me/rows": Repository({"data/train-0.parquet": parquet(tmp_path / "x.parquet")}, commit="b" * 40),
         "me/closed": Repository({}, gated="all"),
+        "me/less": Repository(folder, commit="f" * 40, withheld="4.png"),
         "me/full": Repository({"full.tar": os.urandom(1 << 20)}, commit="e" * 40),
         "me/large": Repository({"a.tar": bytes(3000)}, commit="c" * 40),
     }
@@ -290,10 +291,12 @@ def test_a_data_set_of_the_hub_by_its_name(tmp_path):
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
 
     with FakeHub(repositories) as hub:
-        folder_, rows, closed, none, misspelt = add("me/folder", "me/rows", "me/closed", "me/none", "tests/none")
+        names = ("me/folder", "me/rows", "me/closed", "me/none", "tests/none", "me/odd", "me/less")
+        folder_, rows, closed, none, misspelt, odd_, less = add(*names)
         assert folder_ == "me/folder: no such folder here; asking the hub|5 False"
         read = "read as parquet with pictures (1 file), ignored columns: label: 5 rows, 5 pictures"
-        assert add("me/odd")[0].split("|")[1:] == ["5 False"]
+        assert odd_.endswith("|5 False")
+        assert "the hub lists 4.png and does not give it (1 of 6 files); try again" in less
         assert rows.split("|")[1:] == [f"me/rows: {read}", "5 True"]
         assert "me/closed: gated: accept its licence" in closed
         assert "me/none: no such folder here, and no such data set on the hub" in none

@@ -122,6 +122,12 @@ def test_an_arrow_file_that_is_cut_between_rows_is_refused(tmp_path, batches):
     assert f"data.arrow: ends too early or is damaged at byte {ends[batches]:,}; copy it again" in refused(folder)
 
 
+def test_a_parquet_whose_columns_have_no_names_is_one_line(tmp_path):
+    content = parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.parquet").write_bytes(content.replace(b"label", b"\xe9abel"))
+    assert str(tmp_path / "a.parquet") in refused(tmp_path / "a.parquet")
+
+
 def test_of_many_files_the_damaged_one_is_named(tmp_path):
     content = parquet(tmp_path / "s" / "0.parquet")
     (tmp_path / "s" / "1.parquet").write_bytes(content[:200] + bytes(200) + content[400:])

@@ -264,16 +264,15 @@ def _json_of(root: Path, file: str) -> dict[str, Any]:
 
 def _parquets(root: Path, files: Sequence[str]) -> list[str]:
     """Parquet whose pictures are in it; one with their paths is a table of a concept folder."""
-    import pyarrow
     import pyarrow.parquet
 
     found = []
     for file in (file for file in files if file.lower().endswith(".parquet")):
         try:
-            schema = pyarrow.parquet.read_schema(root / file)
-        except (pyarrow.ArrowException, OSError):
-            continue  # is said where it is read
-        if _picture_columns(schema):
+            packs = _picture_columns(pyarrow.parquet.read_schema(root / file))
+        except Exception:  # pyarrow raises many kinds; what is wrong is said where it is read
+            continue
+        if packs:
             found.append(file)
     return found
 
@@ -334,9 +333,8 @@ def _of_batches(file: str, schema: Any, batches: Any, seen: Seen) -> Iterator[It
             if not content:
                 raise PackedError(f"{place}: no picture in column {column}, only a path or nothing; save it with them")
             seen.take(place, len(content), _MAX_PICTURE_BYTES)
-            seen.take(
-                f"{place}, text", len(json.dumps(values, ensure_ascii=False, default=str).encode()), MAX_TEXT_BYTES
-            )
+            texts = json.dumps(values, ensure_ascii=False, default=str).encode()
+            seen.take(f"{place}, text", len(texts), MAX_TEXT_BYTES)  # a dictionary's one text is many in its rows
             present = {key: value for key, value in values.items() if value is not None}
             row = _row_of(present, place, seen)
             yield Item(Path(path).stem, _ending(path, content), content, row, _by_place(file, row))
