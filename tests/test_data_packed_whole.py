@@ -128,6 +128,19 @@ def test_a_parquet_whose_columns_have_no_names_is_one_line(tmp_path):
     assert str(tmp_path / "a.parquet") in refused(tmp_path / "a.parquet")
 
 
+def test_no_bit_of_a_parquets_end_loses_a_row(tmp_path):
+    path, refusals = tmp_path / "a.parquet", 0
+    content = parquet(path, rows_of().select(["image", "text"]).replace_schema_metadata(None))
+    for place in range(len(content) - int.from_bytes(content[-8:-4], "little") - 8, len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 2]) + content[place + 1 :])
+        try:
+            with as_folder(path, tmp_path / ".place", lambda line: None) as (folder, packed):
+                assert not packed or len((folder / "metadata.jsonl").read_text().splitlines()) == 5, place
+        except DataError:
+            refusals += 1
+    assert refusals > 20
+
+
 def test_of_many_files_the_damaged_one_is_named(tmp_path):
     content = parquet(tmp_path / "s" / "0.parquet")
     (tmp_path / "s" / "1.parquet").write_bytes(content[:200] + bytes(200) + content[400:])

@@ -307,8 +307,10 @@ def _of_parquet(root: Path, file: str, seen: Seen) -> Iterator[Item]:
 
     with pyarrow.parquet.ParquetFile(root / file) as source:
         about = source.metadata
-        size = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
-        if size > MAX_BYTES:
+        groups = [about.row_group(i) for i in range(about.num_row_groups)]
+        if sum(group.num_rows for group in groups) != about.num_rows:  # the library reads as many as its groups say
+            raise PackedError(f"{file}: is damaged: its parts have more or fewer rows than it has; fetch it again")
+        if sum(group.total_byte_size for group in groups) > MAX_BYTES:
             raise PackedError(f"{file}: more than {MAX_BYTES >> 30} GiB; give a part of it")
         yield from _of_batches(file, source.schema_arrow, source.iter_batches(_TOGETHER), seen)
 
