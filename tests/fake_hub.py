@@ -30,6 +30,8 @@ class Repository:
     """Answer everything with this status."""
     breaks: str = ""
     """The file that breaks off in the middle."""
+    withheld: str = ""
+    """The file that its page lists and its tree does not."""
 
 
 @dataclass
@@ -114,7 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
         if "file" in found:
             return self._file(repository, found["file"], body)
         if found["what"] == "tree":
-            answer: Any = [_entry(name, content) for name, content in repository.files.items()]
+            answer: Any = [_entry(name, content) for name, content in repository.files.items()
+                           if name != repository.withheld]  # fmt: skip
         else:
             siblings = [{"rfilename": name, "size": len(content)} for name, content in repository.files.items()]
             answer = {"id": found["name"], "sha": repository.commit, "siblings": siblings, "gated": False}

@@ -12,78 +12,32 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from concept_folders import SETTINGS, make, picture
-from hypothesis import HealthCheck, given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
-from PIL import Image
+from packed_by_their_tools import CHOSEN, packed_by_their_tools
+from packed_sets import (
+    CAPTIONS,
+    PACKED,
+    content,
+    is_as_packed,
+    parquet,
+    refused,
+    rows_of,
+    samples,
+    saved,
+    shard,
+    unpacked,
+)
+from small_disk import small_disk
 
 from dopsd.config import SettingsError
 from dopsd.data import packed
-from dopsd.data.manifest import DataError
 from dopsd.data.schema import validate_dataset
 from dopsd.data.unpack import Rewording, as_folder, rewording
+from dopsd.files import is_disk_full
 from tests.fake_hub import FakeHub, Repository
 
-CAPTIONS = [f"a {i} in [V] style" for i in range(5)]
-
-
-def content(seed: int, kind: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    picture(seed).save(file, kind)
-    return file.getvalue()
-
-
-def unpacked(source: Path) -> tuple[list[tuple[np.ndarray, str, int]], list[tuple[np.ndarray, str, int]], list[str]]:
-    """(pixels, caption, repeats) of the rows, of the held-out rows, and what was said; nothing is left behind."""
-    place, said = source.parent / ".place", list[str]()
-    with as_folder(source, place, said.append) as (folder, was_packed):
-        assert was_packed
-        assert folder == place
-        parts = [
-            [(np.asarray(Image.open(row.image).convert("RGB")), dict(row.captions)["caption"], row.repeats)
-             for row in table.rows] if table else []
-            for table in validate_dataset(folder, "test", SETTINGS)
-        ]  # fmt: skip
-    assert not place.exists()
-    return parts[0], parts[1], said
-
-
-def is_as_packed(found: list[tuple[np.ndarray, str, int]], seeds: range) -> bool:
-    assert [text for _, text, _ in found] == [CAPTIONS[i] for i in range(len(seeds))]
-    return all(np.array_equal(one, np.asarray(picture(i))) for (one, *_), i in zip(found, seeds, strict=True))
-
-
-def refused(source: Path) -> str:
-    place = source.parent / ".place"
-    with pytest.raises(DataError) as caught, as_folder(source, place, lambda line: None) as (folder, _):
-        validate_dataset(folder, "test", SETTINGS)
-    assert not place.exists()
-    assert len(str(caught.value).split("\n")) == len(caught.value.faults)
-    return str(caught.value)
-
-
 # --- WebDataset: https://github.com/webdataset/webdataset, and what img2dataset writes --------------------------------
-
-
-def shard(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as file:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            file.addfile(member, io.BytesIO(data))
-    return path
-
-
-def samples(count: int = 5, first: int = 0, key: str = "set/{:04}") -> list[tuple[str, bytes]]:
-    return [
-        (f"{key.format(i)}.{ending}", data)
-        for i in range(count)
-        for ending, data in (("png", content(first + i)), ("txt", CAPTIONS[i].encode()))
-    ]
 
 
 def test_a_shard_is_a_row_for_every_key(tmp_path):
@@ -111,7 +65,34 @@ def test_a_folder_of_shards_with_img2datasets_columns(tmp_path):
     found, _, said = unpacked(tmp_path / "shards")
     assert is_as_packed(found, range(5))
     ignored = "ignored columns: npy, json.caption, json.url, json.key"
-    assert said == [f"{tmp_path}/shards: read as WebDataset (2 files), {ignored}: 5 rows, 5 pictures"]
+    left = "left aside: 00000.parquet, 00000_stats.json, 00001.parquet, 00001_stats.json"
+    assert said == [f"{tmp_path}/shards: read as WebDataset (2 files), {ignored}: 5 rows, 5 pictures, {left}"]
+
+
+@pytest.mark.parametrize("how", ["shards", "saved", "parquet"])
+def test_a_concepts_own_documents_come_along_and_what_is_left_aside_is_named(tmp_path, how):
+    folder = tmp_path / "data"
+    {"shards": lambda: shard(folder / "a.tar", samples()), "saved": lambda: saved(folder),
+     "parquet": lambda: parquet(folder / "a.parquet")}[how]()  # fmt: skip
+    documents = {"train.yaml": "max_steps: 7\n", "concept.json": "{}", "LICENSE": "CC", "x/README.md": "x"}
+    for name, text in {**documents, "notes.doc": "x", "x/urls.csv": "x", "x/train.yaml": "x"}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    said: list[str] = []
+    with as_folder(folder, tmp_path / ".place", said.append) as (place, _):
+        validate_dataset(place, "test", SETTINGS)
+        assert {name: (place / name).read_text() for name in documents} == documents
+        assert not {"notes.doc", "urls.csv"} & {path.name for path in place.rglob("*")}
+        assert not (place / "x" / "train.yaml").exists()
+    assert said[0].endswith(": 5 rows, 5 pictures, left aside: notes.doc, x/train.yaml, x/urls.csv")
+    if how == "shards":  # one file is given, not what lies beside it
+        assert unpacked(folder / "a.tar")[2][0].endswith(": 5 rows, 5 pictures")
+
+
+@pytest.mark.parametrize("name", ["shot 1.5 m.png", "shot 1.5 m.txt", "a/0.png.txt", "x.y.JPG", "v1.2.caption"])
+def test_a_dot_in_a_pictures_or_captions_name_is_said(tmp_path, name):
+    said = refused(shard(tmp_path / "a.tar", [*samples(), (name, content(9))]))
+    assert f"a.tar: a.tar: {name}: has a dot in its name, at the first of which its ending begins; rename it" in said
 
 
 def test_a_caption_may_be_in_the_json_and_repeats_too(tmp_path):
@@ -134,20 +115,17 @@ def test_shards_of_another_split_are_held_out(tmp_path):
     found, held_out, said = unpacked(tmp_path / "s")
     assert is_as_packed(found, range(4))
     assert is_as_packed(held_out, range(20, 22))
-    assert said[0].endswith("6 rows, 6 pictures, 2 of them held out as their split's name says")
+    assert said[0].endswith("6 rows, 6 pictures, 2 of them held out as their split's name says (val-000000.tar)")
     (tmp_path / "s" / "train-000000.tar").unlink()
-    assert "only 2 rows of splits that are for testing; give what is to be trained on" in refused(tmp_path / "s")
+    assert "only 2 rows of splits that are for testing (val-000000.tar); give what is to be trained on" in refused(
+        tmp_path / "s"
+    )
 
 
-def test_the_rows_are_those_that_the_tool_itself_reads(tmp_path):
-    webdataset = pytest.importorskip("webdataset")
-    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
-        for i in range(5):
-            writer.write({"__key__": f"dir.v1/{i}", "png": content(i), "txt": CAPTIONS[i], "cls": i})
-    read = list(webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False))
-    found, *_ = unpacked(tmp_path / "a.tar")
-    assert [sample["txt"].decode() for sample in read] == [text for _, text, _ in found]
+def test_the_rows_are_those_that_the_tool_itself_wrote(tmp_path):
+    found, _, said = unpacked(packed_by_their_tools(tmp_path) / "webdataset.tar")
     assert is_as_packed(found, range(5))
+    assert "ignored columns: cls:" in said[0]
 
 
 def _member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int = 0) -> tarfile.TarInfo:
@@ -215,61 +193,7 @@ def test_there_are_limits_of_rows_and_bytes(tmp_path, monkeypatch):
     assert "in all; give a part of it" in refused(path)
 
 
-fuzz = hypothesis_settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
-
-
-@fuzz
-@given(data=st.binary(max_size=600), cut=st.integers(0, 20_000), place=st.integers(0, 20_000))
-def test_damaged_shards_and_arrow_files(tmp_path, data, cut, place):
-    made = {".tar": shard(tmp_path / "a.tar", samples(4)).read_bytes(), ".parquet": parquet(tmp_path / "a.parquet")}
-    made["saved"] = saved(tmp_path / "saved").joinpath("data.arrow").read_bytes()
-    for kind, whole in made.items():
-        spoilt = bytearray(whole)
-        spoilt[place % len(whole) : place % len(whole) + len(data)] = data
-        path = tmp_path / ("saved/data.arrow" if kind == "saved" else f"a{kind}")
-        path.write_bytes(bytes(spoilt[: max(1, len(spoilt) - cut)]))
-        source = path.parent if kind == "saved" else path
-        try:
-            with as_folder(source, tmp_path / ".place", lambda line: None) as (one, _):
-                validate_dataset(one, "test", SETTINGS)
-        except DataError as error:
-            found = str(error)
-        else:
-            found = str(source)
-        assert str(source) in found
-        assert not (tmp_path / ".place").exists()
-
-
 # --- Hugging Face -----------------------------------------------------------------------------------------------------
-
-
-PACKED = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-
-
-def rows_of(count: int = 5, first: int = 0, column: str = "image", caption: str = "text") -> pa.Table:
-    """As ``datasets`` has an ``Image`` in arrow: bytes, and the path that it came from."""
-    pictures = [{"bytes": content(first + i), "path": None if i % 2 else f"/x/{i}.png"} for i in range(count)]
-    return pa.table({column: pictures, caption: CAPTIONS[:count], "label": list(range(count))})
-
-
-def parquet(path: Path, table: pa.Table | None = None) -> bytes:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(rows_of() if table is None else table, path)
-    return path.read_bytes()
-
-
-def saved(folder: Path, table: pa.Table | None = None) -> Path:
-    """As ``save_to_disk`` leaves a data set."""
-    folder.mkdir(parents=True, exist_ok=True)
-    whole = rows_of() if table is None else table
-    with pa.OSFile(str(folder / "data.arrow"), "wb") as sink, pa.ipc.new_stream(sink, whole.schema) as stream:
-        stream.write_table(whole)
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
-    (folder / "dataset_info.json").write_text("{}")
-    (folder / "cache-abc.arrow").write_bytes(b"not of the data set")
-    return folder
 
 
 @pytest.mark.parametrize("caption", ["text", "caption", "prompt"])
@@ -304,19 +228,12 @@ def test_parquet_with_pictures_in_shards(tmp_path, plain):
     assert is_as_packed(held_out, range(40, 41))
 
 
-def test_what_the_library_itself_writes_is_read_as_the_library_reads_it(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    whole = datasets.Dataset.from_dict({"image": [picture(i) for i in range(5)], "text": CAPTIONS}, features=features)
-    chosen = whole.select([4, 0, 2, 1])  # an index over it, which saving flattens
-    chosen.save_to_disk(str(tmp_path / "saved"), num_shards=2)
-    datasets.DatasetDict({"train": chosen, "test": whole.select([3])}).save_to_disk(str(tmp_path / "splits"))
-    chosen.to_parquet(str(tmp_path / "a.parquet"))
-    for name in ("saved", "splits", "a.parquet"):
-        found, held_out, _ = unpacked(tmp_path / name)
-        assert [text for _, text, _ in found] == list(chosen["text"])
-        assert all(np.array_equal(one[0], np.asarray(row["image"])) for one, row in zip(found, chosen, strict=True))
-        assert len(held_out) == (name == "splits")
+@pytest.mark.parametrize("name", ["saved", "splits", "datasets.parquet"])
+def test_the_rows_are_those_that_the_library_itself_wrote(tmp_path, name):
+    found, held_out, _ = unpacked(packed_by_their_tools(tmp_path) / name)
+    assert [text for _, text, _ in found] == [CAPTIONS[i] for i in CHOSEN]
+    assert all(np.array_equal(one[0], np.asarray(picture(i))) for one, i in zip(found, CHOSEN, strict=True))
+    assert [text for _, text, _ in held_out] == ([CAPTIONS[3]] if name == "splits" else [])
 
 
 @pytest.mark.parametrize(
@@ -327,6 +244,7 @@ def test_what_the_library_itself_writes_is_read_as_the_library_reads_it(tmp_path
         (rows_of().append_column("prompt", pa.array(["[V]"] * 5)), "row 1: text and prompt are captions, each of them"),
         (rows_of().drop_columns(["text"]), "row 1 has no caption (text, caption, prompt); there is nothing else"),
         (pa.table({"image": pa.array([{"path": "/x.png"}], PACKED), "text": ["[V]"]}), "row 1: no picture in column"),
+        (pa.table({"image": [content(0)], "text": ["\u00e9" * 32768]}), "row 1, text: 65,548 bytes, at most 65,536"),
         (pa.table({"image": [b"hello"] * 4, "text": CAPTIONS[:4]}), "row 2, image: row-000002.png: is not a readable"),
     ],
 )  # fmt: skip
@@ -343,10 +261,15 @@ def test_a_data_set_of_the_hub_by_its_name(tmp_path):
     folder["metadata.jsonl"] = "".join(
         json.dumps({"file_name": f"{i}.png", "text": CAPTIONS[i]}) + "\n" for i in range(5)
     ).encode()
+    odd = {f"fox [{name}].{ending}": data for name, data in zip("1*?a!", folder.values(), strict=False)
+           for ending, data in (("png", data), ("txt", b"[V]"))}  # fmt: skip
     repositories = {
+        "me/odd": Repository(odd, commit="d" * 40),
         "me/folder": Repository({**folder, "load.py": b"raise SystemExit", ".gitattributes": b"x"}),
         "me/rows": Repository({"data/train-0.parquet": parquet(tmp_path / "x.parquet")}, commit="b" * 40),
         "me/closed": Repository({}, gated="all"),
+        "me/less": Repository(folder, commit="f" * 40, withheld="4.png"),
+        "me/full": Repository({"full.tar": os.urandom(1 << 20)}, commit="e" * 40),
         "me/large": Repository({"a.tar": bytes(3000)}, commit="c" * 40),
     }
     script = (
@@ -358,24 +281,29 @@ def test_a_data_set_of_the_hub_by_its_name(tmp_path):
         "        say = lambda line: print(line, end='|')\n"
         "        with as_folder(Path(name), Path(sys.argv[1]), say) as (folder, packed):\n"
         "            print(len(validate_dataset(folder, 'x', SETTINGS)[0].rows), packed)\n"
-        "    except ValueError as error:\n"
+        "    except (ValueError, OSError) as error:\n"
         "        print(error)\n"
     )
 
-    def add(*names: str, most: int = 1 << 30) -> list[str]:
-        command = [sys.executable, "-c", script, str(tmp_path / "place"), json.dumps([(name, most) for name in names])]
+    def add(*names: str, most: int = 1 << 30, place: Path = tmp_path) -> list[str]:
+        command = [sys.executable, "-c", script, str(place / "place"), json.dumps([(name, most) for name in names])]
         environment = hub.environment(tmp_path / "home", PYTHONPATH=os.getcwd())
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
 
     with FakeHub(repositories) as hub:
-        folder_, rows, closed, none, misspelt = add("me/folder", "me/rows", "me/closed", "me/none", "tests/none")
+        names = ("me/folder", "me/rows", "me/closed", "me/none", "tests/none", "me/odd", "me/less")
+        folder_, rows, closed, none, misspelt, odd_, less = add(*names)
         assert folder_ == "me/folder: no such folder here; asking the hub|5 False"
         read = "read as parquet with pictures (1 file), ignored columns: label: 5 rows, 5 pictures"
+        assert odd_.endswith("|5 False")
+        assert "the hub lists 4.png and does not give it (1 of 6 files); try again" in less
         assert rows.split("|")[1:] == [f"me/rows: {read}", "5 True"]
         assert "me/closed: gated: accept its licence" in closed
         assert "me/none: no such folder here, and no such data set on the hub" in none
         assert "no such folder; check the path" in misspelt, "a folder that is misspelt is not asked for"
         assert not hub.fetched() & {"load.py", ".gitattributes"}
+        with small_disk(tmp_path / "disk", "500k") as disk:
+            assert f"disk full: {disk}/place.fetched needs 1.0 MB, " in add("me/full", place=disk)[0]
         assert "GiB in all" in add("me/large", most=2999)[0]
         assert "a.tar" not in hub.fetched()
     assert "me/folder: no such folder here, and the hub gives nothing" in add("me/folder")[0]
@@ -423,14 +351,13 @@ def test_a_rewording_that_can_do_nothing_is_refused(trigger, wording):
     assert rewording("[V]", None, None) is None
 
 
-def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
-    path = shard(tmp_path / "a.tar", samples())
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("dopsd.data.unpack._save", full)
-    assert refused(path) == f"{path}: cannot be unpacked: No space left on device; nothing was added"
+def test_a_full_disk_is_what_it_is_and_leaves_nothing(tmp_path):
+    path = shard(tmp_path / "a.tar", [*samples(), ("x.png", os.urandom(1 << 20)), ("x.txt", b"[V]")])
+    with small_disk(tmp_path / "disk", "500k") as disk:
+        with pytest.raises(OSError, match="No space left") as caught, as_folder(path, disk / "place", print):
+            pass
+        assert is_disk_full(caught.value)
+        assert not [*disk.iterdir()]
 
 
 def test_pictures_of_one_name_or_of_odd_names_are_all_kept(tmp_path):

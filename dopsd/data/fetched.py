@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from pathlib import Path
 
+from ..files import disk_full, is_disk_full
 from .images import EXTENSIONS
 from .packed import MAX_BYTES, PackedError
-from .records import TEXTS
+from .records import SHOWN, TEXTS, shown
 from .tables import TABLES
 
 _WANTED = (*EXTENSIONS, *TEXTS, *TABLES, ".tar", ".arrow", ".json", ".md")
@@ -25,19 +27,25 @@ def hub_name(source: Path) -> str | None:
 def fetch(name: str, place: Path) -> None:
     """Put the files of a data set on the hub into ``place``: tables, texts, pictures, and what packs them.
 
-    Raises :class:`PackedError` where it cannot be had, or is too much.
+    Raises :class:`PackedError` where it cannot be had, or is too much, and ``DiskFull``.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    place.mkdir(parents=True, exist_ok=True)
+    files: dict[str, int] = {}
     try:
+        place.mkdir(parents=True, exist_ok=True)
         about = HfApi().dataset_info(name, files_metadata=True, timeout=_PATIENCE)
         files = {one.rfilename: one.size or 0 for one in about.siblings or () if _is_wanted(one.rfilename)}
         if sum(files.values()) > MAX_BYTES:
             raise PackedError(f"more than {MAX_BYTES >> 30} GiB in all; give a part of it as a folder")
         if files:
-            snapshot_download(name, repo_type="dataset", revision=about.sha, local_dir=place, allow_patterns=[*files])
+            wanted = [glob.escape(file) for file in files]
+            snapshot_download(name, repo_type="dataset", revision=about.sha, local_dir=place, allow_patterns=wanted)
+        missing = [file for file in files if not (place / file).is_file()]
+        if missing:
+            problem = f"the hub lists {shown(missing[0], SHOWN)} and does not give it"
+            raise PackedError(f"{problem} ({len(missing)} of {len(files)} files); try again")
     except PackedError:
         raise
     except GatedRepoError:
@@ -48,6 +56,8 @@ def fetch(name: str, place: Path) -> None:
     # Whatever the library's HTTP client raises; neither its text nor its traceback is passed on, for a malformed token
     # stands in some of them.
     except Exception as error:
+        if is_disk_full(error):
+            raise disk_full(error, place, sum(files.values())) from None
         raise PackedError(f"no such folder here, and the hub gives nothing ({type(error).__name__}); where there is "
                           f"network: `hf download --repo-type dataset {name} --local-dir DIR`, then add DIR"
                           ) from None  # fmt: skip

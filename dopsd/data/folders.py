@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 from ..files import is_partial
@@ -62,11 +63,8 @@ def not_for_training(files: Iterable[str]) -> tuple[dict[str, str], set[str]]:
     inside: set[str] = set()
     for file in files:
         for folder, name in _folders(file):
-            plain = re.sub("[^a-z]", "", name.casefold())
-            meaning = (
-                "held-out" if _HELD_OUT.fullmatch(plain) else
-                "regularisation" if _REGULARISATION.fullmatch(plain) else ""
-            )  # fmt: skip
+            held_out = _HELD_OUT.fullmatch(_letters(name))
+            meaning = "held-out" if held_out else "regularisation" if says_regularisation(name) else ""
             if meaning:
                 meanings[folder] = meaning
                 held[folder] += 1
@@ -87,9 +85,22 @@ def _describe(meaning: str, files: int) -> str:
 
 
 def says_held_out(file: str) -> bool:
-    """Whether a packed file's split is not trained on: ``test-00000-of-00001.parquet``, ``validation/...``."""
-    words = (re.match("[a-z]+(_[a-z]+)?", part.casefold()) for part in file.split("/"))
-    return any(word and _HELD_OUT.fullmatch(word[0].replace("_", "")) for word in words)
+    """Whether a packed file's split is not trained on, as Hugging Face knows splits: its word stands anywhere between
+    separators and digits. ``test-00000-of-00001.parquet``, ``imagenet1k-validation-00.tar``, ``validation/...``."""
+    for part in file.casefold().split("/"):
+        words = re.findall(r"[^\W\d_]+", part)
+        if any(_HELD_OUT.fullmatch(word) for word in (*words, *map("".join, pairwise(words)))):
+            return True
+    return False
+
+
+def says_regularisation(name: str) -> bool:
+    """Whether a folder of that name holds pictures that kohya's tools keep a class with."""
+    return _REGULARISATION.fullmatch(_letters(name)) is not None
+
+
+def _letters(name: str) -> str:
+    return re.sub("[^a-z]", "", name.casefold())
 
 
 def kohya_repeats(files: Iterable[str]) -> dict[str, int]:

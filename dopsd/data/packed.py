@@ -8,6 +8,7 @@ under a path that stands there, no code is run, and neither rows nor bytes are w
 from __future__ import annotations
 
 import json
+import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,9 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json
 from .dialects import CAPTIONS
-from .folders import is_leftover, says_held_out
+from .folders import is_leftover, kohya_repeats, says_held_out, says_regularisation
 from .images import EXTENSIONS
 from .records import MAX_TEXT_BYTES, SHOWN, shown
 from .text import decoded, folded
@@ -33,6 +33,8 @@ _STARTS = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg", b"RIFF": ".webp"}
 _TAR_TEXTS = ("txt", "caption", "text")
 _ROW_KEYS = ("captions", "repeats")
 """Columns that mean here what they are called."""
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+"""What arrow's stream of rows ends with."""
 
 
 class PackedError(ValueError):
@@ -42,13 +44,13 @@ class PackedError(ValueError):
 @dataclass(frozen=True)
 class Item:
     """A row with its picture. ``name``: what it is called there; ``ending``: of the picture's file. ``row``: what of
-    it is kept; ``held_out``: whether its split is for testing."""
+    it is kept; ``held_out``: whose name says that it is for testing, empty where none does."""
 
     name: str
     ending: str
     content: bytes
     row: Mapping[str, Any]
-    held_out: bool
+    held_out: str
 
 
 @dataclass
@@ -69,11 +71,30 @@ class Seen:
 
 @dataclass(frozen=True)
 class Packing:
-    """``files``: of a path's files, relative, those that this layout is made of, or none. ``items``: their rows."""
+    """``files``: of a path's files, relative, those that this layout is made of, or none. ``items``: their rows.
+    Both raise :class:`PackedError`. ``beside``: names of files that go with them and hold no rows, as patterns."""
 
     name: str
     files: Callable[[Path, Sequence[str]], list[str]]
     items: Callable[[Path, str, Seen], Iterator[Item]]
+    beside: tuple[str, ...] = ()
+
+
+def _by_place(file: str, row: dict[str, Any], key: str = "") -> str:
+    """Whose name says that a row is for testing; empty where none does. Its repeats are written into ``row`` where a
+    folder is called as kohya's ``10_fox``. ``key``: its path in the file. Raises :class:`PackedError` for what folders
+    of pictures are refused for too."""
+    inside = key.rpartition("/")[0]
+    folders, name = [*file.split("/")[:-1], *inside.split("/")], Path(file).name.partition(".")[0]
+    repeats = next(iter(kohya_repeats(["/".join([*folders, ""])]).values()), None)
+    regularisation = any(map(says_regularisation, (*folders, name)))
+    if regularisation or repeats == 0:
+        what = "regularisation pictures, which nothing here uses" if regularisation else "0 repeats, so leave it out"
+        place = f"{file}: {shown(key, SHOWN)}" if key else file
+        raise PackedError(f"{place}: a name there says {what}; pack it again without, or under another name")
+    if repeats is not None:
+        row.setdefault("repeats", repeats)
+    return file if says_held_out(file) else f"{file}: {shown(inside, SHOWN)}/" if says_held_out(inside) else ""
 
 
 # --- WebDataset -------------------------------------------------------------------------------------------------------
@@ -98,14 +119,30 @@ def _of_shard(root: Path, shard: str, seen: Seen) -> Iterator[Item]:
                 key = own
                 if ending in sample:
                     raise PackedError(f"{shown(member.name, SHOWN)} is there twice; pack it again")
-                content = _content(file, member, ending, seen)
+                content = _content(shard, file, member, ending, seen)
                 if content is not None:
                     sample[ending] = content
+            _check_end(root, shard, file.offset, seen)  # before the last row, which a damaged shard has half of
             if sample:
                 yield from _of_sample(shard, key, sample, seen)
     except (tarfile.TarError, EOFError, UnicodeError) as error:
         problem = f"{shard}: cannot be read as a plain .tar ({shown(str(error), SHOWN)})"
         raise PackedError(f"{problem}; gunzip a compressed one, or fetch it again") from None
+
+
+def _check_end(root: Path, shard: str, end: int, seen: Seen) -> None:
+    """Two blocks of zeros or more end a tar: the library stops without a word at a damaged or a missing header too."""
+    with (root / shard).open("rb") as file:
+        seen.take(shard, max(0, os.fstat(file.fileno()).st_size - end), _MAX_PICTURE_BYTES)
+        file.seek(end)
+        read = 0
+        while part := file.read(1 << 20):
+            if part.count(0) < len(part):
+                raise PackedError(f"{shard}: is damaged at byte {end:,}, or another .tar was added to it there; fetch "
+                                  "it again, or give each .tar as a file of its own")  # fmt: skip
+            read += len(part)
+    if read < 2 * tarfile.BLOCKSIZE:
+        raise PackedError(f"{shard}: ends too early, at byte {end:,}; fetch it again")
 
 
 def _key_of(shard: str, member: tarfile.TarInfo) -> tuple[str, str]:
@@ -124,10 +161,13 @@ def _key_of(shard: str, member: tarfile.TarInfo) -> tuple[str, str]:
     return found[1], found[2].lower()
 
 
-def _content(file: tarfile.TarFile, member: tarfile.TarInfo, ending: str, seen: Seen) -> bytes | None:
+def _content(shard: str, file: tarfile.TarFile, member: tarfile.TarInfo, ending: str, seen: Seen) -> bytes | None:
     """What is needed of a member; nothing of others, whose endings are noted."""
     texts = dict.fromkeys(_TAR_TEXTS, MAX_TEXT_BYTES) | {"json": _MAX_JSON_BYTES}
     picture = f".{ending}" in EXTENSIONS
+    place, last = f"{shard}: {shown(member.name, SHOWN)}", ending.rpartition(".")[2]
+    if last != ending and (f".{last}" in EXTENSIONS or last in _TAR_TEXTS):
+        raise PackedError(f"{place}: has a dot in its name, at the first of which its ending begins; rename it")
     if not picture and ending not in texts:
         seen.ignored[shown(ending, SHOWN)] = None
         return None
@@ -135,7 +175,7 @@ def _content(file: tarfile.TarFile, member: tarfile.TarInfo, ending: str, seen: 
     stream = file.extractfile(member)
     content = stream.read() if stream else b""
     if len(content) < member.size:
-        raise PackedError(f"{shown(member.name, SHOWN)} ends too early; fetch the shard again")
+        raise PackedError(f"{place} ends too early; fetch the shard again")
     return content
 
 
@@ -155,7 +195,7 @@ def _of_sample(shard: str, key: str, sample: Mapping[str, bytes], seen: Seen) ->
         raise PackedError(f"{place}: {shown(str(error), SHOWN)}; pack it again") from None
     values = values if isinstance(values, dict) else {"json": values}
     row = _row_of(values, place, seen, text, "json.")
-    yield Item(key, f".{pictures[0]}", sample[pictures[0]], row, says_held_out(shard))
+    yield Item(key, f".{pictures[0]}", sample[pictures[0]], row, _by_place(shard, row, key))
 
 
 def _row_of(values: Mapping[str, Any], place: str, seen: Seen, text: str | None = None, prefix: str = "") -> dict:
@@ -179,27 +219,60 @@ def _row_of(values: Mapping[str, Any], place: str, seen: Seen, text: str | None 
 
 
 def _saved(root: Path, files: Sequence[str]) -> list[str]:
-    """A folder that ``save_to_disk`` wrote: one with ``state.json``, or several below ``dataset_dict.json``."""
-    folders = [file.removesuffix("state.json") for file in files if Path(file).name == "state.json"]
-    listed = [(folder, read_json(root / folder / "state.json").get("_data_files"))
-              for folder in folders if f"{folder}dataset_info.json" in files]  # fmt: skip
-    named = [f"{folder}{one.get('filename')}" for folder, ones in listed if isinstance(ones, list)
-             for one in ones if isinstance(one, dict)]  # fmt: skip
-    return [name for name in named if name in files]
+    """A folder that ``save_to_disk`` wrote: one with ``state.json``, or several below ``dataset_dict.json``. Raises
+    :class:`PackedError` where a file that those name is missing."""
+    listed, present = [], set(files)
+    for about in (file for file in files if Path(file).name == "dataset_dict.json"):
+        splits = _json_of(root, about).get("splits")
+        listed += [about.replace("dataset_dict.json", f"{split}/state.json") for split in _texts(splits)]
+    found = []
+    for about in (file for file in files if Path(file).name == "state.json"):
+        folder = about.removesuffix("state.json")
+        if f"{folder}dataset_info.json" not in present:
+            continue
+        ones = _json_of(root, about).get("_data_files")
+        ones = ones if isinstance(ones, list) else []
+        names = _texts([one.get("filename") for one in ones if isinstance(one, dict)])
+        if not names:
+            raise PackedError(f"{about}: names no files of rows; save it again with save_to_disk")
+        found += [folder + name for name in names]
+    missing = [name for name in (*listed, *found) if name not in present]
+    if missing:
+        raise PackedError(f"{shown(missing[0], SHOWN)} is missing, {len(missing)} of {len(listed) + len(found)} files "
+                          "that the data set names; copy all of it, or save it again with save_to_disk")  # fmt: skip
+    return found
+
+
+def _texts(value: Any) -> list[str]:
+    return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
+
+
+def _json_of(root: Path, file: str) -> dict[str, Any]:
+    """The object in a file. Raises :class:`PackedError` where there is none, or it is huge or nested without end."""
+    with (root / file).open("rb") as stream:
+        content = stream.read(_MAX_JSON_BYTES + 1)
+    try:
+        if len(content) > _MAX_JSON_BYTES:
+            raise ValueError(f"larger than {_MAX_JSON_BYTES >> 20} MiB")
+        value = json.loads(decoded(content))
+        if not isinstance(value, dict):
+            raise ValueError("no JSON object")
+    except (ValueError, RecursionError) as error:
+        raise PackedError(f"{file}: cannot be read ({shown(str(error), SHOWN)}); save it again") from None
+    return value
 
 
 def _parquets(root: Path, files: Sequence[str]) -> list[str]:
     """Parquet whose pictures are in it; one with their paths is a table of a concept folder."""
-    import pyarrow
     import pyarrow.parquet
 
     found = []
     for file in (file for file in files if file.lower().endswith(".parquet")):
         try:
-            schema = pyarrow.parquet.read_schema(root / file)
-        except (pyarrow.ArrowException, OSError):
-            continue  # is said where it is read
-        if _picture_columns(schema):
+            packs = _picture_columns(pyarrow.parquet.read_schema(root / file))
+        except Exception:  # pyarrow raises many kinds; what is wrong is said where it is read
+            continue
+        if packs:
             found.append(file)
     return found
 
@@ -219,10 +292,14 @@ def _picture_columns(schema: Any) -> list[str]:
 def _of_arrow(root: Path, file: str, seen: Seen) -> Iterator[Item]:
     import pyarrow
 
-    if read_json((root / file).with_name("state.json")).get("_indices_data_files"):
+    if _json_of(root, Path(file).with_name("state.json").as_posix()).get("_indices_data_files"):
         raise PackedError(f"{file}: has an index beside it, as old versions wrote; save it again with save_to_disk")
     with pyarrow.memory_map(str(root / file)) as source, pyarrow.ipc.open_stream(source) as stream:
         yield from _of_batches(file, stream.schema, stream, seen)
+        end = source.tell()
+        source.seek(max(0, end - len(_END_OF_STREAM)))
+        if source.read() != _END_OF_STREAM:  # the library takes any end of the file for the end of the rows
+            raise PackedError(f"{file}: ends too early or is damaged at byte {end:,}; copy it again")
 
 
 def _of_parquet(root: Path, file: str, seen: Seen) -> Iterator[Item]:
@@ -230,8 +307,10 @@ def _of_parquet(root: Path, file: str, seen: Seen) -> Iterator[Item]:
 
     with pyarrow.parquet.ParquetFile(root / file) as source:
         about = source.metadata
-        size = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
-        if size > MAX_BYTES:
+        groups = [about.row_group(i) for i in range(about.num_row_groups)]
+        if sum(group.num_rows for group in groups) != about.num_rows:  # the library reads as many as its groups say
+            raise PackedError(f"{file}: is damaged: its parts have more or fewer rows than it has; fetch it again")
+        if sum(group.total_byte_size for group in groups) > MAX_BYTES:
             raise PackedError(f"{file}: more than {MAX_BYTES >> 30} GiB; give a part of it")
         yield from _of_batches(file, source.schema_arrow, source.iter_batches(_TOGETHER), seen)
 
@@ -256,9 +335,11 @@ def _of_batches(file: str, schema: Any, batches: Any, seen: Seen) -> Iterator[It
             if not content:
                 raise PackedError(f"{place}: no picture in column {column}, only a path or nothing; save it with them")
             seen.take(place, len(content), _MAX_PICTURE_BYTES)
+            texts = json.dumps(values, ensure_ascii=False, default=str).encode()
+            seen.take(f"{place}, text", len(texts), MAX_TEXT_BYTES)  # a dictionary's one text is many in its rows
             present = {key: value for key, value in values.items() if value is not None}
-            yield Item(Path(path).stem, _ending(path, content), content, _row_of(present, place, seen),
-                       says_held_out(file))  # fmt: skip
+            row = _row_of(present, place, seen)
+            yield Item(Path(path).stem, _ending(path, content), content, row, _by_place(file, row))
 
 
 def _ending(path: str, content: bytes) -> str:
@@ -269,6 +350,7 @@ def _ending(path: str, content: bytes) -> str:
 
 PACKINGS = (
     Packing("WebDataset", _shards, _of_shard),
-    Packing("Hugging Face data set on disk", _saved, _of_arrow),
+    Packing("Hugging Face data set on disk", _saved, _of_arrow,
+            ("state.json", "dataset_info.json", "dataset_dict.json", "cache-*.arrow")),
     Packing("parquet with pictures", _parquets, _of_parquet),
-)
+)  # fmt: skip

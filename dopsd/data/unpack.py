@@ -6,13 +6,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from ..config import SettingsError
+from ..files import is_disk_full
 from .fetched import fetch, hub_name
 from .folders import HOLDOUT
 from .manifest import METADATA, ConceptTable, DataError, Fault, concept_files, layout_of
@@ -75,7 +77,8 @@ def as_folder(
     is packed there, in ``place``. That is gone afterwards. ``source`` may be a data set's name on the hub.
 
     ``say`` is told what was unpacked as what. Faults that the block finds in ``place`` are said of ``source``. Raises
-    ``DataError`` for what cannot be unpacked, and where ``source`` is of two layouts at once.
+    ``DataError`` for what cannot be unpacked, and where ``source`` is of two layouts at once, and ``OSError`` where the
+    disk is full.
     """
     if (name := hub_name(source)) is not None:
         with _gone_afterwards(place.with_name(f"{place.name}.fetched"), source) as here:
@@ -117,15 +120,22 @@ def _renamed(file: str, place: Path, source: Path) -> str:
     return f"{source}{file.removeprefix(str(place))}" if file.startswith(str(place)) else file
 
 
-def _packing_of(source: Path) -> tuple[Packing, list[str]] | None:
-    """How a file or folder is packed, and the files that are."""
+def _packing_of(source: Path) -> tuple[Packing, list[str], list[str]] | None:
+    """How a file or folder is packed, the files that are, and those beside them."""
     if source.is_dir():
         root, files = source, concept_files(source)
+        strange = [file for file in files if (source / file).exists() and not (source / file).is_file()]
+        if strange:  # opening a pipe waits for ever
+            problem = "is a pipe, a socket or a device, not an ordinary file; take it out"
+            raise DataError(Fault(str(source / file), None, None, problem) for file in map(shown, strange))
     elif source.is_file():
         root, files = source.parent, [source.name]
     else:
         return None
-    found = [(packing, own) for packing in PACKINGS if (own := packing.files(root, files))]
+    try:
+        found = [(packing, own) for packing in PACKINGS if (own := packing.files(root, files))]
+    except (PackedError, OSError) as error:
+        raise DataError([Fault(str(source), None, None, shown(str(error)))]) from None
     if not found:
         return None
     ways = [f"{packing.name} ({shown(own[0], SHOWN)})" for packing, own in found]
@@ -133,11 +143,15 @@ def _packing_of(source: Path) -> tuple[Packing, list[str]] | None:
     if len(ways) > 1:
         problem = f"holds two data sets at once: {' and '.join(ways)}; keep one"
         raise DataError([Fault(str(source), None, None, problem)])
-    return found[0]
+    packing, own = found[0]
+    return packing, own, sorted({*files} - {*own})
 
 
-def _unpack(source: Path, packing: Packing, files: list[str], place: Path, say: Callable[[str], object]) -> None:
+def _unpack(
+    source: Path, packing: Packing, files: list[str], beside: list[str], place: Path, say: Callable[[str], object]
+) -> None:
     root, seen, rows = source if source.is_dir() else source.parent, Seen(), {False: 0, True: 0}
+    names, documents = dict[str, None](), layout_of(beside).documents
     try:
         for part in (place, place / HOLDOUT):
             part.mkdir(parents=True)
@@ -145,30 +159,55 @@ def _unpack(source: Path, packing: Packing, files: list[str], place: Path, say: 
             (place / METADATA).open("w", encoding="utf-8") as train,
             (place / HOLDOUT / METADATA).open("w", encoding="utf-8") as held_out,
         ):
-            for item in (item for file in files for item in packing.items(root, file, seen)):
-                rows[item.held_out] += 1
+            for item in (item for file in files for item in _read(packing, root, file, seen)):
+                held = bool(item.held_out)
+                rows[held] += 1
+                names |= {item.held_out: None} if held else {}
                 if sum(rows.values()) > MAX_ROWS:
                     raise PackedError(f"more than {MAX_ROWS:,} rows; give a part of it")
-                name = _save(item, place / HOLDOUT if item.held_out else place, rows[item.held_out])
-                print(json.dumps({"image": name, **item.row}), file=held_out if item.held_out else train)
+                name = _save(item, place / HOLDOUT if held else place, rows[held])
+                print(json.dumps({"image": name, **item.row}), file=held_out if held else train)
+        for file in documents:
+            (place / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root / file, place / file)
     except PackedError as error:
         raise DataError([Fault(str(source), None, None, str(error))]) from None
     except OSError as error:
+        if is_disk_full(error):
+            raise
         problem = f"cannot be unpacked: {shown(error.strerror or str(error), SHOWN)}; nothing was added"
-        raise DataError([Fault(str(source), None, None, problem)]) from None
-    # pyarrow raises errors of many kinds on damaged files, and all of them mean the same to a person.
-    except Exception as error:
-        problem = f"cannot be read as {packing.name}: {shown(' '.join(str(error).split()), SHOWN)}; fetch it again"
         raise DataError([Fault(str(source), None, None, problem)]) from None
     if not rows[True]:
         shutil.rmtree(place / HOLDOUT)
     if not rows[False]:
-        found = f"only {rows[True]} rows of splits that are for testing" if rows[True] else "no rows"
+        found = f"only {rows[True]} rows of splits that are for testing ({_few(names)})" if rows[True] else "no rows"
         raise DataError([Fault(str(source), None, None, f"{found}; give what is to be trained on")])
-    held = f", {rows[True]} of them held out as their split's name says" if rows[True] else ""
+    told = f", {rows[True]} of them held out as their split's name says ({_few(names)})" if rows[True] else ""
     ignored = f", ignored columns: {', '.join(seen.ignored)}" if seen.ignored else ""
+    left = [file for file in beside if file not in documents
+            and not any(fnmatch(Path(file).name, name) for name in packing.beside)]  # fmt: skip
+    told += f", left aside: {_few(left)}" if left else ""
     number, total = f"{len(files)} {'file' if len(files) == 1 else 'files'}", sum(rows.values())
-    say(f"{source}: read as {packing.name} ({number}){ignored}: {total} rows, {total} pictures{held}")
+    say(f"{source}: read as {packing.name} ({number}){ignored}: {total} rows, {total} pictures{told}")
+
+
+def _read(packing: Packing, root: Path, file: str, seen: Seen) -> Iterator[Item]:
+    """The rows of a file. Whatever is wrong with it is a :class:`PackedError`."""
+    try:
+        yield from packing.items(root, file, seen)
+    except PackedError:
+        raise
+    # pyarrow raises errors of many kinds on damaged files, and all of them mean the same to a person.
+    except Exception as error:
+        why = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+        problem = f"{shown(file, SHOWN)}: cannot be read as {packing.name}: {shown(why, SHOWN)}; fetch it again"
+        raise PackedError(problem) from None
+
+
+def _few(names: Iterable[str]) -> str:
+    listed = [*names]
+    more = [f"and {len(listed) - 4} more"] if len(listed) > 4 else []
+    return ", ".join([*(shown(name, SHOWN) for name in listed[:4]), *more])
 
 
 def _save(item: Item, part: Path, number: int) -> str:
