@@ -286,6 +286,63 @@ def test_a_foreign_path_never_means_a_file_outside(tmp_path, path):
     assert [fault[:3] for fault in faults_of(folder)] == [("metadata.jsonl", 6, "image")]
 
 
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("holdout/4.png", "holdout/4.png: is held-out truth"),
+        ("./x/../holdout/4.png", "holdout/4.png: is held-out truth"),
+        (r"holdout\4.png", "holdout/4.png: is held-out truth"),
+        ("/home/me/set/holdout/4.png", "holdout/4.png: is held-out truth"),
+        (r"D:\set\Holdout\4.png", "Holdout/4.png: is missing"),
+        ("../set/holdout/sub/4.png", "holdout/sub/4.png: is held-out truth"),
+        ("c/4.png", "c/4.png: is missing"),
+        ("./c/d/4.png", "c/d/4.png: is missing"),
+        ("../c/4.png", None),
+        ("/old/c/4.png", None),
+    ],
+)
+@pytest.mark.parametrize("key", ["file_name", "image_path"])
+def test_a_foreign_path_means_no_other_picture_than_it_names(tmp_path, path, said, key):
+    """4.png at the top is another picture than that of holdout/ and that of c/, which is not here."""
+    for place, first in ((tmp_path, 0), (tmp_path / "holdout", 20)):
+        listed = [{key: f"{i}.png", "caption": CAPTIONS[i]} for i in range(5)]
+        write_rows(pictures(place, first=first), listed)
+    assert read(tmp_path)[0] == EXPECTED
+    listed[4][key] = path
+    write_rows(tmp_path, listed)
+    if said is None:  # another machine's: what it ends with
+        assert read(tmp_path)[0] == EXPECTED
+        return
+    found = [(row, problem) for _, row, column, problem in faults_of(tmp_path) if column == "image"]
+    assert len(found) == 1
+    assert found[0][0] == 5
+    assert found[0][1].startswith(said)
+
+
+@pytest.mark.parametrize("path", ["holdout/{}", "/home/me/set/holdout/{}", r"D:\set\holdout\{}", "{}", "./{}"])
+def test_paths_of_held_out_rows_may_be_written_from_the_top(tmp_path, path):
+    write_rows(pictures(tmp_path), [{"file_name": f"{i}.png", "text": CAPTIONS[i]} for i in range(5)])
+    listed = [{"file_name": path.format(f"{i}.png"), "text": CAPTIONS[i]} for i in range(2)]
+    write_rows(pictures(tmp_path / "holdout", 2, first=20), listed)
+    held_out = validate_dataset(tmp_path, "test", SETTINGS)[1]
+    assert held_out is not None
+    assert [row.image for row in held_out.rows] == [tmp_path / "holdout" / f"{i}.png" for i in range(2)]
+
+
+@pytest.mark.parametrize("path", ["../c/0.png", "c/0.png", "../holdout/0.png"])
+def test_a_path_from_a_tables_own_folder_means_no_other_picture_either(tmp_path, path):
+    """One that stays inside is as it is written."""
+    pictures(tmp_path)
+    (tmp_path / "list").mkdir()
+    listed = [{"file_name": f"{i}.png", "text": CAPTIONS[i]} for i in range(1, 5)]
+    write_rows(tmp_path / "list", [*listed, {"file_name": path, "text": "[V]"}])
+    found = [(row, problem) for _, row, column, problem in faults_of(tmp_path) if column == "image"]
+    expected = "is held-out truth" if "holdout" in path else "is missing"
+    assert [(row, problem.partition(";")[0].partition(" and ")[0]) for row, problem in found] == [
+        (5, f"{path.removeprefix('../')}: {expected}")
+    ]
+
+
 # --- the paper's own --------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """Rows that other tools write, put in this project's words: which key names the picture says whose they are.
 
-A dialect is one entry of :data:`DIALECTS`. Paths in a foreign row are those of the machine that it was written on: what
-is looked for is the file of this folder that a path ends with, so that nothing outside of it is ever meant.
+A dialect is one entry of :data:`DIALECTS`. Absolute paths in a foreign row are those of the machine that it was written
+on: what is looked for is the file of this folder that a path ends with, so that nothing outside of it is ever meant.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .folders import HOLDOUT
 from .records import SHOWN, composed, shown
 
 OWN = "rows"
@@ -125,12 +126,19 @@ def _natural(key: Any) -> list[tuple[int, str]]:
 
 
 def _placed(path: Any, folder: str, files: Mapping[str, str]) -> Any:
-    """The file that a path means: as it is written from the table's folder, then from the top, then its end, the
-    longest first, its mere name last. Where none is there, that name, which then is missing."""
+    """The file that a path means: as it is written, from the table's folder or from the top. Of a path that leaves the
+    data set its end, the longest first, its mere name last; never one past ``holdout``. Where none is there, what then
+    is missing."""
     if not isinstance(path, str) or not path.strip() or "\0" in path:
         return path
     plain = composed(path.replace("\\", "/"))
-    parts = [part for part in plain.split("/") if part not in ("", ".")]
-    tries = [os.path.normpath(os.path.join(folder, plain)), os.path.normpath(plain)]
-    tries += ["/".join(parts[start:]) for start in range(len(parts))]
-    return next((files[one] for one in tries if one in files), parts[-1] if parts else path)
+    from_table, from_top = os.path.normpath(os.path.join(folder, plain)), os.path.normpath(plain)
+    if os.path.isabs(plain) or from_table.startswith("..") or re.match("[A-Za-z]:", plain):
+        parts = [part for part in from_top.split("/") if part not in ("", "..")]
+        held_out = [place for place, part in enumerate(parts) if part.casefold() == HOLDOUT]
+        tries = ["/".join(parts[start:]) for start in range(held_out[-1] + 1 if held_out else len(parts))]
+        missing = tries[-1] if tries else path
+    else:
+        tries = [from_table, from_top]
+        missing = from_table if from_top.startswith("..") else from_top
+    return next((files[one] for one in tries if one in files), missing)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .dialects import OWN, Reading, files_by_name, image_keys, reading_of
+from .folders import HOLDOUT
 from .records import KEYS, SHOWN, Record, describe_unknown, read_text, shown, to_record
 
 TABLES = (".jsonl", ".csv", ".parquet")
@@ -46,6 +47,8 @@ def read_rows(folder: Path, source: str, files: Sequence[str]) -> Table:
     if reading.fault:
         return Table([Record(source, 0, problems=[*whole.problems, (None, reading.fault)])], reading.name)
     place, known = source.rpartition("/")[0], files_by_name(files)
+    if folder.name == HOLDOUT and not (folder / HOLDOUT).exists():  # written from the data set's top
+        known = {f"{HOLDOUT}/{name}": file for name, file in known.items()} | known
     records = [_record(source, number, value, reading, place, known) for number, value in numbered]
     return Table([*([whole] if whole.problems else []), *records], reading.name, reading.ignored)
 
