@@ -89,12 +89,13 @@ def test_what_a_row_of_another_tool_lacks_is_a_fault_of_the_row(tmp_path):
 # --- CSV as spreadsheets write it -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("end", ["\r\n", "\n", "\r"])
 @pytest.mark.parametrize("comma", [",", ";", "\t"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_a_csv_of_a_spreadsheet(tmp_path, comma, encoding):
-    folder, odd = pictures(tmp_path), 'a "fox", red; in [V]\tstyle\r\nand köln'
+def test_a_csv_of_a_spreadsheet(tmp_path, comma, encoding, end):
+    folder, odd = pictures(tmp_path), f'a "fox", red; in [V]\tstyle{end}and köln'
     with (folder / "metadata.csv").open("w", newline="", encoding=encoding) as file:
-        rows = csv.writer(file, delimiter=comma)
+        rows = csv.writer(file, delimiter=comma, lineterminator=end)
         rows.writerows([("image", "caption", "repeats"), ("0.png", odd, ""), *(
             (f"{i}.png", CAPTIONS[i], i) for i in range(1, 5)), ()])  # fmt: skip
     assert read(folder)[0] == [("0.png", 'a "fox", red; in [V] style and köln'), *EXPECTED[1:]]
@@ -108,6 +109,9 @@ def test_a_csv_of_a_spreadsheet(tmp_path, comma, encoding):
         ("", [(None, "its columns are: none")]),
         ("image,caption,caption\n0.png,[V],[V]\n", [(None, "two columns have the same name")]),
         ('image,caption\n0.png,"[V]\n', [(None, "cannot be read as CSV: unexpected end of data")]),
+        ('image,caption\r0.png,"[V]\r', [(None, "cannot be read as CSV: unexpected end of data (line 2)")]),
+        (f"image,caption\r0.png,{'a' * 140_000}\r", [(None, "cannot be read as CSV: field larger than field limit")]),
+        (f"image,{'a' * 140_000}\r0.png,[V]\r", [(None, "cannot be read as CSV: field larger than field limit")]),
         ("image,caption\n0.png,a fox, [V]\n", [(2, "has 3 cells, and there are 2 columns")]),
         ("image,caption\n0.png,\n", [(2, "missing; write caption")]),
         ("image,caption,colour\n0.png,[V],red\n", [(None, "unknown key colour; known are image")]),

@@ -102,9 +102,11 @@ def _csv(folder: Path, source: str, whole: Record) -> Iterator[tuple[int, Any]]:
     text = read_text(folder / source, whole, _MAX_BYTES)
     if text is None:
         return
-    head = text.partition("\n")[0][:10_000]
+    lines = io.StringIO(text, newline=None)  # CR alone ends a line too: "CSV (Macintosh)"
+    head = lines.readline()[:10_000]
+    lines.seek(0)
     comma = next((sign for sign in ",;\t" if set(next(csv.reader([head], delimiter=sign), ())) & {*image_keys()}), ",")
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=comma, strict=True)
+    rows = csv.reader(lines, delimiter=comma, strict=True)
     try:
         names = next(rows, [])
         _check_columns(names)
