@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path, PureWindowsPath
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from concept_folders import SETTINGS, allowing, faults_of, make, picture, texts, write_rows
 
@@ -124,6 +126,46 @@ def test_a_csv_that_cannot_be_read_says_where(tmp_path, content, found):
     faults = [(row, problem) for file, row, _, problem in faults_of(folder) if file == "a.csv"]
     assert len(faults) == len(found)
     assert all(row == own and words in problem for (row, problem), (own, words) in zip(faults, found, strict=True))
+
+
+# --- parquet as its writers pack it ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["a column", "a struct", "a list in one row", "a map"])
+@pytest.mark.parametrize(("size", "count", "said"), [(1 << 20, 400, "1,024 KiB in one cell, and 64 are read"),
+                                                    (60_000, 5000, "far too large")])  # fmt: skip
+def test_a_small_parquet_does_not_become_a_large_table(tmp_path, where, size, count, said):
+    """One text that is written once and meant a thousand times: the file stays of a few kilobytes."""
+    text, one = ["x" * size], pa.array([0] * count, pa.int32())
+    repeated = pa.DictionaryArray.from_arrays(one, pa.array(text))
+    table = {"image": ["0.png"] * count, "caption": ["[V]"] * count}
+    if where == "a column":
+        table |= {"caption": repeated}
+    elif where == "a struct":
+        del table["caption"]
+        table |= {"captions": pa.StructArray.from_arrays([repeated], names=["short"])}
+    elif where == "a map":
+        del table["caption"]
+        ends = pa.array([*range(count + 1)], pa.int32())
+        table |= {"captions": pa.MapArray.from_arrays(ends, pa.array(["short"] * count), repeated.dictionary_decode())}
+    else:
+        ends = pa.array([0, count], pa.int32())
+        table = {"image": ["0.png"], "caption": ["[V]"], "references": pa.ListArray.from_arrays(ends, repeated)}
+    pq.write_table(pa.table(table), pictures(tmp_path, 1) / "metadata.parquet", compression="zstd")
+    assert (tmp_path / "metadata.parquet").stat().st_size < 100_000
+    found = [problem for file, *_, problem in faults_of(tmp_path) if file == "metadata.parquet"]
+    assert len(found) == 1
+    assert said in found[0]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_columns_that_are_left_aside_are_named_and_not_read(tmp_path, kind):
+    count = 5
+    table = {"file_name": pa.array([f"{i}.png" for i in range(count)]).cast(kind), "text": CAPTIONS,
+             "story": ["x" * 100_000] * count, "nothing": pa.nulls(count), "numbers": [[1.5]] * count}  # fmt: skip
+    pq.write_table(pa.table(table), pictures(tmp_path) / "metadata.parquet")
+    ignored = "story, nothing, numbers"
+    assert read(tmp_path) == (EXPECTED, f"Hugging Face image folder (metadata.parquet), ignored columns: {ignored}")
 
 
 # --- kohya's sd-scripts, and musubi-tuner -----------------------------------------------------------------------------

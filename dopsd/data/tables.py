@@ -12,11 +12,13 @@ from typing import Any
 
 from .dialects import OWN, Reading, files_by_name, image_keys, reading_of
 from .folders import HOLDOUT
-from .records import KEYS, SHOWN, Record, describe_unknown, read_text, shown, to_record
+from .records import KEYS, MAX_TEXT_BYTES, SHOWN, Record, describe_unknown, read_text, shown, to_record
 
 TABLES = (".jsonl", ".csv", ".parquet")
 _MAX_BYTES = 256 << 20
 _MAX_PARQUET_ROWS = 10_000_000
+_TOGETHER = 1024
+"""Rows of a parquet that are in memory beside those that were read."""
 _Numbered = Iterable[tuple[int, Any]]
 _Faults = list[tuple[str | None, str]]
 
@@ -141,25 +143,65 @@ def _kept(names: Sequence[str], whole: Record) -> list[str]:
 
 
 def _parquet(folder: Path, source: str, whole: Record) -> Iterator[tuple[int, Any]]:
-    """Number and value of every row."""
+    """Number and value of every row; of columns that are left aside the first row has the names alone."""
     import pyarrow.parquet
 
+    rows: list[dict[str, Any]] = []
     try:
         with pyarrow.parquet.ParquetFile(folder / source) as file:
             names = file.schema_arrow.names
-            groups = (file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
-            if sum(groups) > _MAX_BYTES or file.metadata.num_rows > _MAX_PARQUET_ROWS:
-                raise ValueError("far too large; it should hold captions and paths only")
+            _check_parquet(file.metadata)
             if len(set(names)) < len(names):
                 raise ValueError("two columns have the same name")
-            columns = _kept(names, whole)
-            rows = file.read(columns=columns).to_pylist(maps_as_pydicts="strict") if columns else []
+            columns, ignored = _kept(names, whole), reading_of(names).ignored
+            aside = [name for name in columns if shown(name, SHOWN) in ignored]
+            columns = [name for name in columns if name not in aside]
+            leaves = (file.schema.column(i) for i in range(len(file.schema)))
+            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+        # As dictionaries, as they lie there: one text that a thousand rows have takes no more room than one.
+        with pyarrow.parquet.ParquetFile(folder / source, read_dictionary=texts) as file:
+            size = 0
+            for batch in file.iter_batches(_TOGETHER, columns=columns) if columns else ():
+                size += sum(_size_of_texts(*named) for named in zip(batch.schema.names, batch.columns, strict=True))
+                if size > _MAX_BYTES:
+                    raise ValueError("far too large; it should hold captions and paths only")
+                rows += batch.to_pylist(maps_as_pydicts="strict")
     # pyarrow raises errors of many kinds on damaged files, and all of them mean the same to a person.
     except Exception as error:
         problem = f"cannot be read as parquet: {shown(' '.join(str(error).split()), SHOWN)}; write it again"
         raise ValueError(problem) from None
     for number, row in enumerate(rows, start=1):
-        yield number, _without_nulls(row)
+        yield number, _without_nulls(row | dict.fromkeys(aside if number == 1 else (), True))
+
+
+def _check_parquet(about: Any) -> None:
+    """Raises ``ValueError`` for more than captions and paths need: bytes, rows, or values of a list."""
+    groups = [about.row_group(i) for i in range(about.num_row_groups)]
+    values = (group.column(i).num_values for group in groups for i in range(about.num_columns))
+    if (
+        sum(group.total_byte_size for group in groups) > _MAX_BYTES
+        or max([about.num_rows, *values]) > _MAX_PARQUET_ROWS
+    ):
+        raise ValueError("far too large; it should hold captions and paths only")
+
+
+def _size_of_texts(name: str, array: Any) -> int:
+    """Bytes of all texts of a column, also in lists and structs; raises ``ValueError`` for one that is no caption."""
+    from pyarrow import compute, types
+
+    kind = array.type
+    if types.is_dictionary(kind):
+        sizes = compute.binary_length(array.dictionary).take(array.indices)
+    elif types.is_struct(kind) or types.is_list(kind) or types.is_large_list(kind):
+        inside = array.flatten()
+        return sum(_size_of_texts(name, part) for part in (inside if types.is_struct(kind) else [inside]))
+    elif types.is_map(kind):
+        return _size_of_texts(name, array.keys) + _size_of_texts(name, array.items)
+    else:
+        return 0 if types.is_nested(kind) else int(array.nbytes)
+    if (most := compute.max(sizes).as_py() or 0) > MAX_TEXT_BYTES:
+        raise ValueError(f"{name} has {most >> 10:,} KiB in one cell, and {MAX_TEXT_BYTES >> 10} are read")
+    return compute.sum(sizes).as_py() or 0
 
 
 def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
