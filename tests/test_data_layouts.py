@@ -166,6 +166,16 @@ def test_repeats_are_a_field_of_a_row_and_part_of_what_the_data_are(tmp_path):
     assert [row.repeats for row in validate_dataset(folder, "test", SETTINGS)[0].rows] == [3, 1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("path", ["{}", "./{}", ".//{}"])
+@pytest.mark.parametrize("key", ["image", "file_name"])
+def test_a_folder_says_repeats_however_a_row_writes_its_path(tmp_path, path, key):
+    for place, first in (("10_fox", 0), ("1_dog", 10)):
+        pictures(tmp_path / place, 2, first=first)
+    places = [f"{place}/{i}.png" for place in ("10_fox", "1_dog") for i in range(2)]
+    write_rows(tmp_path, [{key: path.format(place), "caption": "a [V]"} for place in places])
+    assert [row.repeats for row in validate_dataset(tmp_path, "test", SETTINGS)[0].rows] == [10, 10, 1, 1]
+
+
 @pytest.mark.parametrize("times", [0, -1, 1000, 2.5, True, "two", None, [2], "1e400"])
 def test_repeats_that_are_no_whole_number_are_a_fault(tmp_path, times):
     write_rows(make(tmp_path), [{"image": f"{i}.png", "caption": CAPTIONS[i], "repeats": times} for i in range(5)])

@@ -223,7 +223,7 @@ def _read_folder(folder: Path, any_folder: bool) -> tuple[list[Record], str]:
             expected = {*files}  # that no row mentions them is said already
     for record in records:
         if record.repeats is None:
-            image = record.image or ""
+            image = os.path.normpath(record.image) if record.image else ""
             record.repeats = next((times for place, times in repeats.items() if image.startswith(f"{place}/")), None)
     extra = [file for file in files if file not in expected and file not in layout.documents]
     return [*records, *(Record(file, 0, problems=[(None, describe_extra(file))]) for file in extra), *broken], read_as
