@@ -46,6 +46,53 @@ def test_two_columns_of_captions_are_one_fault(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("key", ["image", "file_name", "image_path"])
+def test_a_null_is_no_value_in_json_lines_as_in_parquet(tmp_path, key):
+    """As ``datasets`` writes them (``to_json``): every row has every column."""
+    nothing = {"repeats": None, "references": None, "captions": None, "label": None, "control_path": None}
+    write_rows(pictures(tmp_path), [{key: f"{i}.png", "caption": CAPTIONS[i], **nothing} for i in range(5)])
+    assert read(tmp_path)[0] == EXPECTED
+    rows = [{key: f"{i}.png", "caption": None, "captions": {"a": CAPTIONS[i], "b": None if i else "[V]"}}
+            for i in range(5)]  # fmt: skip
+    write_rows(tmp_path, rows)
+    assert read(tmp_path)[0] == [EXPECTED[0], ("0.png", "[V]"), *EXPECTED[1:]]
+    write_rows(tmp_path, [*rows[:4], {key: None, "captions": {"a": "[V]"}}])
+    found = [fault[1:] for fault in faults_of(tmp_path) if fault[0] == "metadata.jsonl"]
+    assert found == [(5, "image", "missing; name the picture's file")]
+    write_rows(tmp_path, [{"image": f"{i}.png", "captions": {"medium": None}} for i in range(5)])
+    assert len(uncaptioned(tmp_path)[0]) == 5
+
+
+@pytest.mark.parametrize("key", ["file_name", "image_path", "local_path_list"])
+def test_rows_of_other_tools_may_hold_this_projects_words(tmp_path, key):
+    pictures(tmp_path)
+    pictures(tmp_path / "before", 2, first=20)
+    own = {"captions": {"short": "[V]", "long": "a [V]"}, "references": ["/home/me/before/1.png", "before/0.png"]}
+    write_rows(tmp_path, [{key: f"{i}.png", "repeats": 1 + i % 2, "label": 3, **own} for i in range(5)])
+    table = validate_dataset(tmp_path, "test", SETTINGS)[0]
+    assert table.read_as.endswith("(metadata.jsonl), ignored columns: label")
+    assert {row.captions for row in table.rows} == {(("short", "[V]"), ("long", "a [V]"))}
+    assert {row.references for row in table.rows} == {(tmp_path / "before/1.png", tmp_path / "before/0.png")}
+    assert [row.repeats for row in table.rows] == [1, 2, 1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"file_name": "0.png", "text": "[V]", "captions": {"a": "[V]"}}, "text and captions are captions, each of"),
+        ({"image_path": "0.png", "caption": "[V]", "captions": {"a": "[V]"}}, "caption and captions are captions, ea"),
+        ({"local_path_list": "0.png", "a_en": "[V]", "b_zh": "[V]", "caption": "[V]"}, "a_en, b_zh and caption are ca"),
+        ({"image_path": "0.png", "caption": "[V]", "references": ["1.png"], "control_path": "1.png"},
+         "references and control_path name pictures to edit; keep one"),
+        ({"file_name": "0.png", "captions": ["[V]", "a [V]"]}, 'expected {"short": "...", ...}, found a list'),
+        ({"file_name": "0.png", "text": "[V]", "references": "1.png"}, "expected a list of paths, found a text"),
+    ],
+)  # fmt: skip
+def test_of_words_that_say_the_same_none_is_left_aside(tmp_path, row, said):
+    write_rows(pictures(tmp_path, 2), [row])
+    assert any(problem.startswith(said) for *_, problem in faults_of(tmp_path))
+
+
 def test_rows_in_two_tools_words_are_one_fault(tmp_path):
     keys = ("image", "file_name", "image_path")
     write_rows(pictures(tmp_path), [{keys[i % 3]: f"{i}.png", "caption": "[V]"} for i in range(5)])
@@ -61,7 +108,7 @@ def test_what_a_row_of_another_tool_lacks_is_a_fault_of_the_row(tmp_path):
     write_rows(pictures(tmp_path, 4), listed)
     assert [(row, column) for _, row, column, _ in faults_of(tmp_path)] == [
         (2, "captions"),
-        (4, "caption"),
+        (4, "captions"),
         (5, "image"),
     ]
 
@@ -176,7 +223,7 @@ def test_a_folder_says_repeats_however_a_row_writes_its_path(tmp_path, path, key
     assert [row.repeats for row in validate_dataset(tmp_path, "test", SETTINGS)[0].rows] == [10, 10, 1, 1]
 
 
-@pytest.mark.parametrize("times", [0, -1, 1000, 2.5, True, "two", None, [2], "1e400"])
+@pytest.mark.parametrize("times", [0, -1, 1000, 2.5, True, "two", [2], "1e400"])
 def test_repeats_that_are_no_whole_number_are_a_fault(tmp_path, times):
     write_rows(make(tmp_path), [{"image": f"{i}.png", "caption": CAPTIONS[i], "repeats": times} for i in range(5)])
     assert [fault[:3] for fault in faults_of(tmp_path)] == [("metadata.jsonl", i + 1, "repeats") for i in range(5)]

@@ -1,7 +1,8 @@
 """Rows that other tools write, put in this project's words: which key names the picture says whose they are.
 
-A dialect is one entry of :data:`DIALECTS`. Absolute paths in a foreign row are those of the machine that it was written
-on: what is looked for is the file of this folder that a path ends with, so that nothing outside of it is ever meant.
+A dialect is one entry of :data:`DIALECTS`. Beside its own words this project's mean what they mean here. Absolute paths
+in a foreign row are those of the machine that it was written on: what is looked for is the file of this folder that a
+path ends with, so that nothing outside of it is ever meant.
 """
 
 from __future__ import annotations
@@ -76,10 +77,15 @@ class Reading:
         if image is not None:
             found["image"] = _placed(image, folder, files)
         given = {name: value[name] for name in self.captions if name in value}
-        if dialect.variants:
+        if "captions" in given:
+            found["captions"] = given["captions"]
+        elif dialect.variants and self.captions != ("caption",):
             found["captions"] = given
         elif given:
             found["caption"] = next(iter(given.values()))
+        if "references" in value:
+            listed = value["references"]
+            found["references"] = [_placed(one, folder, files) for one in listed] if isinstance(listed, list) else listed
         references = [key for key in sorted(value, key=_natural) if re.fullmatch(dialect.references, str(key))]
         if references:
             found["references"] = [_placed(value[key], folder, files) for key in references]
@@ -89,19 +95,23 @@ class Reading:
 def reading_of(keys: Collection[str]) -> Reading:
     """How rows with these keys, of all rows together, are to be read."""
     own = [("image", None)] if "image" in keys else []
-    given = [*own, *((key, dialect) for dialect in DIALECTS for key in dialect.images if key in keys)]
-    if len(given) > 1:
-        return Reading(fault=f"{_list([key for key, _ in given])} name the picture, each of them; keep one")
-    dialect = given[0][1] if given else None
+    named = [*own, *((key, dialect) for dialect in DIALECTS for key in dialect.images if key in keys)]
+    if len(named) > 1:
+        return Reading(fault=f"{_list([key for key, _ in named])} name the picture, each of them; keep one")
+    dialect = named[0][1] if named else None
     if dialect is None:
         return Reading()
     captions = dialect.captions(keys)
-    if len(captions) > 1 and not dialect.variants:
-        return Reading(dialect, fault=f"{_list(captions)} are captions, each of them; keep one")
-    used = {*dialect.images, *captions, "repeats"}
-    ignored = [shown(str(key), SHOWN) for key in keys if key not in used
-               and not re.fullmatch(dialect.references, str(key))]  # fmt: skip
-    return Reading(dialect, tuple(captions), tuple(ignored))
+    own_captions = [key for key in ("caption", "captions") if key in keys and key not in captions]
+    references = [key for key in keys if re.fullmatch(dialect.references, str(key))]
+    used = {*dialect.images, *captions, *own_captions, *references, "references", "repeats"}
+    ignored = tuple(shown(str(key), SHOWN) for key in keys if key not in used)
+    given, fault = [*captions, *own_captions], ""
+    if len(given) > 1 and (own_captions or not dialect.variants):
+        fault = f"{_list(given)} are captions, each of them; keep one"
+    elif references and "references" in keys:
+        fault = f"{_list(['references', *references])} name pictures to edit; keep one"
+    return Reading(dialect, tuple(given), ignored, fault)
 
 
 def files_by_name(files: Sequence[str]) -> dict[str, str]:

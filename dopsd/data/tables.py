@@ -74,7 +74,8 @@ def _json_lines(folder: Path, source: str, whole: Record) -> Iterator[tuple[int,
 
 def _value(source: str, number: int, line: str) -> Any:
     try:
-        return json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant)
+        return _without_nulls(value) if isinstance(value, dict) else value
     except RecursionError:
         problem = "not valid JSON: nested too deeply; write one flat object"
     except ValueError as error:
@@ -205,7 +206,7 @@ def _size_of_texts(name: str, array: Any) -> int:
 
 
 def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A table has every column in every row; a null there means what a missing key means in JSON."""
+    """A table has every column in every row, and so have JSON lines that were made of one; a null there is no value."""
     present = {key: value for key, value in row.items() if value is not None}
     if isinstance(present.get("captions"), dict):
         present["captions"] = {key: value for key, value in present["captions"].items() if value is not None}
