@@ -11,6 +11,7 @@ from concept_folders import SETTINGS, faults_of
 from foreign_folders import CAPTIONS, EXPECTED, pictures, read
 
 from dopsd.data.schema import validate_dataset
+from dopsd.data.unpack import as_folder
 
 # --- CSV as spreadsheets write it -------------------------------------------------------------------------------------
 
@@ -90,3 +91,32 @@ def test_columns_that_are_left_aside_are_named_and_not_read(tmp_path, kind):
     pq.write_table(pa.table(table), pictures(tmp_path) / "metadata.parquet")
     ignored = "story, nothing, numbers"
     assert read(tmp_path) == (EXPECTED, f"Hugging Face image folder (metadata.parquet), ignored columns: {ignored}")
+
+
+@pytest.mark.parametrize("key", ["image", "file_name", "image_path", "local_path_list"])
+def test_bytes_beside_the_names_of_pictures_make_no_packed_data_set(tmp_path, key):
+    names = [[f"{i}.png"] if key == "local_path_list" else f"{i}.png" for i in range(5)]
+    captions = {"text" if key == "file_name" else "a_en" if key == "local_path_list" else "caption": CAPTIONS}
+    table = pa.table({key: names, **captions, "phash": [b"12345678"] * 5})
+    pq.write_table(table, pictures(tmp_path / "data") / "metadata.parquet")
+    said: list[str] = []
+    with as_folder(tmp_path / "data", tmp_path / "unpacked", said.append) as (rows, packed):
+        assert (rows, packed, said) == (tmp_path / "data", False, [])
+    if key == "image":  # a table of this project's own has no other columns
+        assert "unknown key phash" in faults_of(tmp_path / "data")[0][3]
+    else:
+        assert read(tmp_path / "data")[0] == EXPECTED
+        assert read(tmp_path / "data")[1].endswith("ignored columns: phash")
+
+
+@pytest.mark.parametrize("column", ["image", "img", "jpg"])
+def test_what_holds_pictures_is_packed_although_it_names_them_too(tmp_path, column):
+    folder = pictures(tmp_path / "pictures")
+    content = [(folder / f"{i}.png").read_bytes() for i in range(5)]
+    held = [{"bytes": one, "path": "x.png"} for one in content] if column == "img" else content
+    (tmp_path / "data").mkdir()
+    table = pa.table({column: held, "file_name": [f"{i}.png" for i in range(5)], "text": CAPTIONS})
+    pq.write_table(table, tmp_path / "data/metadata.parquet")
+    with as_folder(tmp_path / "data", tmp_path / "unpacked", lambda line: None) as (rows, packed):
+        assert packed
+        assert [text for _, text in read(rows)[0]] == CAPTIONS

@@ -20,6 +20,7 @@ from .dialects import CAPTIONS
 from .folders import is_leftover, says_held_out
 from .images import EXTENSIONS
 from .records import MAX_TEXT_BYTES, SHOWN, shown
+from .tables import names_pictures
 from .text import decoded, folded
 
 MAX_ROWS = 100_000
@@ -199,7 +200,7 @@ def _parquets(root: Path, files: Sequence[str]) -> list[str]:
             schema = pyarrow.parquet.read_schema(root / file)
         except (pyarrow.ArrowException, OSError):
             continue  # is said where it is read
-        if _picture_columns(schema):
+        if _picture_columns(schema) and not names_pictures(schema, files):
             found.append(file)
     return found
 

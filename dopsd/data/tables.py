@@ -12,6 +12,7 @@ from typing import Any
 
 from .dialects import OWN, Reading, files_by_name, image_keys, reading_of
 from .folders import HOLDOUT
+from .images import EXTENSIONS
 from .records import KEYS, MAX_TEXT_BYTES, SHOWN, Record, describe_unknown, read_text, shown, to_record
 
 TABLES = (".jsonl", ".csv", ".parquet")
@@ -173,6 +174,27 @@ def _parquet(folder: Path, source: str, whole: Record) -> Iterator[tuple[int, An
         raise ValueError(problem) from None
     for number, row in enumerate(rows, start=1):
         yield number, _without_nulls(row | dict.fromkeys(aside if number == 1 else (), True))
+
+
+def names_pictures(schema: Any, files: Sequence[str]) -> bool:
+    """Whether a parquet with these columns, beside ``files``, is a table of rows, though it has bytes too (a hash, say):
+    one of the keys that name a picture is a text there, no column holds pictures by its type or name, and pictures
+    lie there."""
+    from pyarrow import types
+
+    def holds(column: Any) -> bool:
+        kind = column.type
+        if types.is_struct(kind):
+            return bool(kind.get_field_index("bytes") >= 0)
+        return column.name in image_keys() and (types.is_binary(kind) or types.is_large_binary(kind))
+
+    def names(column: Any) -> bool:
+        kind = column.type
+        kind = kind.value_type if types.is_list(kind) or types.is_dictionary(kind) else kind
+        return column.name in image_keys() and (types.is_string(kind) or types.is_large_string(kind))
+
+    pictured = any(Path(file).suffix.lower() in EXTENSIONS for file in files)
+    return pictured and any(map(names, schema)) and not any(map(holds, schema))
 
 
 def _check_parquet(about: Any) -> None:
