@@ -43,6 +43,8 @@ METADATA = "metadata.jsonl"
 ABOUT = "concept.json"
 """What kind of concept it is, for the evaluation (dopsd/evaluation/prompts.py reads it)."""
 COLUMNS = ("source", "row", "image", "captions", "references", "repeats", "problems")
+_MOST_SHOWN = 50
+"""Faults that a person is shown at once."""
 _DOCUMENTS = ("README", "LICENSE", "LICENCE", "NOTICE", "COPYING", "ATTRIBUTION")
 
 
@@ -61,11 +63,16 @@ class Fault:
 
 
 class DataError(ValueError):
-    """All that is wrong with a data set, one line a fault."""
+    """All that is wrong with a data set (``faults``), one line a fault; of very many the first, and how many more."""
 
     def __init__(self, faults: Iterable[Fault]) -> None:
         self.faults: tuple[Fault, ...] = tuple(faults)
-        super().__init__("\n".join(map(str, self.faults)))
+        more = len(self.faults) - _MOST_SHOWN
+        lines = [*map(str, self.faults[:_MOST_SHOWN]), *([f"and {more:,} more"] if more > 0 else [])]
+        super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[type[DataError], tuple[tuple[Fault, ...]]]:
+        return type(self), (self.faults,)  # across processes: from the faults, not from the text
 
 
 @dataclass(frozen=True)
