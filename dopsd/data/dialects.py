@@ -84,8 +84,8 @@ class Reading:
         elif given:
             found["caption"] = next(iter(given.values()))
         if "references" in value:
-            listed = value["references"]
-            found["references"] = [_placed(one, folder, files) for one in listed] if isinstance(listed, list) else listed
+            own = value["references"]
+            found["references"] = [_placed(path, folder, files) for path in own] if isinstance(own, list) else own
         references = [key for key in sorted(value, key=_natural) if re.fullmatch(dialect.references, str(key))]
         if references:
             found["references"] = [_placed(value[key], folder, files) for key in references]

@@ -34,8 +34,8 @@ def is_cached(path: str, folder: Path) -> bool:
 def _caches(folder: Path) -> Iterator[str]:
     from .folders import HOLDOUT  # which asks here what a link leads to
 
-    place = os.path.abspath(folder)
-    own = os.path.dirname(place) if os.path.basename(place) == HOLDOUT else place
+    root = os.path.abspath(folder)
+    own = os.path.dirname(root) if os.path.basename(root) == HOLDOUT else root
     for start in (os.path.dirname(own), os.getcwd()):
         parents = (parent for parent in (start, *map(str, Path(start).parents)) if not _lies_in(parent, own))
         projects = (os.path.join(parent, ".dvc") for parent in parents)

@@ -177,9 +177,9 @@ def _parquet(folder: Path, source: str, whole: Record) -> Iterator[tuple[int, An
 
 
 def names_pictures(schema: Any, files: Sequence[str]) -> bool:
-    """Whether a parquet with these columns, beside ``files``, is a table of rows, though it has bytes too (a hash, say):
-    one of the keys that name a picture is a text there, no column holds pictures by its type or name, and pictures
-    lie there."""
+    """Whether a parquet with these columns, beside ``files``, is a table of rows, though it has bytes too (a hash): one
+    of the keys that name a picture is a text there, no column holds pictures by its type or name, and pictures are
+    there."""
     from pyarrow import types
 
     def holds(column: Any) -> bool:
