@@ -46,23 +46,6 @@ def test_two_columns_of_captions_are_one_fault(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("key", ["image", "file_name", "image_path"])
-def test_a_null_is_no_value_in_json_lines_as_in_parquet(tmp_path, key):
-    """As ``datasets`` writes them (``to_json``): every row has every column."""
-    nothing = {"repeats": None, "references": None, "captions": None, "label": None, "control_path": None}
-    write_rows(pictures(tmp_path), [{key: f"{i}.png", "caption": CAPTIONS[i], **nothing} for i in range(5)])
-    assert read(tmp_path)[0] == EXPECTED
-    rows = [{key: f"{i}.png", "caption": None, "captions": {"a": CAPTIONS[i], "b": None if i else "[V]"}}
-            for i in range(5)]  # fmt: skip
-    write_rows(tmp_path, rows)
-    assert read(tmp_path)[0] == [EXPECTED[0], ("0.png", "[V]"), *EXPECTED[1:]]
-    write_rows(tmp_path, [*rows[:4], {key: None, "captions": {"a": "[V]"}}])
-    found = [fault[1:] for fault in faults_of(tmp_path) if fault[0] == "metadata.jsonl"]
-    assert found == [(5, "image", "missing; name the picture's file")]
-    write_rows(tmp_path, [{"image": f"{i}.png", "captions": {"medium": None}} for i in range(5)])
-    assert len(uncaptioned(tmp_path)[0]) == 5
-
-
 @pytest.mark.parametrize("key", ["file_name", "image_path", "local_path_list"])
 def test_rows_of_other_tools_may_hold_this_projects_words(tmp_path, key):
     pictures(tmp_path)
@@ -295,6 +278,7 @@ def test_a_foreign_path_never_means_a_file_outside(tmp_path, path):
         (r"holdout\4.png", "holdout/4.png: is held-out truth"),
         ("/home/me/set/holdout/4.png", "holdout/4.png: is held-out truth"),
         (r"D:\set\Holdout\4.png", "Holdout/4.png: is missing"),
+        ("/home/holdout/set/holdout/4.png", "holdout/4.png: is held-out truth"),
         ("../set/holdout/sub/4.png", "holdout/sub/4.png: is held-out truth"),
         ("c/4.png", "c/4.png: is missing"),
         ("./c/d/4.png", "c/d/4.png: is missing"),
@@ -328,6 +312,15 @@ def test_paths_of_held_out_rows_may_be_written_from_the_top(tmp_path, path):
     held_out = validate_dataset(tmp_path, "test", SETTINGS)[1]
     assert held_out is not None
     assert [row.image for row in held_out.rows] == [tmp_path / "holdout" / f"{i}.png" for i in range(2)]
+    # of a data set that is called so itself, holdout/ is its own
+    top = pictures(tmp_path / "data" / "holdout")
+    write_rows(pictures(top / "holdout", 2, first=20), listed)
+    rows = [{"file_name": f"{i}.png", "text": CAPTIONS[i]} for i in range(4)]
+    write_rows(top, [*rows, {"file_name": path.format("4.png"), "text": "[V]"}])
+    if "holdout" in path:
+        assert any("holdout/4.png: is held-out truth" in problem for *_, problem in faults_of(top))
+    else:
+        assert len(validate_dataset(top, "test", SETTINGS)[0].rows) == 5
 
 
 @pytest.mark.parametrize("path", ["../c/0.png", "c/0.png", "../holdout/0.png"])

@@ -1,4 +1,4 @@
-"""Tables with columns as programs write them: CSV in every spelling, parquet within bounds."""
+"""Tables as programs write them: CSV in every spelling, nulls, parquet within bounds."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import csv
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from concept_folders import SETTINGS, faults_of
+from concept_folders import SETTINGS, faults_of, write_rows
 from foreign_folders import CAPTIONS, EXPECTED, pictures, read
 
+from dopsd.data.captions import uncaptioned
+from dopsd.data.manifest import DataError
 from dopsd.data.schema import validate_dataset
 from dopsd.data.unpack import as_folder
 
@@ -51,6 +53,23 @@ def test_a_csv_that_cannot_be_read_says_where(tmp_path, content, found):
     faults = [(row, problem) for file, row, _, problem in faults_of(folder) if file == "a.csv"]
     assert len(faults) == len(found)
     assert all(row == own and words in problem for (row, problem), (own, words) in zip(faults, found, strict=True))
+
+
+@pytest.mark.parametrize("key", ["image", "file_name", "image_path"])
+def test_a_null_is_no_value_in_json_lines_as_in_parquet(tmp_path, key):
+    """As ``datasets`` writes them (``to_json``): every row has every column."""
+    nothing = {"repeats": None, "references": None, "captions": None, "label": None, "control_path": None}
+    write_rows(pictures(tmp_path), [{key: f"{i}.png", "caption": CAPTIONS[i], **nothing} for i in range(5)])
+    assert read(tmp_path)[0] == EXPECTED
+    rows = [{key: f"{i}.png", "caption": None, "captions": {"a": CAPTIONS[i], "b": None if i else "[V]"}}
+            for i in range(5)]  # fmt: skip
+    write_rows(tmp_path, rows)
+    assert read(tmp_path)[0] == [EXPECTED[0], ("0.png", "[V]"), *EXPECTED[1:]]
+    write_rows(tmp_path, [*rows[:4], {key: None, "captions": {"a": "[V]"}}])
+    found = [fault[1:] for fault in faults_of(tmp_path) if fault[0] == "metadata.jsonl"]
+    assert found == [(5, "image", "missing; name the picture's file")]
+    write_rows(tmp_path, [{"image": f"{i}.png", "captions": {"medium": None}} for i in range(5)])
+    assert len(uncaptioned(tmp_path)[0]) == 5
 
 
 # --- parquet as its writers pack it -----------------------------------------------------------------------------------
@@ -120,3 +139,10 @@ def test_what_holds_pictures_is_packed_although_it_names_them_too(tmp_path, colu
     with as_folder(tmp_path / "data", tmp_path / "unpacked", lambda line: None) as (rows, packed):
         assert packed
         assert [text for _, text in read(rows)[0]] == CAPTIONS
+    if column != "jpg":  # which may as well be a hash
+        pictures(tmp_path / "data", 1)
+        with (
+            pytest.raises(DataError, match="holds two data sets at once"),
+            as_folder(tmp_path / "data", tmp_path / "unpacked", lambda line: None),
+        ):
+            pass

@@ -76,7 +76,7 @@ def add_concept(
     except OSError as error:
         if is_disk_full(error):
             raise disk_full(error, target, size_of(folder) if folder.exists() else 0) from error
-        raise ConceptError(f"{error.filename or target}: {error.strerror}; nothing was added") from None
+        raise ConceptError(f"{error.filename or target}: {error.strerror or error}; nothing was added") from None
     finally:
         remove(partial)
     return tables

@@ -79,7 +79,7 @@ class Reading:
         given = {name: value[name] for name in self.captions if name in value}
         if "captions" in given:
             found["captions"] = given["captions"]
-        elif dialect.variants and self.captions != ("caption",):
+        elif dialect.variants:
             found["captions"] = given
         elif given:
             found["caption"] = next(iter(given.values()))
