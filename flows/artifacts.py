@@ -41,7 +41,8 @@ def faults(concept: str, error: BaseException) -> None:
 def one_line(error: BaseException) -> str:
     """An error for a summary."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")
+    more = len(error.faults if isinstance(error, DataError) else lines) - 1
+    return lines[0][:200] + (f" (and {more} more)" if more > 0 else "")
 
 
 def _links(run: Path, settings: Settings, root: Path) -> list[str]:

@@ -59,5 +59,5 @@ def faults_of(folder: Path, settings: DataSettings = SETTINGS) -> list[tuple[str
     with pytest.raises(DataError) as caught:
         validate_dataset(folder, "test", settings)
     lines = str(caught.value).split("\n")
-    assert len(lines) == len(caught.value.faults)  # one line each, whatever the data held
+    assert len(lines) == min(len(caught.value.faults), 51)  # one line each, whatever the data held
     return [(os.path.relpath(f.file, folder), f.row, f.column, f.problem) for f in caught.value.faults]

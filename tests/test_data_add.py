@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -149,6 +150,42 @@ def test_own_settings_come_along_or_are_begun(tmp_path, project):
     begun = project / "data/concepts/two/train.yaml"
     assert yaml.safe_load(begun.read_text()) is None
     assert "max_steps" in begun.read_text()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_edited_settings_outlive_the_data_they_were_written_beside(tmp_path, project, packed):
+    source = make(tmp_path / "new", first=40)
+    if packed:
+        source = tmp_path / "new.tar"
+        with tarfile.open(source, "w") as file:
+            for number in range(4):
+                (tmp_path / f"{number}.txt").write_text(f"a {number} in [V] style")
+                file.add(tmp_path / "new" / f"{number}.png", f"{number}.png")
+                file.add(tmp_path / f"{number}.txt", f"{number}.txt")
+    add_concept(make(tmp_path / "old"), "mine", project, SETTINGS)
+    target = project / "data/concepts/mine"
+    own = target / "train.yaml"
+    begun, said = own.read_text(), []
+    add_concept(make(tmp_path / "other", first=20), "mine", project, SETTINGS, replace=True, say=said.append)
+    assert own.read_text() == begun
+    assert not any("kept" in line for line in said), "nobody has touched them"
+
+    own.write_text("max_steps: 777\n")
+    with pytest.raises(DataError):  # and what fails keeps them too
+        add_concept(tmp_path / "nowhere", "mine", project, SETTINGS, replace=True)
+    assert own.read_text() == "max_steps: 777\n"
+    table, _ = add_concept(source, "mine", project, SETTINGS, replace=True, say=said.append)
+    assert own.read_text() == "max_steps: 777\n"
+    assert len(table.rows) == (4 if packed else 5)
+    (line,) = [line for line in said if "kept" in line]
+    assert line.startswith(f"{own}: kept, as the new data set brings none")
+    md5 = hashlib.md5(own.read_bytes(), usedforsecurity=False).hexdigest()
+    assert md5[2:] in {path.name for path in (project / ".dvc/cache").rglob("*")}, "they are under DVC"
+
+    brings = make(tmp_path / "brings", first=60)
+    (brings / "train.yaml").write_text("max_steps: 3\n")
+    add_concept(brings, "mine", project, SETTINGS, replace=True)
+    assert own.read_text() == "max_steps: 3\n"
 
 
 def test_what_was_added_is_said_by_folder_and_what_to_know_of_it_too(tmp_path, project, monkeypatch):

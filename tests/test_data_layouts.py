@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
-from pathlib import Path, PureWindowsPath
+from pathlib import PureWindowsPath
 
 import pandas as pd
 import pytest
 from concept_folders import SETTINGS, allowing, faults_of, make, picture, texts, write_rows
+from foreign_folders import CAPTIONS, EXPECTED, pictures, read
 
 from dopsd.data.captions import save, uncaptioned
 from dopsd.data.manifest import DataError
 from dopsd.data.needs import Needs
 from dopsd.data.schema import validate_dataset
-
-CAPTIONS = [f"a {i} in [V] style" for i in range(5)]
-
-
-def pictures(folder: Path, count: int = 5, first: int = 0) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(count):
-        picture(first + i, (64, 64)).save(folder / f"{i}.png")
-    return folder
-
-
-def read(folder: Path) -> tuple[list[tuple[str, str]], str]:
-    """(picture, caption) of each row; and how the folder was read."""
-    table = validate_dataset(folder, "test", SETTINGS)[0]
-    pairs = [(row.image.relative_to(folder).as_posix(), text) for row in table.rows for _, text in row.captions]
-    return pairs, table.read_as
-
-
-EXPECTED = [(f"{i}.png", CAPTIONS[i]) for i in range(5)]
-
 
 # --- Hugging Face: https://huggingface.co/docs/datasets/image_dataset#imagefolder -------------------------------------
 
@@ -66,6 +46,36 @@ def test_two_columns_of_captions_are_one_fault(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("key", ["file_name", "image_path", "local_path_list"])
+def test_rows_of_other_tools_may_hold_this_projects_words(tmp_path, key):
+    pictures(tmp_path)
+    pictures(tmp_path / "before", 2, first=20)
+    own = {"captions": {"short": "[V]", "long": "a [V]"}, "references": ["/home/me/before/1.png", "before/0.png"]}
+    write_rows(tmp_path, [{key: f"{i}.png", "repeats": 1 + i % 2, "label": 3, **own} for i in range(5)])
+    table = validate_dataset(tmp_path, "test", SETTINGS)[0]
+    assert table.read_as.endswith("(metadata.jsonl), ignored columns: label")
+    assert {row.captions for row in table.rows} == {(("short", "[V]"), ("long", "a [V]"))}
+    assert {row.references for row in table.rows} == {(tmp_path / "before/1.png", tmp_path / "before/0.png")}
+    assert [row.repeats for row in table.rows] == [1, 2, 1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"file_name": "0.png", "text": "[V]", "captions": {"a": "[V]"}}, "text and captions are captions, each of"),
+        ({"image_path": "0.png", "caption": "[V]", "captions": {"a": "[V]"}}, "caption and captions are captions, ea"),
+        ({"local_path_list": "0.png", "a_en": "[V]", "b_zh": "[V]", "caption": "[V]"}, "a_en, b_zh and caption are ca"),
+        ({"image_path": "0.png", "caption": "[V]", "references": ["1.png"], "control_path": "1.png"},
+         "references and control_path name pictures to edit; keep one"),
+        ({"file_name": "0.png", "captions": ["[V]", "a [V]"]}, 'expected {"short": "...", ...}, found a list'),
+        ({"file_name": "0.png", "text": "[V]", "references": "1.png"}, "expected a list of paths, found a text"),
+    ],
+)  # fmt: skip
+def test_of_words_that_say_the_same_none_is_left_aside(tmp_path, row, said):
+    write_rows(pictures(tmp_path, 2), [row])
+    assert any(problem.startswith(said) for *_, problem in faults_of(tmp_path))
+
+
 def test_rows_in_two_tools_words_are_one_fault(tmp_path):
     keys = ("image", "file_name", "image_path")
     write_rows(pictures(tmp_path), [{keys[i % 3]: f"{i}.png", "caption": "[V]"} for i in range(5)])
@@ -81,45 +91,9 @@ def test_what_a_row_of_another_tool_lacks_is_a_fault_of_the_row(tmp_path):
     write_rows(pictures(tmp_path, 4), listed)
     assert [(row, column) for _, row, column, _ in faults_of(tmp_path)] == [
         (2, "captions"),
-        (4, "caption"),
+        (4, "captions"),
         (5, "image"),
     ]
-
-
-# --- CSV as spreadsheets write it -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("comma", [",", ";", "\t"])
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_a_csv_of_a_spreadsheet(tmp_path, comma, encoding):
-    folder, odd = pictures(tmp_path), 'a "fox", red; in [V]\tstyle\r\nand köln'
-    with (folder / "metadata.csv").open("w", newline="", encoding=encoding) as file:
-        rows = csv.writer(file, delimiter=comma)
-        rows.writerows([("image", "caption", "repeats"), ("0.png", odd, ""), *(
-            (f"{i}.png", CAPTIONS[i], i) for i in range(1, 5)), ()])  # fmt: skip
-    assert read(folder)[0] == [("0.png", 'a "fox", red; in [V] style and köln'), *EXPECTED[1:]]
-    assert [row.repeats for row in validate_dataset(folder, "test", SETTINGS)[0].rows] == [1, 1, 2, 3, 4]
-
-
-@pytest.mark.parametrize(
-    ("content", "found"),
-    [
-        ("filename,caption\n0.png,[V]\n", [(None, "no column names the pictures (image, file_name, ")]),
-        ("", [(None, "its columns are: none")]),
-        ("image,caption,caption\n0.png,[V],[V]\n", [(None, "two columns have the same name")]),
-        ('image,caption\n0.png,"[V]\n', [(None, "cannot be read as CSV: unexpected end of data")]),
-        ("image,caption\n0.png,a fox, [V]\n", [(2, "has 3 cells, and there are 2 columns")]),
-        ("image,caption\n0.png,\n", [(2, "missing; write caption")]),
-        ("image,caption,colour\n0.png,[V],red\n", [(None, "unknown key colour; known are image")]),
-        ("image,caption,repeats\n0.png,[V],2.5\n", [(2, "whole number from 1 to 999, found 2.5")]),
-    ],
-)
-def test_a_csv_that_cannot_be_read_says_where(tmp_path, content, found):
-    folder = pictures(tmp_path, 1)
-    (folder / "a.csv").write_text(content)
-    faults = [(row, problem) for file, row, _, problem in faults_of(folder) if file == "a.csv"]
-    assert len(faults) == len(found)
-    assert all(row == own and words in problem for (row, problem), (own, words) in zip(faults, found, strict=True))
 
 
 # --- kohya's sd-scripts, and musubi-tuner -----------------------------------------------------------------------------
@@ -222,7 +196,17 @@ def test_repeats_are_a_field_of_a_row_and_part_of_what_the_data_are(tmp_path):
     assert [row.repeats for row in validate_dataset(folder, "test", SETTINGS)[0].rows] == [3, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("times", [0, -1, 1000, 2.5, True, "two", None, [2], "1e400"])
+@pytest.mark.parametrize("path", ["{}", "./{}", ".//{}"])
+@pytest.mark.parametrize("key", ["image", "file_name"])
+def test_a_folder_says_repeats_however_a_row_writes_its_path(tmp_path, path, key):
+    for place, first in (("10_fox", 0), ("1_dog", 10)):
+        pictures(tmp_path / place, 2, first=first)
+    places = [f"{place}/{i}.png" for place in ("10_fox", "1_dog") for i in range(2)]
+    write_rows(tmp_path, [{key: path.format(place), "caption": "a [V]"} for place in places])
+    assert [row.repeats for row in validate_dataset(tmp_path, "test", SETTINGS)[0].rows] == [10, 10, 1, 1]
+
+
+@pytest.mark.parametrize("times", [0, -1, 1000, 2.5, True, "two", [2], "1e400"])
 def test_repeats_that_are_no_whole_number_are_a_fault(tmp_path, times):
     write_rows(make(tmp_path), [{"image": f"{i}.png", "caption": CAPTIONS[i], "repeats": times} for i in range(5)])
     assert [fault[:3] for fault in faults_of(tmp_path)] == [("metadata.jsonl", i + 1, "repeats") for i in range(5)]
@@ -284,6 +268,73 @@ def test_a_foreign_path_never_means_a_file_outside(tmp_path, path):
     listed = [{"image_path": f"{i}.png", "caption": CAPTIONS[i]} for i in range(5)]
     write_rows(folder, [*listed, {"image_path": path, "caption": "[V]"}])
     assert [fault[:3] for fault in faults_of(folder)] == [("metadata.jsonl", 6, "image")]
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("holdout/4.png", "holdout/4.png: is held-out truth"),
+        ("./x/../holdout/4.png", "holdout/4.png: is held-out truth"),
+        (r"holdout\4.png", "holdout/4.png: is held-out truth"),
+        ("/home/me/set/holdout/4.png", "holdout/4.png: is held-out truth"),
+        (r"D:\set\Holdout\4.png", "Holdout/4.png: is missing"),
+        ("/home/holdout/set/holdout/4.png", "holdout/4.png: is held-out truth"),
+        ("../set/holdout/sub/4.png", "holdout/sub/4.png: is held-out truth"),
+        ("c/4.png", "c/4.png: is missing"),
+        ("./c/d/4.png", "c/d/4.png: is missing"),
+        ("../c/4.png", None),
+        ("/old/c/4.png", None),
+    ],
+)
+@pytest.mark.parametrize("key", ["file_name", "image_path"])
+def test_a_foreign_path_means_no_other_picture_than_it_names(tmp_path, path, said, key):
+    """4.png at the top is another picture than that of holdout/ and that of c/, which is not here."""
+    for place, first in ((tmp_path, 0), (tmp_path / "holdout", 20)):
+        listed = [{key: f"{i}.png", "caption": CAPTIONS[i]} for i in range(5)]
+        write_rows(pictures(place, first=first), listed)
+    assert read(tmp_path)[0] == EXPECTED
+    listed[4][key] = path
+    write_rows(tmp_path, listed)
+    if said is None:  # another machine's: what it ends with
+        assert read(tmp_path)[0] == EXPECTED
+        return
+    found = [(row, problem) for _, row, column, problem in faults_of(tmp_path) if column == "image"]
+    assert len(found) == 1
+    assert found[0][0] == 5
+    assert found[0][1].startswith(said)
+
+
+@pytest.mark.parametrize("path", ["holdout/{}", "/home/me/set/holdout/{}", r"D:\set\holdout\{}", "{}", "./{}"])
+def test_paths_of_held_out_rows_may_be_written_from_the_top(tmp_path, path):
+    write_rows(pictures(tmp_path), [{"file_name": f"{i}.png", "text": CAPTIONS[i]} for i in range(5)])
+    listed = [{"file_name": path.format(f"{i}.png"), "text": CAPTIONS[i]} for i in range(2)]
+    write_rows(pictures(tmp_path / "holdout", 2, first=20), listed)
+    held_out = validate_dataset(tmp_path, "test", SETTINGS)[1]
+    assert held_out is not None
+    assert [row.image for row in held_out.rows] == [tmp_path / "holdout" / f"{i}.png" for i in range(2)]
+    # of a data set that is called so itself, holdout/ is its own
+    top = pictures(tmp_path / "data" / "holdout")
+    write_rows(pictures(top / "holdout", 2, first=20), listed)
+    rows = [{"file_name": f"{i}.png", "text": CAPTIONS[i]} for i in range(4)]
+    write_rows(top, [*rows, {"file_name": path.format("4.png"), "text": "[V]"}])
+    if "holdout" in path:
+        assert any("holdout/4.png: is held-out truth" in problem for *_, problem in faults_of(top))
+    else:
+        assert len(validate_dataset(top, "test", SETTINGS)[0].rows) == 5
+
+
+@pytest.mark.parametrize("path", ["../c/0.png", "c/0.png", "../holdout/0.png"])
+def test_a_path_from_a_tables_own_folder_means_no_other_picture_either(tmp_path, path):
+    """One that stays inside is as it is written."""
+    pictures(tmp_path)
+    (tmp_path / "list").mkdir()
+    listed = [{"file_name": f"{i}.png", "text": CAPTIONS[i]} for i in range(1, 5)]
+    write_rows(tmp_path / "list", [*listed, {"file_name": path, "text": "[V]"}])
+    found = [(row, problem) for _, row, column, problem in faults_of(tmp_path) if column == "image"]
+    expected = "is held-out truth" if "holdout" in path else "is missing"
+    assert [(row, problem.partition(";")[0].partition(" and ")[0]) for row, problem in found] == [
+        (5, f"{path.removeprefix('../')}: {expected}")
+    ]
 
 
 # --- the paper's own --------------------------------------------------------------------------------------------------

@@ -82,8 +82,7 @@ def test_links_into_the_cache_are_read_and_written_over_and_the_cache_stays(
 
 @pytest.mark.parametrize("project", ["symlink"], indirect=True)
 def test_any_other_link_that_leaves_is_refused(tmp_path: Path, project: Path) -> None:
-    """To a file beside the cache, to what is in the cache and no object, to another's cache; where the data set itself
-    says where the cache is, too."""
+    """To a file beside the cache, to what is in the cache and no object, to another's cache."""
     make(make(tmp_path / "mine") / "holdout", count=2, first=20)
     add_concept(tmp_path / "mine", "mine", project, SETTINGS)
     target = project / "data/concepts/mine"
@@ -105,12 +104,39 @@ def test_any_other_link_that_leaves_is_refused(tmp_path: Path, project: Path) ->
     own.unlink()
     own.symlink_to(held)
     validate_dataset(target, "mine", SETTINGS)
-    (target / "holdout/0.png").unlink()
-    (target / "holdout/0.png").symlink_to(others)
-    (target / ".dvc").mkdir()
-    (target / ".dvc/config").write_text(f"[cache]\n    dir = {tmp_path}\n")
-    with pytest.raises(DataError, match="is a link that leaves the folder"):
-        validate_dataset(target, "mine", SETTINGS)
+
+
+@pytest.mark.parametrize("project", ["symlink"], indirect=True)
+@pytest.mark.parametrize("part", ["", "holdout/"])
+@pytest.mark.parametrize("inside", ["", "holdout/"])
+def test_a_data_sets_own_configuration_opens_and_hides_nothing(
+    tmp_path: Path, project: Path, part: str, inside: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(make(tmp_path / "mine") / "holdout", count=2, first=20)
+    add_concept(tmp_path / "mine", "mine", project, SETTINGS)
+    target = project / "data/concepts/mine"
+    link = target / f"{part}0.png"
+    held = link.resolve()
+    secret = tmp_path / "secret"
+    stolen = secret / "files/md5" / held.parent.name / held.name
+    stolen.parent.mkdir(parents=True)
+    stolen.write_bytes(held.read_bytes())
+    own = target / inside / ".dvc"
+    own.mkdir()
+    link.unlink()
+    link.symlink_to(stolen)
+    for work in (tmp_path, project, target, target / "holdout"):
+        monkeypatch.chdir(work)
+        for line in ("", f"    dir = {secret}\n"):
+            (own / "config").write_text(f"[cache]\n{line}")
+            with pytest.raises(DataError, match=rf"{target}/{part}0\.png: is a link that leaves the folder") as refused:
+                validate_dataset(target, "mine", SETTINGS)
+            leaving = [fault.file for fault in refused.value.faults if "a link that leaves" in fault.problem]
+            assert set(leaving) == {str(link), str(link.with_name("metadata.jsonl"))}, "that file and its row alone"
+    # the project's own cache is read all the same
+    link.unlink()
+    link.symlink_to(held)
+    assert validate_dataset(target, "mine", SETTINGS)[1] is not None
 
 
 def test_a_change_of_the_cache_is_noticed(tmp_path: Path) -> None:

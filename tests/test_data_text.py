@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
-from concept_folders import SETTINGS, faults_of, picture
+from concept_folders import SETTINGS, faults_of, picture, texts, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dopsd.data.captions import save, uncaptioned
+from dopsd.data.manifest import DataError, Fault
 from dopsd.data.schema import validate_dataset
 from dopsd.data.text import decoded, folded
+from dopsd.data.unpack import Rewording, as_folder
+from flows.artifacts import one_line
 
 KINDS = [".txt", ".caption", ".jsonl", ".csv"]
 
@@ -118,3 +122,46 @@ def test_captions_are_added_to_a_table_in_another_encoding(tmp_path):
     (one,), _ = uncaptioned(tmp_path)
     assert save(one, {"medium": "a fox in [V]"})
     assert captions(tmp_path) == {"größer [V]", "a fox in [V]"}
+
+
+@pytest.mark.parametrize("count", [1, 49, 50, 51, 3000])
+def test_of_very_many_faults_the_first_are_shown_and_all_are_counted(tmp_path, count):
+    write_rows(tmp_path, [{"image": f"{i}.png", "caption": "[V]"} for i in range(count)])
+    faults = faults_of(tmp_path, SETTINGS.model_copy(update={"min_images": 1}))
+    assert [(row, problem.partition(":")[0]) for _, row, _, problem in faults] == [
+        (i + 1, f"{i}.png") for i in range(count)
+    ]
+    error = DataError(Fault(*fault) for fault in faults)
+    lines = str(error).split("\n")
+    assert lines[:50] == [str(fault) for fault in error.faults[:50]]
+    assert lines[50:] == ([f"and {count - 50:,} more"] if count > 50 else [])
+    assert one_line(error) == lines[0] + (f" (and {count - 1} more)" if count > 1 else "")
+    again = copy.copy(error)  # as it is brought to another process
+    assert (again.faults, str(again)) == (error.faults, str(error))
+    # and the same of a folder that stands for another one
+    with pytest.raises(DataError) as caught, as_folder(tmp_path, tmp_path / "copy", lambda line: None, copy=True):
+        raise error
+    assert caught.value.faults == error.faults
+
+
+@pytest.mark.parametrize("trigger", ["ohwx", "Ohwx", "OHWX"])
+@pytest.mark.parametrize(
+    ("caption", "reworded"),
+    [
+        ("Ohwx on a hill", "[V] on a hill"),
+        ("a OHWX, ohwx dog", "a [V], [V] dog"),
+        ("(ohwx)", "([V])"),
+        ("an ohwxian dog of Mohwx", "an ohwxian dog of Mohwx"),
+        ("ohwx_2", "ohwx_2"),
+        ("Ohwx and [V]", "Ohwx and [V]"),
+    ],
+)
+def test_a_trigger_is_a_whole_word_in_small_letters_or_large(trigger, caption, reworded):
+    how = Rewording("[V]", trigger)
+    assert how.texts({"caption": caption, "long": "Ohwx"}, "long") == {"caption": reworded, "long": "Ohwx"}
+
+
+def test_a_trigger_in_small_letters_and_large_is_found_in_all_captions(tmp_path):
+    texts(tmp_path, caption="A photo of ohwx")
+    (tmp_path / "1.txt").write_text("Ohwx, a Photo")
+    assert "--trigger ohwx (every caption has ohwx, photo)" in faults_of(tmp_path)[0][3]

@@ -301,5 +301,5 @@ def _lacks(value: Mapping[str, Any]) -> bool:
 
 
 def _any_text(given: str | Mapping[str, Any]) -> bool:
-    texts = [given] if isinstance(given, str) else list(given.values())
+    texts = [given] if isinstance(given, str) else [text for text in given.values() if text is not None]
     return any(not isinstance(text, str) or text.strip() for text in texts)

@@ -65,6 +65,7 @@ def add_concept(
             if os.path.lexists(target) and not in_place and not replace and not change.goes_on(rows):
                 raise ConceptError(f"{target} is there already; choose another name or pass --replace")
             if not in_place:
+                _carry_settings(rows, change, say)
                 _copy(rows, name, partial, settings, needs, tables)
         with change.made(in_place):
             _with_own_settings(target)
@@ -119,6 +120,16 @@ def _copy(
 
 def _hash(table: ConceptTable | None) -> str | None:
     return table.content_hash if table else None
+
+
+def _carry_settings(folder: Path, change: Change, say: Callable[[str], object]) -> None:
+    """What somebody wrote for this concept's training is not the data set's: it outlives that."""
+    old = change.target / OWN_SETTINGS
+    if os.path.lexists(folder / OWN_SETTINGS) or not old.is_file() or old.read_bytes() == BEGUN.encode():
+        return
+    change.partial.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(old, change.partial / OWN_SETTINGS)
+    say(f"{old}: kept, as the new data set brings none; delete it to begin anew")
 
 
 def _with_own_settings(folder: Path) -> None:

@@ -1,7 +1,8 @@
 """Rows that other tools write, put in this project's words: which key names the picture says whose they are.
 
-A dialect is one entry of :data:`DIALECTS`. Paths in a foreign row are those of the machine that it was written on: what
-is looked for is the file of this folder that a path ends with, so that nothing outside of it is ever meant.
+A dialect is one entry of :data:`DIALECTS`. Beside its own words this project's mean what they mean here. Absolute paths
+in a foreign row are those of the machine that it was written on: what is looked for is the file of this folder that a
+path ends with, so that nothing outside of it is ever meant.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .folders import HOLDOUT
 from .records import SHOWN, composed, shown
 
 OWN = "rows"
@@ -75,10 +77,15 @@ class Reading:
         if image is not None:
             found["image"] = _placed(image, folder, files)
         given = {name: value[name] for name in self.captions if name in value}
-        if dialect.variants:
+        if "captions" in given:
+            found["captions"] = given["captions"]
+        elif dialect.variants:
             found["captions"] = given
         elif given:
             found["caption"] = next(iter(given.values()))
+        if "references" in value:
+            own = value["references"]
+            found["references"] = [_placed(path, folder, files) for path in own] if isinstance(own, list) else own
         references = [key for key in sorted(value, key=_natural) if re.fullmatch(dialect.references, str(key))]
         if references:
             found["references"] = [_placed(value[key], folder, files) for key in references]
@@ -88,19 +95,23 @@ class Reading:
 def reading_of(keys: Collection[str]) -> Reading:
     """How rows with these keys, of all rows together, are to be read."""
     own = [("image", None)] if "image" in keys else []
-    given = [*own, *((key, dialect) for dialect in DIALECTS for key in dialect.images if key in keys)]
-    if len(given) > 1:
-        return Reading(fault=f"{_list([key for key, _ in given])} name the picture, each of them; keep one")
-    dialect = given[0][1] if given else None
+    named = [*own, *((key, dialect) for dialect in DIALECTS for key in dialect.images if key in keys)]
+    if len(named) > 1:
+        return Reading(fault=f"{_list([key for key, _ in named])} name the picture, each of them; keep one")
+    dialect = named[0][1] if named else None
     if dialect is None:
         return Reading()
     captions = dialect.captions(keys)
-    if len(captions) > 1 and not dialect.variants:
-        return Reading(dialect, fault=f"{_list(captions)} are captions, each of them; keep one")
-    used = {*dialect.images, *captions, "repeats"}
-    ignored = [shown(str(key), SHOWN) for key in keys if key not in used
-               and not re.fullmatch(dialect.references, str(key))]  # fmt: skip
-    return Reading(dialect, tuple(captions), tuple(ignored))
+    own_captions = [key for key in ("caption", "captions") if key in keys and key not in captions]
+    references = [key for key in keys if re.fullmatch(dialect.references, str(key))]
+    used = {*dialect.images, *captions, *own_captions, *references, "references", "repeats"}
+    ignored = tuple(shown(str(key), SHOWN) for key in keys if key not in used)
+    given, fault = [*captions, *own_captions], ""
+    if len(given) > 1 and (own_captions or not dialect.variants):
+        fault = f"{_list(given)} are captions, each of them; keep one"
+    elif references and "references" in keys:
+        fault = f"{_list(['references', *references])} name pictures to edit; keep one"
+    return Reading(dialect, tuple(given), ignored, fault)
 
 
 def files_by_name(files: Sequence[str]) -> dict[str, str]:
@@ -125,12 +136,19 @@ def _natural(key: Any) -> list[tuple[int, str]]:
 
 
 def _placed(path: Any, folder: str, files: Mapping[str, str]) -> Any:
-    """The file that a path means: as it is written from the table's folder, then from the top, then its end, the
-    longest first, its mere name last. Where none is there, that name, which then is missing."""
+    """The file that a path means: as it is written, from the table's folder or from the top. Of a path that leaves the
+    data set its end, the longest first, its mere name last; never one past ``holdout``. Where none is there, what then
+    is missing."""
     if not isinstance(path, str) or not path.strip() or "\0" in path:
         return path
     plain = composed(path.replace("\\", "/"))
-    parts = [part for part in plain.split("/") if part not in ("", ".")]
-    tries = [os.path.normpath(os.path.join(folder, plain)), os.path.normpath(plain)]
-    tries += ["/".join(parts[start:]) for start in range(len(parts))]
-    return next((files[one] for one in tries if one in files), parts[-1] if parts else path)
+    from_table, from_top = os.path.normpath(os.path.join(folder, plain)), os.path.normpath(plain)
+    if os.path.isabs(plain) or from_table.startswith("..") or re.match("[A-Za-z]:", plain):
+        parts = [part for part in from_top.split("/") if part not in ("", "..")]
+        held_out = [place for place, part in enumerate(parts) if part.casefold() == HOLDOUT]
+        tries = ["/".join(parts[start:]) for start in range(held_out[-1] + 1 if held_out else len(parts))]
+        missing = tries[-1] if tries else path
+    else:
+        tries = [from_table, from_top]
+        missing = from_table if from_top.startswith("..") else from_top
+    return next((files[one] for one in tries if one in files), missing)

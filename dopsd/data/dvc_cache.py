@@ -22,7 +22,8 @@ def is_cached(path: str, folder: Path) -> bool:
     """Whether ``path``, an absolute one with all links followed, is a file in DVC's cache: of the project that the data
     set ``folder`` lies in, or of the one that is worked in.
 
-    Nothing else that lies beside it counts: whoever made a data set may have written what it says of its cache.
+    A ``.dvc`` in the data set itself, its ``holdout/`` included, never counts, nor does it hide the project's: whoever
+    made the data may have written what it says of its cache.
     """
     for place in _caches(folder) if _OBJECT.search(path) else ():
         if path.startswith(place + os.sep) and _OBJECT.fullmatch(path[len(place) + 1 :]):
@@ -31,13 +32,23 @@ def is_cached(path: str, folder: Path) -> bool:
 
 
 def _caches(folder: Path) -> Iterator[str]:
-    for start in (os.path.dirname(os.path.abspath(folder)), os.getcwd()):
-        projects = (os.path.join(parent, ".dvc") for parent in (start, *map(str, Path(start).parents)))
+    from .folders import HOLDOUT  # which asks here what a link leads to
+
+    root = os.path.abspath(folder)
+    own = os.path.dirname(root) if os.path.basename(root) == HOLDOUT else root
+    for start in (os.path.dirname(own), os.getcwd()):
+        parents = (parent for parent in (start, *map(str, Path(start).parents)) if not _lies_in(parent, own))
+        projects = (os.path.join(parent, ".dvc") for parent in parents)
         if project := next(filter(os.path.isdir, projects), None):
             files = (os.path.join(project, name) for name in ("config", "config.local"))
             stamps = [os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files]
             if place := _cache_of(project, *stamps):
                 yield place
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    """Links followed; the folder itself does."""
+    return Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
 @cache

@@ -43,6 +43,8 @@ METADATA = "metadata.jsonl"
 ABOUT = "concept.json"
 """What kind of concept it is, for the evaluation (dopsd/evaluation/prompts.py reads it)."""
 COLUMNS = ("source", "row", "image", "captions", "references", "repeats", "problems")
+_MOST_SHOWN = 50
+"""Faults that a person is shown at once."""
 _DOCUMENTS = ("README", "LICENSE", "LICENCE", "NOTICE", "COPYING", "ATTRIBUTION")
 
 
@@ -61,11 +63,16 @@ class Fault:
 
 
 class DataError(ValueError):
-    """All that is wrong with a data set, one line a fault."""
+    """All that is wrong with a data set (``faults``), one line a fault; of very many the first, and how many more."""
 
     def __init__(self, faults: Iterable[Fault]) -> None:
         self.faults: tuple[Fault, ...] = tuple(faults)
-        super().__init__("\n".join(map(str, self.faults)))
+        more = len(self.faults) - _MOST_SHOWN
+        lines = [*map(str, self.faults[:_MOST_SHOWN]), *([f"and {more:,} more"] if more > 0 else [])]
+        super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[type[DataError], tuple[tuple[Fault, ...]]]:
+        return type(self), (self.faults,)  # across processes: from the faults, not from the text
 
 
 @dataclass(frozen=True)
@@ -223,7 +230,7 @@ def _read_folder(folder: Path, any_folder: bool) -> tuple[list[Record], str]:
             expected = {*files}  # that no row mentions them is said already
     for record in records:
         if record.repeats is None:
-            image = record.image or ""
+            image = os.path.normpath(record.image) if record.image else ""
             record.repeats = next((times for place, times in repeats.items() if image.startswith(f"{place}/")), None)
     extra = [file for file in files if file not in expected and file not in layout.documents]
     return [*records, *(Record(file, 0, problems=[(None, describe_extra(file))]) for file in extra), *broken], read_as

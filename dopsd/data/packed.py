@@ -20,6 +20,7 @@ from .dialects import CAPTIONS
 from .folders import is_leftover, kohya_repeats, says_held_out, says_regularisation
 from .images import EXTENSIONS
 from .records import MAX_TEXT_BYTES, SHOWN, shown
+from .tables import names_pictures
 from .text import decoded, folded
 
 MAX_ROWS = 100_000
@@ -269,7 +270,8 @@ def _parquets(root: Path, files: Sequence[str]) -> list[str]:
     found = []
     for file in (file for file in files if file.lower().endswith(".parquet")):
         try:
-            packs = _picture_columns(pyarrow.parquet.read_schema(root / file))
+            schema = pyarrow.parquet.read_schema(root / file)
+            packs = _picture_columns(schema) and not names_pictures(schema, files)
         except Exception:  # pyarrow raises many kinds; what is wrong is said where it is read
             continue
         if packs:

@@ -43,7 +43,7 @@ def describe(variant: str, near: str, placeholder: str) -> str:
 
 def describe_none(captions: Iterable[str], placeholder: str) -> str:
     """What to say where no caption holds it: captions of other tools have a word of their own, or nothing."""
-    words = [set(re.findall(r"\w+", text)) for text in captions]
+    words = [set(re.findall(r"\w+", text.lower())) for text in captions]  # as --trigger takes them
     common = sorted(set.intersection(*words) - _SMALL)[:3] if words else []
     trigger = f"--trigger {common[0]} (every caption has {', '.join(common)})" if common else "--trigger WORD"
     return (

@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from .dialects import OWN, Reading, files_by_name, image_keys, reading_of
-from .records import KEYS, SHOWN, Record, describe_unknown, read_text, shown, to_record
+from .folders import HOLDOUT
+from .images import EXTENSIONS
+from .records import KEYS, MAX_TEXT_BYTES, SHOWN, Record, describe_unknown, read_text, shown, to_record
 
 TABLES = (".jsonl", ".csv", ".parquet")
 _MAX_BYTES = 256 << 20
 _MAX_PARQUET_ROWS = 10_000_000
+_TOGETHER = 1024
+"""Rows of a parquet that are in memory beside those that were read."""
 _Numbered = Iterable[tuple[int, Any]]
 _Faults = list[tuple[str | None, str]]
 
@@ -46,6 +50,8 @@ def read_rows(folder: Path, source: str, files: Sequence[str]) -> Table:
     if reading.fault:
         return Table([Record(source, 0, problems=[*whole.problems, (None, reading.fault)])], reading.name)
     place, known = source.rpartition("/")[0], files_by_name(files)
+    if folder.name == HOLDOUT and not (folder / HOLDOUT).exists():  # written from the data set's top
+        known = {f"{HOLDOUT}/{name}": file for name, file in known.items()} | known
     records = [_record(source, number, value, reading, place, known) for number, value in numbered]
     return Table([*([whole] if whole.problems else []), *records], reading.name, reading.ignored)
 
@@ -69,7 +75,8 @@ def _json_lines(folder: Path, source: str, whole: Record) -> Iterator[tuple[int,
 
 def _value(source: str, number: int, line: str) -> Any:
     try:
-        return json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant)
+        return _without_nulls(value) if isinstance(value, dict) else value
     except RecursionError:
         problem = "not valid JSON: nested too deeply; write one flat object"
     except ValueError as error:
@@ -99,9 +106,11 @@ def _csv(folder: Path, source: str, whole: Record) -> Iterator[tuple[int, Any]]:
     text = read_text(folder / source, whole, _MAX_BYTES)
     if text is None:
         return
-    head = text.partition("\n")[0][:10_000]
+    lines = io.StringIO(text, newline=None)  # CR alone ends a line too: "CSV (Macintosh)"
+    head = lines.readline()[:10_000]
+    lines.seek(0)
     comma = next((sign for sign in ",;\t" if set(next(csv.reader([head], delimiter=sign), ())) & {*image_keys()}), ",")
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=comma, strict=True)
+    rows = csv.reader(lines, delimiter=comma, strict=True)
     try:
         names = next(rows, [])
         _check_columns(names)
@@ -136,29 +145,90 @@ def _kept(names: Sequence[str], whole: Record) -> list[str]:
 
 
 def _parquet(folder: Path, source: str, whole: Record) -> Iterator[tuple[int, Any]]:
-    """Number and value of every row."""
+    """Number and value of every row; of columns that are left aside the first row has the names alone."""
     import pyarrow.parquet
 
+    rows: list[dict[str, Any]] = []
     try:
         with pyarrow.parquet.ParquetFile(folder / source) as file:
             names = file.schema_arrow.names
-            groups = (file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
-            if sum(groups) > _MAX_BYTES or file.metadata.num_rows > _MAX_PARQUET_ROWS:
-                raise ValueError("far too large; it should hold captions and paths only")
+            _check_parquet(file.metadata)
             if len(set(names)) < len(names):
                 raise ValueError("two columns have the same name")
-            columns = _kept(names, whole)
-            rows = file.read(columns=columns).to_pylist(maps_as_pydicts="strict") if columns else []
+            columns, ignored = _kept(names, whole), reading_of(names).ignored
+            aside = [name for name in columns if shown(name, SHOWN) in ignored]
+            columns = [name for name in columns if name not in aside]
+            leaves = (file.schema.column(i) for i in range(len(file.schema)))
+            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+        # As dictionaries, as they lie there: one text that a thousand rows have takes no more room than one.
+        with pyarrow.parquet.ParquetFile(folder / source, read_dictionary=texts) as file:
+            size = 0
+            for batch in file.iter_batches(_TOGETHER, columns=columns) if columns else ():
+                size += sum(_size_of_texts(*named) for named in zip(batch.schema.names, batch.columns, strict=True))
+                if size > _MAX_BYTES:
+                    raise ValueError("far too large; it should hold captions and paths only")
+                rows += batch.to_pylist(maps_as_pydicts="strict")
     # pyarrow raises errors of many kinds on damaged files, and all of them mean the same to a person.
     except Exception as error:
         problem = f"cannot be read as parquet: {shown(' '.join(str(error).split()), SHOWN)}; write it again"
         raise ValueError(problem) from None
     for number, row in enumerate(rows, start=1):
-        yield number, _without_nulls(row)
+        yield number, _without_nulls(row | dict.fromkeys(aside if number == 1 else (), True))
+
+
+def names_pictures(schema: Any, files: Sequence[str]) -> bool:
+    """Whether a parquet with these columns, beside ``files``, is a table of rows, though it has bytes too (a hash): one
+    of the keys that name a picture is a text there, no column holds pictures by its type or name, and pictures are
+    there."""
+    from pyarrow import types
+
+    def holds(column: Any) -> bool:
+        kind = column.type
+        if types.is_struct(kind):
+            return bool(kind.get_field_index("bytes") >= 0)
+        return column.name in image_keys() and (types.is_binary(kind) or types.is_large_binary(kind))
+
+    def names(column: Any) -> bool:
+        kind = column.type
+        kind = kind.value_type if types.is_list(kind) or types.is_dictionary(kind) else kind
+        return column.name in image_keys() and (types.is_string(kind) or types.is_large_string(kind))
+
+    pictured = any(Path(file).suffix.lower() in EXTENSIONS for file in files)
+    return pictured and any(map(names, schema)) and not any(map(holds, schema))
+
+
+def _check_parquet(about: Any) -> None:
+    """Raises ``ValueError`` for more than captions and paths need: bytes, rows, or values of a list."""
+    groups = [about.row_group(i) for i in range(about.num_row_groups)]
+    values = (group.column(i).num_values for group in groups for i in range(about.num_columns))
+    if (
+        sum(group.total_byte_size for group in groups) > _MAX_BYTES
+        or max([about.num_rows, *values]) > _MAX_PARQUET_ROWS
+    ):
+        raise ValueError("far too large; it should hold captions and paths only")
+
+
+def _size_of_texts(name: str, array: Any) -> int:
+    """Bytes of all texts of a column, also in lists and structs; raises ``ValueError`` for one that is no caption."""
+    from pyarrow import compute, types
+
+    kind = array.type
+    if types.is_dictionary(kind):
+        sizes = compute.binary_length(array.dictionary).take(array.indices)
+    elif types.is_struct(kind) or types.is_list(kind) or types.is_large_list(kind):
+        inside = array.flatten()
+        return sum(_size_of_texts(name, part) for part in (inside if types.is_struct(kind) else [inside]))
+    elif types.is_map(kind):
+        return _size_of_texts(name, array.keys) + _size_of_texts(name, array.items)
+    else:
+        return 0 if types.is_nested(kind) else int(array.nbytes)
+    if (most := compute.max(sizes).as_py() or 0) > MAX_TEXT_BYTES:
+        raise ValueError(f"{name} has {most >> 10:,} KiB in one cell, and {MAX_TEXT_BYTES >> 10} are read")
+    return compute.sum(sizes).as_py() or 0
 
 
 def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A table has every column in every row; a null there means what a missing key means in JSON."""
+    """A table has every column in every row, and so have JSON lines that were made of one; a null there is no value."""
     present = {key: value for key, value in row.items() if value is not None}
     if isinstance(present.get("captions"), dict):
         present["captions"] = {key: value for key, value in present["captions"].items() if value is not None}

@@ -25,8 +25,9 @@ from .records import SHOWN, composed, shown
 
 @dataclass(frozen=True)
 class Rewording:
-    """How captions that lack the placeholder get it. ``trigger``: the word in whose place it is written. ``wording``:
-    what becomes of a caption that has no such word, with ``{}`` for the caption. Near misses stay as they are."""
+    """How captions that lack the placeholder get it. ``trigger``: the word, in small letters or large, in whose place
+    it is written. ``wording``: what becomes of a caption that has no such word, with ``{}`` for the caption. Near
+    misses of the placeholder stay as they are."""
 
     placeholder: str
     trigger: str | None = None
@@ -39,7 +40,8 @@ class Rewording:
 
     def _text(self, text: str) -> str:
         if self.trigger is not None:
-            text = re.sub(rf"(?<!\w){re.escape(self.trigger)}(?!\w)", lambda _: self.placeholder, text)
+            whole = rf"(?<!\w){re.escape(self.trigger)}(?!\w)"
+            text = re.sub(whole, lambda _: self.placeholder, text, flags=re.IGNORECASE)
         if self.wording is not None and self.placeholder not in text:
             text = self.wording.replace("{}", text)
         return text
