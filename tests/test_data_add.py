@@ -184,8 +184,10 @@ def test_edited_settings_outlive_the_data_they_were_written_beside(tmp_path, pro
 
     brings = make(tmp_path / "brings", first=60)
     (brings / "train.yaml").write_text("max_steps: 3\n")
-    add_concept(brings, "mine", project, SETTINGS, replace=True)
+    said.clear()
+    add_concept(brings, "mine", project, SETTINGS, replace=True, say=said.append)
     assert own.read_text() == "max_steps: 3\n"
+    assert not any("kept" in line for line in said)
 
 
 def test_what_was_added_is_said_by_folder_and_what_to_know_of_it_too(tmp_path, project, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 from concept_folders import SETTINGS, faults_of, write_rows
 from foreign_folders import CAPTIONS, EXPECTED, pictures, read
 
+from dopsd.data import tables
 from dopsd.data.captions import uncaptioned
 from dopsd.data.manifest import DataError
 from dopsd.data.schema import validate_dataset
@@ -100,6 +101,13 @@ def test_a_small_parquet_does_not_become_a_large_table(tmp_path, where, size, co
     found = [problem for file, *_, problem in faults_of(tmp_path) if file == "metadata.parquet"]
     assert len(found) == 1
     assert said in found[0]
+
+
+def test_a_list_in_one_row_counts_as_long_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "_MAX_PARQUET_ROWS", 4000)
+    table = {"image": ["0.png"], "caption": ["[V]"], "references": [["0.png"] * 5000]}
+    pq.write_table(pa.table(table), pictures(tmp_path, 1) / "metadata.parquet")
+    assert any("far too large" in problem for *_, problem in faults_of(tmp_path))
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
