@@ -114,7 +114,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if was == is_now:
             continue
         if group in _WHAT_CHANGED:
-            how = "changed" if was and is_now else "is new" if is_now else "is gone"
+            begun = group == "init_from"  # which not every training has
+            how = "is new" if begun and was is None else "is gone" if begun and is_now is None else "changed"
             words.append(f"{_WHAT_CHANGED[group]} {how}")
             continue
         old, new = _flat(was, group), _flat(is_now, group)
