@@ -139,7 +139,7 @@ def test_what_is_said_fits_80_columns_and_can_be_pasted() -> None:
     roomy = "\n".join(proposals(made, choice, card_of("H100")))
     assert "Faster" in roomy
     assert "gradient_checkpointing: none" in roomy
-    assert "They fit 24 GB" in "\n".join(proposals(made, choice, card_of("24")))
+    assert "They fit (24 GB" in "\n".join(proposals(made, choice, card_of("24")))
 
 
 def test_the_page_is_made_of_its_numbers_and_they_are_todays() -> None:

@@ -58,13 +58,13 @@ def proposals(plan: Plan, choice: Choice, card: Card) -> Iterator[str]:
         yield f"Nothing known here fits {card.name}, with {RESERVE / 1e9:g} GB kept free."
         return
     if fits and not found.lines(choice):
-        yield f"They fit {card.name}."
+        yield f"They fit ({card.name})."
         return
     hours = plan.hours(found, card)
     if fits and hours >= plan.hours(choice, card):
-        yield f"They fit {card.name}."
+        yield f"They fit ({card.name})."
         return
-    yield f"They fit {card.name}. Faster:" if fits else f"They do not fit {card.name}. These do:"
+    yield f"They fit ({card.name}). Faster:" if fits else f"They do not fit ({card.name}). These do:"
     text = yaml.safe_dump(found.lines(choice), sort_keys=False)
     yield from (f"    {line}" for line in text.splitlines())
     peaks = ", ".join(f"{stage.name.partition(',')[0]} {stage.peak / 1e9:.1f}" for stage in plan.stages(found))
