@@ -85,21 +85,25 @@ def test_the_card_is_measured_where_something_is_planned_and_after_what_was_foun
     assert measured
 
 
-def test_what_is_asked_is_what_would_run(tmp_path: Path) -> None:
+def test_what_is_asked_is_what_would_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A concept's own settings over those of the file, and KEY=VALUE over both, as in a training."""
+    asked: list[int] = []
+    monkeypatch.setattr("dopsd.sizing.plan.plan_for", lambda settings, _: asked.append(settings.train.lora.rank))
     file = params(tmp_path, "z-image-turbo", load_settings(ROOT / "recipes/z-image-turbo.yaml").model.path)
     own = tmp_path / "data/concepts/big/train.yaml"
     own.parent.mkdir(parents=True)
     own.write_text("lora: {rank: 8}\n", encoding="utf-8")
 
-    def said(*overrides: str, concept: str | None = None) -> str:
-        return "\n".join(what_is_needed(file, tmp_path, card_of("24"), overrides, concept))
+    def ask(*overrides: str, concept: str | None = None) -> None:
+        list(what_is_needed(file, tmp_path, card_of("24"), overrides, concept))
 
-    plain = said()
-    assert said(concept="big") == said("train.lora.rank=8") != plain
-    assert said("train.lora.rank=64", concept="big") == plain
+    ask()
+    ask(concept="big")
+    ask("train.lora.rank=4")
+    ask("train.lora.rank=4", concept="big")
+    assert asked == [64, 8, 4, 4]
     own.write_text("ranks: 8\n", encoding="utf-8")
     with pytest.raises(SettingsError, match="ranks"):
-        said(concept="big")
+        ask(concept="big")
     with pytest.raises(SettingsError, match="No Name"):
-        said(concept="No Name")
+        ask(concept="No Name")
