@@ -11,16 +11,18 @@ from dopsd.evaluation.table import table_as_text
 from dopsd.export import Card
 from dopsd.models import Base, family_class, licence_of, teaching_of
 from dopsd.models.base import Request
-from dopsd.project import PLAN, read_result
+from dopsd.project import read_result
 
 _LISTED_LICENCES = ("apache-2.0", "mit", "openrail", "creativeml-openrail-m", "cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0")
 """Identifiers that a hub takes as a licence; any other is given as the name of one."""
 
 
 def card_of(
-    concept: str, settings: Settings, table: ConceptTable, run: Path, base: Base, example: tuple[Request, int, int]
-) -> Card:
-    """The card of the first method's adapter in ``run``. ``example``: a request with height and width."""
+    concept: str, settings: Settings, table: ConceptTable, run: Path, base: Base, example: tuple[Request, int, int],
+    start: str = "",
+) -> Card:  # fmt: skip
+    """The card of the first method's adapter in ``run``. ``example``: a request with height and width. ``start``: hash
+    of the file in ``train.init_from``."""
     train, (request, height, width) = settings.train, example
     call = family_class(settings.model).call(request, height, width, settings.evaluation.few)
     licence = settings.model.licence or licence_of(base.source)
@@ -50,7 +52,7 @@ def card_of(
             "teacher": f"{train.teacher.kind}, decay {train.teacher.decay}, guidance {train.teacher.guidance:g}",
             "replay": f"{train.replay.weight:g}",
             "seed": str(train.seed),
-            **({"begun from": _start_of(train.init_from, run)} if train.init_from else {}),
+            **({"begun from": f"{Path(train.init_from).name} (sha256 {start[:12]}...)"} if train.init_from else {}),
         },
         columns=columns,
         rows=rows,
@@ -69,9 +71,3 @@ def _context_of(settings: Settings) -> str:
     if teaching.context == "enhanced-prompt":
         return f"{teaching.context} (the teacher reads the caption {settings.model.context_variant!r})"
     return f"{teaching.context}{f', with{teaching.suffix}' if teaching.suffix else ''}"
-
-
-def _start_of(path: str, run: Path) -> str:
-    """The file's name, and the hash that says which one of that name."""
-    known: str = read_result(run / PLAN, "plan")["train"]["init_from"]
-    return f"{Path(path).name} (sha256 {known[:12]}...)"

@@ -53,18 +53,24 @@ def identify_base(settings: Settings, root: Path) -> None:
 
 def _plan(concept: str, settings: Settings, root: Path) -> None:
     """Settings and base -> ``plan.json``: what each stage's result is made of. The same, the same file."""
+    run = run_folder(concept, root)
+    write_json(run / PLAN, _made_of(run, settings, root))
+
+
+def _made_of(run: Path, settings: Settings, root: Path) -> dict[str, Any]:
+    """What each stage's result would be made of today. Raises ``AdapterError``, before anything is loaded, where
+    ``train.init_from`` is not what the settings train; a plan that was written has looked at it."""
     from dopsd.identity import plan_of
     from dopsd.models import open_base
     from dopsd.train.start import start_hash
 
-    run = run_folder(concept, root)
     start = start_hash(settings.train, root, run)
     made = plan_of(settings, open_base(settings.model, root), start)
-    if start and read_json(run / PLAN).get("train") != made["train"]:  # else it was looked at before
+    if start and read_json(run / PLAN).get("train") != made["train"]:
         from dopsd.train.student import check_start
 
         check_start(settings.train, settings.model, root)
-    write_json(run / PLAN, made)
+    return made
 
 
 # --- the stages -------------------------------------------------------------------------------------------------------
@@ -203,6 +209,7 @@ def register(concept: str, settings: Settings, root: Path) -> None:
     from dopsd.models import family_class, open_base
     from dopsd.tracking import send
     from dopsd.train.encode import first_requests
+    from dopsd.train.start import start_hash
 
     run, method = run_folder(concept, root), settings.train.methods[0]
     adapter = run / "adapters" / f"{method}.safetensors"
@@ -210,7 +217,7 @@ def register(concept: str, settings: Settings, root: Path) -> None:
     _check_trained(run, method, settings, root)
     base, family = open_base(settings.model, root, use="draw"), family_class(settings.model)
     requests = first_requests(table, settings, 2)
-    card = card_of(concept, settings, table, run, base, requests[0])
+    card = card_of(concept, settings, table, run, base, requests[0], start_hash(settings.train, root, run))
     dtype = getattr(torch, settings.export.dtype)
     export = export_trained(adapter, run / "export", card, family, base.source.folder, dtype)
     loaded = load_base(settings, root, use="draw")
@@ -296,13 +303,10 @@ def _read_validated(concept: str, settings: Settings, root: Path) -> tuple[Conce
 def _learnt_from(run: Path, settings: Settings, root: Path) -> tuple[Encoded, dict[str, Any]]:
     """What stage encode left, and what all methods trained on it have in common."""
     from dopsd.data.encoded import read_encoded
-    from dopsd.identity import common_parts, plan_of
-    from dopsd.models import open_base
-    from dopsd.train.start import start_hash
+    from dopsd.identity import common_parts
 
     encoded = read_encoded(run / "encoded")
-    plan = plan_of(settings, open_base(settings.model, root), start_hash(settings.train, root, run))
-    return encoded, common_parts(plan, encoded, settings.train.replay.weight > 0)
+    return encoded, common_parts(_made_of(run, settings, root), encoded, settings.train.replay.weight > 0)
 
 
 def _check_trained(run: Path, method: Method, settings: Settings, root: Path) -> None:

@@ -285,7 +285,7 @@ def test_every_stage_goes_by_the_file(tmp_path: Path, monkeypatch: pytest.Monkey
         return load_settings(root / "params.yaml", ("tracking.enabled=false", *changes))
 
     own, plain = settings("train.init_from=~/start.safetensors"), settings()
-    for stage in ("plan", "validate", "encode", "train", "evaluate", "register"):
+    for stage in ("validate", "encode", "train", "evaluate", "register"):  # none needs `dopsd plan` before it
         run_stage(stage, "blots", own, root)
     run = root / "runs/blots"
     adapter = load_file(run / "adapters/d-opsd.safetensors")
@@ -301,6 +301,13 @@ def test_every_stage_goes_by_the_file(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(StageError, match="was trained from other settings, data or base than today's"):
         run_stage("register", "blots", own, root)
     run_stage("train", "blots", own, root)
+    save_file({"x": torch.zeros(1)}, root / "odd.safetensors")
+    loads: list[bool] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("dopsd.train.job.load_family", lambda *_: loads.append(True))
+        with pytest.raises(AdapterError, match=r"train\.init_from: .*odd"):
+            run_stage("train", "blots", settings("train.init_from=odd.safetensors"), root)
+    assert not loads, "it is said before the base is loaded"
     run_stage("train", "blots", plain, root)
     made = {run.folder.name: run.made_of for run in runs_in(root, "blots")}
     chain = [made[f"d-opsd{which}"] for which in (".previous-1", ".previous-2", "")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import resource
 import subprocess
@@ -11,6 +12,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import yaml
+from prefect.deployments.steps.core import run_steps
 
 from dopsd.process import no_proxy_of, proxy_note, raise_open_files
 from dopsd.project import StageError, find_project
@@ -109,6 +112,9 @@ def test_a_flow_finds_the_project_wherever_its_worker_was_started(
     monkeypatch.chdir("/")
     monkeypatch.delenv("DOPSD_ROOT", raising=False)
     assert find_project() == {"folder": str(ROOT)}, "the clone that this is"
+    steps = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))["pull"]
+    assert asyncio.run(run_steps(steps))["directory"] == str(ROOT), "Prefect itself, as a worker does it"
+    monkeypatch.chdir("/")
     (tmp_path / "params.yaml").touch()
     monkeypatch.setenv("DOPSD_ROOT", str(tmp_path))
     assert find_project() == {"folder": str(tmp_path)}

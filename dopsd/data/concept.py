@@ -12,7 +12,7 @@ import yaml
 from filelock import FileLock
 
 from ..config import CONCEPTS, OWN_SETTINGS, DataSettings, SettingsError, concept_name
-from ..files import disk_full, is_disk_full, remove, size_of, whole_file
+from ..files import copy_files, disk_full, is_disk_full, remove, size_of, whole_file
 from .dvc_cache import heal_locks
 from .manifest import ConceptTable, concept_files
 from .needs import ANY, Needs
@@ -109,9 +109,7 @@ def _copy(
     folder: Path, name: str, partial: Path, settings: DataSettings, needs: Needs, tables: tuple[_Table, _Table]
 ) -> None:
     """Copy the data set's own files to ``partial`` and check that the copy is the same."""
-    for file in concept_files(folder):
-        (partial / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / file, partial / file)
+    copy_files(folder, concept_files(folder), partial)
     _with_own_settings(partial)
     copies = validate_dataset(partial, name, settings, needs)
     if [_hash(copy) for copy in copies] != [_hash(table) for table in tables]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import SettingsError
-from ..files import is_disk_full
+from ..files import copy_files, is_disk_full
 from .fetched import fetch, hub_name
 from .folders import HOLDOUT
 from .manifest import METADATA, ConceptTable, DataError, Fault, concept_files, layout_of
@@ -100,9 +100,7 @@ def as_folder(
         if found is not None:
             _unpack(source, *found, place, say)
         else:
-            for file in concept_files(source):
-                (place / file).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source / file, place / file)
+            copy_files(source, concept_files(source), place)
         yield place, found is not None
 
 
@@ -169,9 +167,7 @@ def _unpack(
                     raise PackedError(f"more than {MAX_ROWS:,} rows; give a part of it")
                 name = _save(item, place / HOLDOUT if held else place, rows[held])
                 print(json.dumps({"image": name, **item.row}), file=held_out if held else train)
-        for file in documents:
-            (place / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(root / file, place / file)
+        copy_files(root, documents, place)
     except PackedError as error:
         raise DataError([Fault(str(source), None, None, str(error))]) from None
     except OSError as error:
