@@ -137,13 +137,20 @@ def _train(concept: str, seed: int, row: Row, settings: Any) -> Path:
 
 def _evaluate(concept: str, seed: int, adapters: dict[str, Path], word: str | None = None) -> dict[str, Any]:
     """Base, teacher and adapters by the product's own evaluation; or with ``word`` the base alone, asked for that."""
+    metrics = evaluate_all(concept, seed, adapters, _settings(concept, seed, ROWS[0]), word)
+    return {key: metrics[key] for key in ("counts", "headline", "scores")}
+
+
+def evaluate_all(
+    concept: str, seed: int, adapters: dict[str, Path], settings: Any, word: str | None = None
+) -> dict[str, Any]:
+    """``metrics.json`` of base, teacher and adapters."""
     from dopsd.data.cache import EncodingCache
     from dopsd.data.schema import validate_dataset
     from dopsd.evaluation.suite import Subject, evaluate
     from dopsd.evaluation.world import world_of
     from dopsd.models import load_family, open_base
 
-    settings = _settings(concept, seed, ROWS[0])
     table, holdout = validate_dataset(ROOT / "data" / "concepts" / concept, concept, settings.data)
     subjects = [Subject("base", None)]
     if word is None:
@@ -155,11 +162,10 @@ def _evaluate(concept: str, seed: int, adapters: dict[str, Path], word: str | No
         rows = (replace(row, captions=captions) for row, captions in zip(holdout.rows, renamed, strict=True))
         holdout = replace(holdout, rows=tuple(rows))
     world = world_of(open_base(settings.model, ROOT, "train").source.folder)
-    metrics = evaluate(
+    return evaluate(
         load_family(settings.model, ROOT), table, holdout, world, subjects, settings,
         EncodingCache(ROOT / ".cache" / "encodings"), _evaluation(concept, seed, word),
     )  # fmt: skip
-    return {key: metrics[key] for key in ("counts", "headline", "scores")}
 
 
 def _evaluation(concept: str, seed: int, word: str | None = None) -> Path:

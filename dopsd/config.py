@@ -11,7 +11,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from dopsd.params import AtLeastOne, Beta, EachOnce, Pattern, Positive, Rate, Seed, Share, override, read_params
+from dopsd.params import (
+    AtLeastOne,
+    Beta,
+    EachOnce,
+    Pattern,
+    Positive,
+    Rate,
+    Seed,
+    Share,
+    override,
+    read_params,
+    read_prompts,
+)
 from dopsd.params import SettingsError as SettingsError
 
 Method = Literal["d-opsd", "sft", "sft-teacher", "off-policy"]
@@ -253,14 +265,22 @@ class EvaluationSettings(_Settings):
     steps: Annotated[tuple[Positive, ...], AtLeastOne, EachOnce] = (1, 2, 4, 8, 32)
     few_steps: Positive | None = None
     """The number of steps that the headline table is about, one of ``steps``; ``None``: the family's own."""
+    many_steps: Positive | None = None
+    """What few steps are compared with, one of ``steps``; ``None``: the family's own. Beyond what a model was distilled
+    for, more steps are no truth."""
     seed: Seed = 1234
     batch_size: Positive = 32
     max_prompts: Positive = 100
     """Concept prompts with a known truth (held-out rows of the data set)."""
     curve_prompts: Positive = 40
-    """Prompts for the step counts other than ``few_steps``."""
-    kept_prompts: Positive = 60
-    """Prompts of the base's own styles, for what was kept."""
+    """Prompts for the step counts other than ``few_steps``, and for a second noise."""
+    kept_prompts: str | tuple[str, ...] = "data/prompts/general.txt"
+    """A file of general prompts, a line each, or the prompts themselves: what the model should go on drawing as
+    the base does. ``()`` measures nothing of what was kept."""
+    kept_count: Positive = 60
+    """How many of them, in an order drawn by the seed."""
+    known_prompts: Positive = 60
+    """Prompts of the styles whose true pictures a base brings along (its ``world/``)."""
     prompts: tuple[str, ...] = ()
     """Extra prompts without a truth; used alone where a data set has no held-out rows."""
 
@@ -271,10 +291,25 @@ class EvaluationSettings(_Settings):
             raise ValueError("evaluation.few_steps is left to the family, and was not filled in")
         return self.few_steps
 
+    @property
+    def many(self) -> int:
+        """The number of many steps, of resolved settings."""
+        if self.many_steps is None:
+            raise ValueError("evaluation.many_steps is left to the family, and was not filled in")
+        return self.many_steps
+
+    @property
+    def kept_texts(self) -> tuple[str, ...]:
+        """The general prompts, of a concept's own settings (:meth:`Settings.of`)."""
+        if isinstance(self.kept_prompts, str):
+            raise ValueError("evaluation.kept_prompts names a file that was not read")
+        return self.kept_prompts
+
     @model_validator(mode="after")
     def _few_steps_listed(self) -> EvaluationSettings:
-        if self.few_steps is not None and self.few_steps not in self.steps:
-            raise ValueError(f"evaluation.few_steps ({self.few_steps}) must be one of evaluation.steps")
+        for key, steps in (("few_steps", self.few_steps), ("many_steps", self.many_steps)):
+            if steps is not None and steps not in self.steps:
+                raise ValueError(f"evaluation.{key} ({steps}) must be one of evaluation.steps")
         return self
 
     def missing_for(self, registry: RegistrySettings, few: int) -> str:
@@ -387,15 +422,23 @@ class Settings(_Settings):
         return self
 
     def of(self, concept: str, root: Path) -> Settings:
-        """These settings for one concept: its ``train.yaml`` over ``train``. Done twice it is the same. Raises
-        :class:`SettingsError` for a name that is none and for faults of that file."""
+        """These settings for one concept: its ``train.yaml`` over ``train``, and the general prompts read from their
+        file. Done twice it is the same. Raises :class:`SettingsError` for a name that is none and faults of a file."""
         path = root / CONCEPTS / concept_name(concept) / OWN_SETTINGS
         own = read_params(path) if path.is_file() else {}
         merged = _merged(_merged(self.train.model_dump(), own), self.overrides)
         try:  # whole: what a concept asks for may not go with the model's settings
-            return Settings.model_validate({**self.__dict__, "train": TrainSettings.model_validate(merged)})
+            train = TrainSettings.model_validate(merged)
+            return Settings.model_validate({**self.__dict__, "train": train, "evaluation": self._evaluation(root)})
         except ValidationError as error:
             raise SettingsError("\n".join(f"{path}: {_fault(fault)}" for fault in error.errors())) from None
+
+    def _evaluation(self, root: Path) -> EvaluationSettings:
+        """With the general prompts themselves in place of their file's name: results are made of them."""
+        if not isinstance(self.evaluation.kept_prompts, str):
+            return self.evaluation
+        prompts = read_prompts(root, self.evaluation.kept_prompts, "evaluation.kept_prompts")
+        return self.evaluation.model_copy(update={"kept_prompts": prompts})
 
 
 def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

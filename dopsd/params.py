@@ -81,6 +81,27 @@ def read_params(path: Path) -> dict[str, Any]:
     return raw or {}
 
 
+def read_prompts(root: Path, name: str, key: str) -> tuple[str, ...]:
+    """A file's prompts, each once: a line each, apart from empty ones and those that begin with ``#``. ``name``: of the
+    file, from ``root`` on; ``key``: the setting that says so. Raises :class:`SettingsError`."""
+    path = root / name
+    try:
+        if not path.is_file():
+            raise SettingsError(f"{key}: {path} is no file; name one with a prompt in each line, or list the prompts")
+        if path.stat().st_size > MAX_BYTES:
+            raise SettingsError(f"{key}: {path} is larger than {MAX_BYTES >> 20} MiB, so no list of prompts")
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise SettingsError(f"{key}: {path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{key}: {path} is not UTF-8 ({error}); save it as that") from None
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    prompts = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    if not prompts:
+        raise SettingsError(f"{key}: {path} holds no prompt; write one in each line")
+    return prompts
+
+
 class _KeyTwice(ValueError):
     """A key that stands twice in one group of a text."""
 

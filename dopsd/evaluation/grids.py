@@ -7,107 +7,135 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from dopsd.config import Settings
+from dopsd.data.pictures import Picture
 
+from .draws import Key
 from .naming import color_of, name_of
-from .prompts import Prompt
+from .prompts import KEPT, KNOWN, NEAR, Prompt
 
 SHOWN = 10
 """How many prompts the grids show."""
-MAX_TILE = 192
-"""Larger pictures are reduced to this side in grids and report."""
+MAX_TILE = 512
+"""Larger pictures are reduced to this side."""
+_GRID_TILE = 192
+_LOSSLESS = 128
+"""Up to this side a tile is a PNG: pixels of such pictures are looked at one by one."""
+
+Tiles = Mapping[Key, Mapping[int, Path]]
+"""Files of pictures, by the prompt's place in its split."""
 
 
 class Gallery:
-    """Collects the first pictures of every cell, then writes ``samples/`` and ``grids/`` into ``folder``."""
+    """Keeps a small copy of the pictures that somebody may want to see, in ``samples/`` below ``folder``; then draws
+    ``grids/``. Of the concept and the known styles the first prompts, with few steps from both noises, and the first
+    one alone with other steps; of what was to be kept, all with few steps: the worst of them are shown."""
 
     def __init__(
-        self, folder: Path, concept: Sequence[Prompt], kept: Sequence[Prompt], training: Sequence[Image.Image],
+        self, folder: Path, splits: Mapping[str, Sequence[Prompt]], training: Sequence[Picture],
         captions: Sequence[str], settings: Settings, models: Sequence[str],
     ) -> None:  # fmt: skip
-        self._folder, self._models = folder, list(models)
+        self._samples, self._grids, self._models = folder / "samples", folder / "grids", list(models)
         self._few, self._steps = settings.evaluation.few, sorted(settings.evaluation.steps)
-        self._prompts = {"concept": list(concept[:SHOWN]), "kept": list(kept[:SHOWN])}
-        self._training, self._captions = [_tile(image) for image in training], list(captions)
-        self._tiles: dict[tuple[str, str, int], list[Image.Image]] = {}
-        for split, prompts in self._prompts.items():
-            truths = [_tile(p.truth) for p in prompts if p.truth is not None]
-            if truths:
-                self._tiles[split, "real", 0] = truths
-            shown = [_together([r.load() for r in p.references]) for p in prompts if p.references]
-            if shown and len(shown) == len(prompts):
-                self._tiles[split, "reference", 0] = shown
-        self._settings = settings
+        self._splits, self._captions, self._settings = splits, list(captions), settings
+        self._tiles: dict[Key, dict[int, Path]] = {}
+        for split, prompts in splits.items():
+            for row, prompt in enumerate(prompts[:SHOWN]):
+                if prompt.truth is not None:
+                    self._keep(Key(split, "real", 0), row, prompt.true_picture())
+                if prompt.references:
+                    self._keep(Key(split, "reference", 0), row, _together([r.load() for r in prompt.references]))
+        for row, picture in enumerate(training):
+            self._keep(Key("training", "real", 0), row, picture.load())
 
-    def add(self, split: str, model: str, steps: int, images: Sequence[Image.Image]) -> None:
-        """Keep the first pictures of a cell."""
-        self._tiles[split, model, steps] = [_tile(image) for image in images[:SHOWN]]
+    def add(self, key: Key, rows: Sequence[int], images: Sequence[Image.Image]) -> None:
+        """Keep what is to be seen of some pictures of a cell."""
+        whole = key.split in (KEPT, NEAR) and key.steps == self._few
+        shown = len(self._splits[key.split]) if whole else SHOWN if key.steps == self._few or key.split == KEPT else 1
+        for row, image in zip(rows, images, strict=True):
+            if row < shown:
+                self._keep(key, row, image)
+
+    def _keep(self, key: Key, row: int, image: Image.Image) -> None:
+        tile = reduced(image.convert("RGB"), MAX_TILE)
+        small = max(tile.size) <= _LOSSLESS
+        name = f"{row:03d}.{'png' if small else 'webp'}"
+        path = self._samples / f"{key.split}-{key.model}-{key.steps}{f'-{key.noise}' if key.noise else ''}" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tile.save(path, **({"optimize": True} if small else {"quality": 90, "method": 2}))
+        self._tiles.setdefault(key, {})[row] = path
 
     def write(self) -> None:
-        """Write strips, their index and the labelled grids."""
-        self._write_samples()
-        grids = {}
-        for name, split in (("few_step", "concept"), ("kept", "kept")):
-            rows = [
-                (model, self._tiles[split, model, steps])
-                for model, steps in [("reference", 0), ("real", 0), *((model, self._few) for model in self._models)]
-                if (split, model, steps) in self._tiles
-            ]
-            if rows:
-                captions = [p.text for p in self._prompts[split]]
-                grids[name] = draw_grid(captions, rows, f"{self._few} steps, same noise for every model")
-        grids["steps"] = self._steps_grid()
-        (self._folder / "grids").mkdir(parents=True, exist_ok=True)
-        for name, grid in grids.items():
-            grid.save(self._folder / "grids" / f"{name}.png", optimize=True)
-
-    def _steps_grid(self) -> Image.Image:
-        rows = [
-            (model, [self._tiles["concept", model, steps][0] for steps in self._steps])
-            for model in self._models
-            if all(("concept", model, steps) in self._tiles for steps in self._steps)
-        ]
-        labels = [f"{steps} step{'s' if steps > 1 else ''}" for steps in self._steps]
-        return draw_grid(labels, rows, self._prompts["concept"][0].text)
-
-    def _write_samples(self) -> None:
-        folder = self._folder / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        index: dict[str, Any] = {
-            "prompts": {split: [p.text for p in captions] for split, captions in self._prompts.items()},
+        """Write the index of the samples, and the labelled grids."""
+        index = {
+            "prompts": {split: [p.text for p in prompts] for split, prompts in self._splits.items()},
             "captions": self._captions,
             "settings": self._settings.model_dump(mode="json"),
-            "strips": [],
+            "tiles": [
+                {
+                    **key._asdict(),
+                    "files": {str(row): str(path.relative_to(self._samples)) for row, path in files.items()},
+                }
+                for key, files in self._tiles.items()
+            ],
         }
-        strips = {**self._tiles, ("training", "real", 0): self._training}
-        for (split, model, steps), tiles in strips.items():
-            file = f"{split}-{model}-{steps}.png"
-            side = max(max(tile.size) for tile in tiles)
-            _strip(tiles, side).save(folder / file, optimize=True)
-            entry = {"split": split, "model": model, "steps": steps, "file": file, "side": side}
-            index["strips"].append(entry | {"sizes": [tile.size for tile in tiles]})
-        (folder / "index.json").write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        self._samples.mkdir(parents=True, exist_ok=True)
+        (self._samples / "index.json").write_text(json.dumps(index, ensure_ascii=False) + "\n", encoding="utf-8")
+        self._grids.mkdir(parents=True, exist_ok=True)
+        for name, split in (("few_step", "concept"), (KEPT, KEPT), (KNOWN, KNOWN)):
+            keys = [
+                Key(split, "reference", 0),
+                Key(split, "real", 0),
+                *(Key(split, m, self._few) for m in self._models),
+            ]
+            rows = [(key.model, [_opened(self._tiles[key][row]) for row in range(SHOWN) if row in self._tiles[key]])
+                    for key in keys if key in self._tiles]  # fmt: skip
+            if rows:
+                captions = [prompt.text for prompt in self._splits[split][:SHOWN]]
+                grid = draw_grid(captions, rows, f"{self._few} steps, same noise for every model")
+                grid.save(self._grids / f"{name}.png", optimize=True)
+        self._steps_grid().save(self._grids / "steps.png", optimize=True)
+
+    def _steps_grid(self) -> Image.Image:
+        rows = []
+        for model in self._models:
+            keys = [Key("concept", model, steps) for steps in self._steps]
+            if all(key in self._tiles for key in keys):
+                rows.append((model, [_opened(self._tiles[key][0]) for key in keys]))
+        labels = [f"{steps} step{'s' if steps > 1 else ''}" for steps in self._steps]
+        return draw_grid(labels, rows, self._splits["concept"][0].text)
 
 
-def read_strip(folder: Path, entry: dict[str, Any]) -> list[Image.Image]:
-    """The tiles of one strip of ``samples/index.json``."""
-    side = int(entry["side"])
-    with Image.open(folder / entry["file"]) as strip:
-        picture = strip.convert("RGB")
-    return [picture.crop((i * side, 0, i * side + w, h)) for i, (w, h) in enumerate(entry["sizes"])]
+def read_tiles(samples: Path, index: Mapping[str, Any]) -> dict[Key, dict[int, Path]]:
+    """The files of ``samples/``, by its ``index.json``; nothing outside of the folder is named."""
+    tiles: dict[Key, dict[int, Path]] = {}
+    for entry in index["tiles"]:
+        key = Key(str(entry["split"]), str(entry["model"]), int(entry["steps"]), int(entry["noise"]))
+        files = {int(row): samples / name for row, name in entry["files"].items()}
+        if not all(path.resolve().is_relative_to(samples.resolve()) for path in files.values()):
+            raise ValueError(f"{samples / 'index.json'}: names a file outside of {samples}")
+        tiles[key] = files
+    return tiles
 
 
-def _strip(tiles: Sequence[Image.Image], side: int) -> Image.Image:
-    strip = Image.new("RGB", (side * len(tiles), max(tile.height for tile in tiles)), "white")
-    for i, tile in enumerate(tiles):
-        strip.paste(tile, (i * side, 0))
-    return strip
+def reduced(image: Image.Image, side: int) -> Image.Image:
+    """With no side above ``side``, of the same shape."""
+    if max(image.size) <= side:
+        return image
+    small = image.copy()
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return small
+
+
+def _opened(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return reduced(image.convert("RGB"), _GRID_TILE)
 
 
 def _together(pictures: Sequence[Image.Image]) -> Image.Image:
@@ -121,14 +149,7 @@ def _together(pictures: Sequence[Image.Image]) -> Image.Image:
     for picture in scaled:
         strip.paste(picture, (left, 0))
         left += picture.width
-    return _tile(strip)
-
-
-def _tile(image: Image.Image) -> Image.Image:
-    tile = image.convert("RGB")
-    if max(tile.size) > MAX_TILE:
-        tile.thumbnail((MAX_TILE, MAX_TILE), Image.Resampling.LANCZOS)
-    return tile
+    return strip
 
 
 def draw_grid(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]], title: str) -> Image.Image:

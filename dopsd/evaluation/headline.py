@@ -1,28 +1,34 @@
-"""The numbers a person asks for first: how far to the teacher, how sharp, what was kept, does few-step still work.
+"""The numbers a person asks for first: did it learn, did it stay few-step, what was lost.
 
-All are ratios of means over prompts, with 95 % bootstrap intervals over prompts (paired: the same resamples for both).
+None of them needs to know the right picture; what a base's own world adds is named ``known``. With 95 % bootstrap
+intervals over prompts (paired: the same resamples for both sides of a comparison).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from .compare import Cells
+from .draws import Key
 from .naming import REFERENCES
+from .prompts import KEPT, KNOWN, NEAR
 from .scoring import Bootstrap, Cell, Scorer, Values, interval
 
-KEPT_SCORES = ("style", "cosine", "concept_top1", "concept_top5", "structure")
-"""Of these the lowest ratio is ``kept_lowest``; all of them are better when higher."""
-RETAINED_SCORES = ("style", "train_similarity", "cosine", "sharpness")
+KNOWN_SCORES = ("style", "cosine", "concept_top1", "concept_top5", "structure")
+"""Of these the lowest ratio is ``known_lowest``; all of them are better when higher."""
+RETAINED_SCORES = ("style", "likeness", "cosine", "sharpness")
 MIN_PROMPTS = 6
 """On fewer prompts chance alone too often puts a model between the base and its teacher."""
+MIN_REAL = 3
+"""Of fewer real pictures nobody knows how like each other they are."""
+COPY = 0.6
+"""Structural similarity from which on a sample may count as a copy of a training picture."""
 _LEAST = 0.05
 """Below this a score is nothing that could be retained: a ratio of two such values would be noise."""
-
-Cells = Mapping[tuple[str, str, int], Cell]
-"""(split, model, steps) to scores; the real pictures, and those through the autoencoder, have 0 steps."""
 
 
 class Numbers:
@@ -36,53 +42,170 @@ class Numbers:
         """One number, rounded to what its interval can bear. NaN and infinity are left out."""
         if not np.isfinite(value):
             return
-        self.values[key] = _round(value)
+        self.values[key] = round_(value)
         if resampled is not None:
-            self.intervals[key] = [_round(bound) for bound in interval(resampled)]
+            self.intervals[key] = [round_(bound) for bound in interval(resampled)]
 
 
 def scores_of(cell: Cell, kid: float | None, bootstrap: Bootstrap) -> Numbers:
     """Mean and interval of every score of a cell. The distribution's distance belongs to the set: no interval."""
     numbers = Numbers()
     for key, values in cell.values.items():
+        if key == "nearest":  # a place, no score
+            continue
         numbers.add(key, float(values.mean()), bootstrap.means(values))
     if kid is not None:
         numbers.add("kid", kid, None)
     return numbers
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Which numbers of steps are compared, and on how many prompts those that are drawn with others than few."""
+
+    few: int
+    many: int
+    curve: int
+
+
 def headline(
-    cells: Cells, models: Sequence[str], few: int, most: int, curve: int, bootstrap: Bootstrap, omitted: dict[str, str]
+    cells: Cells, models: Sequence[str], real: Values, asked: Asked, bootstrap: Bootstrap, omitted: dict[str, str]
 ) -> dict[str, Numbers]:
     """The headline numbers of every model that was run; why one is missing goes into ``omitted``.
 
-    ``few`` and ``most``: the numbers of steps compared; ``curve``: on how many prompts retention is measured.
+    ``real``: how like the training pictures real pictures of the concept are.
     """
     out = {}
     for model in models:
         numbers = Numbers()
         if model not in REFERENCES:
-            _gap(numbers, cells, model, few, bootstrap, omitted)
-            _ratio(numbers, "sharpness_vs_base", cells, model, "concept", "sharpness", few, bootstrap)
-            _ratio(
-                numbers, "sharpness_vs_decoded", cells, model, "concept", "sharpness", few, bootstrap, ("decoded", 0)
-            )
-            _kept(numbers, cells, model, few, bootstrap)
-        many = cells.get(("concept", model, most))
-        _retention(numbers, cells[("concept", model, few)].first(curve), many and many.first(curve), bootstrap)
+            _learnt(numbers, cells, model, real, asked, bootstrap, omitted)
+            _gap(numbers, cells, model, asked.few, bootstrap, omitted)
+            _kept(numbers, cells, model, asked, bootstrap)
+            _few_step(numbers, cells, model, real, asked, bootstrap, omitted)
+            for name, split, over in (("sharpness_vs_base", "concept", ("base", asked.few)),
+                                      ("sharpness_vs_decoded", "concept", ("decoded", 0)),
+                                      ("kept_sharpness", KEPT, ("base", asked.few))):  # fmt: skip
+                _ratio(numbers, name, cells, Key(split, model, asked.few), Key(split, *over), "sharpness", bootstrap)
+            _ratio(numbers, "diversity", cells, Key("concept", model, asked.few, 1),
+                   Key("concept", "base", asked.few, 1), "diversity", bootstrap)  # fmt: skip
+            _copied(numbers, cells, model, asked.few, bootstrap)
+            _known(numbers, cells, model, asked.few, bootstrap)
+        many = cells.get(Key("concept", model, asked.many))
+        few = cells[Key("concept", model, asked.few)].first(asked.curve)
+        _retention(numbers, few, many and many.first(asked.curve), bootstrap)
         out[model] = numbers
     return out
 
 
 def style_score(cells: Cells, few: int) -> str:
-    """The score that says "is in the new style": the probe, or similarity to the training pictures without one."""
-    return "style" if "style" in cells[("concept", "base", few)].values else "train_similarity"
+    """The score that says "is in the new style": the probe, or likeness to the training pictures without one."""
+    return "style" if "style" in cells[Key("concept", "base", few)].values else "likeness"
+
+
+def _lead(base: Values, real: Values, bootstrap: Bootstrap) -> tuple[float, Values] | None:
+    """How much liker the training pictures real ones are than the base's: the mean and resamples; ``None`` where that
+    may be chance."""
+    if len(base) < MIN_PROMPTS or len(real) < MIN_REAL:
+        return None
+    resampled = bootstrap.means(real) - bootstrap.means(base)
+    lead = float(real.mean() - base.mean())
+    return (lead, resampled) if lead > 0 and interval(resampled)[0] > 0 else None
+
+
+def _learnt(
+    numbers: Numbers, cells: Cells, model: str, real: Values, asked: Asked, bootstrap: Bootstrap,
+    omitted: dict[str, str],
+) -> None:  # fmt: skip
+    """How far from the base's likeness to that of real pictures the tuned model's goes, from the same noise."""
+    base, tuned = (cells[Key("concept", name, asked.few)].values["likeness"] for name in ("base", model))
+    gain = tuned - base
+    numbers.add("likeness_gain", float(gain.mean()), bootstrap.means(gain))
+    lead = _lead(base, real, bootstrap)
+    if lead is None:
+        omitted["learnt"] = _no_lead(base, real)
+        return
+    numbers.add("learnt", float(gain.mean()) / lead[0], _divide(bootstrap.means(gain), lead[1]))
+
+
+def _no_lead(base: Values, real: Values) -> str:
+    if len(base) < MIN_PROMPTS:
+        return f"{len(base)} prompts are too few to tell it from chance; {MIN_PROMPTS} are needed"
+    if len(real) < MIN_REAL:
+        return f"{len(real)} real pictures are too few to say how like each other they are; {MIN_REAL} are needed"
+    return (
+        "the untuned base's pictures are already as like the training pictures as real ones are, as far as can be told"
+    )
+
+
+def _kept(numbers: Numbers, cells: Cells, model: str, asked: Asked, bootstrap: Bootstrap) -> None:
+    """What is left of the base's own pictures, 1 all and 0 no more than of another noise."""
+    for name, split, steps in (
+        ("kept", KEPT, asked.few),
+        ("kept_many", KEPT, asked.many),
+        ("kept_near", NEAR, asked.few),
+    ):
+        values = kept_values(cells, split, model, steps)
+        if values is not None:
+            numbers.add(name, float(values.mean()), bootstrap.means(values))
+
+
+def kept_values(cells: Cells, split: str, model: str, steps: int) -> Values | None:
+    """Per prompt, the mean over the noises that all of them were drawn from."""
+    found = [cells.get(Key(split, model, steps, noise)) for noise in (0, 1)]
+    values = [cell.values["kept"] for cell in found if cell is not None and "kept" in cell.values]
+    whole = [each for each in values if len(each) == len(values[0])]
+    return np.asarray(np.mean(whole, 0)) if whole else None
+
+
+def few_step_values(cells: Cells, model: str, asked: Asked) -> dict[str, Values]:
+    """How much less of a score a model has in few steps than in many, less what the base has less of it: per prompt, 0
+    where tuning cost no few-step quality, below it where it did. ``new``: likeness, ``old``: kept."""
+    if asked.few == asked.many:
+        return {}
+    out = {}
+    for name, split, score in (("new", "concept", "likeness"), ("old", KEPT, "kept")):
+        found = [cells.get(Key(split, who, steps)) for who in (model, "base") for steps in (asked.few, asked.many)]
+        if all(cell is not None and score in cell.values for cell in found):
+            mine, more, its, its_more = (cell.first(asked.curve).values[score] for cell in found if cell is not None)
+            out[name] = (mine - more) - (its - its_more)
+    return out
+
+
+def _few_step(
+    numbers: Numbers, cells: Cells, model: str, real: Values, asked: Asked, bootstrap: Bootstrap,
+    omitted: dict[str, str],
+) -> None:  # fmt: skip
+    found = few_step_values(cells, model, asked)
+    if not found:
+        omitted["few_step"] = "evaluation.many_steps is no more than few_steps"
+    if "old" in found:
+        numbers.add("few_step_old", float(found["old"].mean()), bootstrap.means(found["old"]))
+    lead = _lead(cells[Key("concept", "base", asked.few)].values["likeness"], real, bootstrap)
+    if "new" in found and lead is not None:
+        numbers.add("few_step_new", float(found["new"].mean()) / lead[0], bootstrap.means(found["new"]) / lead[0])
+    few, many = (Key("concept", model, steps) for steps in (asked.few, asked.many))
+    its = [cells.get(key._replace(model="base")) for key in (few, many)]
+    own = [cells.get(key) for key in (few, many)]
+    if found and all(own) and all(its):
+        four = [cell.first(asked.curve).values["sharpness"] for cell in (*own, *its) if cell is not None]
+        means = [bootstrap.means(values) for values in four]
+        a, b, c, d = (values.mean() for values in four)
+        if min(b, c, d) > 0:
+            numbers.add("few_step_sharpness", (a / b) / (c / d), _divide(means[0] * means[3], means[1] * means[2]))
+
+
+def _copied(numbers: Numbers, cells: Cells, model: str, few: int, bootstrap: Bootstrap) -> None:
+    """Which share of the samples is nearer to a training picture than any of the base's is."""
+    base, tuned = (cells[Key("concept", name, few)].values["copy"] for name in ("base", model))
+    over = (tuned > max(float(base.max()), COPY)).astype(np.float64)
+    numbers.add("copied", float(over.mean()), bootstrap.means(over))
 
 
 def _gap(numbers: Numbers, cells: Cells, model: str, few: int, bootstrap: Bootstrap, omitted: dict[str, str]) -> None:
     """Which share of the way from the untuned base to its teacher the tuned model goes."""
-    base, teacher = cells.get(("concept", "base", few)), cells.get(("concept", "teacher", few))
-    tuned = cells[("concept", model, few)]
+    base, teacher = cells.get(Key("concept", "base", few)), cells.get(Key("concept", "teacher", few))
+    tuned = cells[Key("concept", model, few)]
     if base is None or teacher is None:
         omitted["gap_closed"] = "base and teacher were not both evaluated"
         return
@@ -104,28 +227,28 @@ def _gap(numbers: Numbers, cells: Cells, model: str, few: int, bootstrap: Bootst
         numbers.add(name, (c.mean() - a.mean()) / (b.mean() - a.mean()), _divide(mine - low, high - low))
 
 
-def _kept(numbers: Numbers, cells: Cells, model: str, few: int, bootstrap: Bootstrap) -> None:
-    if ("kept", model, few) not in cells or ("kept", "base", few) not in cells:
-        return
-    for key in (*KEPT_SCORES, "sharpness", "mse"):
-        _ratio(numbers, f"kept_{key}", cells, model, "kept", key, few, bootstrap)
-    ratios = {key: numbers.values[f"kept_{key}"] for key in KEPT_SCORES if f"kept_{key}" in numbers.values}
+def _known(numbers: Numbers, cells: Cells, model: str, few: int, bootstrap: Bootstrap) -> None:
+    """The scores against the true pictures of old styles, over the base's."""
+    own, base = Key(KNOWN, model, few), Key(KNOWN, "base", few)
+    for key in (*KNOWN_SCORES, "sharpness", "mse"):
+        _ratio(numbers, f"known_{key}", cells, own, base, key, bootstrap)
+    ratios = {key: numbers.values[f"known_{key}"] for key in KNOWN_SCORES if f"known_{key}" in numbers.values}
     if ratios:
         lowest = min(ratios, key=lambda key: ratios[key])
-        numbers.values["kept_lowest"] = ratios[lowest]
-        numbers.intervals["kept_lowest"] = numbers.intervals[f"kept_{lowest}"]
+        numbers.values["known_lowest"] = ratios[lowest]
+        numbers.intervals["known_lowest"] = numbers.intervals[f"known_{lowest}"]
 
 
 def _ratio(
-    numbers: Numbers, name: str, cells: Cells, model: str, split: str, key: str, few: int, bootstrap: Bootstrap,
-    over: tuple[str, int] | None = None,
+    numbers: Numbers, name: str, cells: Cells, own: Key, other: Key, score: str, bootstrap: Bootstrap
 ) -> None:  # fmt: skip
-    """The model's mean over the base's, or over that of another (model, steps)."""
-    base, tuned = cells.get((split, *(over or ("base", few)))), cells[(split, model, few)]
-    if base is None or key not in base.values or key not in tuned.values or base.values[key].mean() == 0:
+    """The mean of one cell over that of another, where both have the score."""
+    tuned, base = cells.get(own), cells.get(other)
+    if tuned is None or base is None or score not in tuned.values or score not in base.values:
         return
-    resampled = _divide(bootstrap.means(tuned.values[key]), bootstrap.means(base.values[key]))
-    numbers.add(name, tuned.values[key].mean() / base.values[key].mean(), resampled)
+    mine, its = tuned.values[score], base.values[score]
+    if its.mean() > 0:
+        numbers.add(name, mine.mean() / its.mean(), _divide(bootstrap.means(mine), bootstrap.means(its)))
 
 
 def _retention(numbers: Numbers, few: Cell, most: Cell | None, bootstrap: Bootstrap) -> None:
@@ -143,7 +266,8 @@ def _divide(a: Values, b: Values) -> Values:
     return np.divide(a, b, out=np.full_like(a, np.nan), where=b > 0)
 
 
-def _round(value: Any) -> float:
+def round_(value: Any) -> float:
+    """To five digits: more is below what any interval can bear."""
     return float(f"{float(value):.5g}")
 
 
@@ -151,8 +275,8 @@ def split_numbers(
     cells: Cells, scorers: Mapping[str, Scorer], split: str, steps: int, bootstrap: Bootstrap
 ) -> dict[str, Numbers]:
     """The scores of every model on one split at ``steps`` (and of the real pictures, which have 0 steps)."""
-    out = {}
-    for (its_split, model, its_steps), cell in cells.items():
-        if its_split == split and its_steps in (steps, 0):
-            out[model] = scores_of(cell, scorers[split].kid(cell, model == "real"), bootstrap)
-    return out
+    return {
+        key.model: scores_of(cell, scorers[split].kid(cell, key.model == "real"), bootstrap)
+        for key, cell in cells.items()
+        if key.split == split and key.steps in (steps, 0) and key.noise == 0
+    }

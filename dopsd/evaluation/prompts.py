@@ -1,13 +1,16 @@
-"""What the models are asked: the concept's prompts and the old styles', with the truth where it is known.
+"""What the models are asked: the concept's prompts, and what has nothing to do with it; with the truth where known.
 
-Two splits. ``concept``: held-out rows of the data set (or, without any, prompts of the settings that have no truth).
-``kept``: the base's own styles on concepts that it knows. Order is drawn from ``evaluation.seed``; tables, curves and
-grids take the first ones, so that nothing is picked by hand.
+Four splits. ``concept``: held-out rows of the data set (or, without any, prompts of the settings that have no truth).
+``kept``: general prompts, of ``evaluation.kept_prompts``. ``near``: the concept's captions without its placeholder.
+``known``: styles whose true pictures a base brings along, on things that it knows. Order is drawn from
+``evaluation.seed``; tables, curves and grids take the first ones, so that nothing is picked by hand. What replay
+rehearses is asked in none of the last three, replay on or off: numbers with and without it are of the same prompts.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -33,25 +36,27 @@ class EvaluationError(ValueError):
 
 @dataclass(frozen=True)
 class Kind:
-    """What a concept is. ``style``: the world's style that it shows, where the world has it."""
+    """What a concept is. ``style``: the world's style that it shows, where the world has it. ``label``: what a subject
+    is one of, "dog"."""
 
     kind: Literal["style", "subject"] | None = None
     style: str | None = None
+    label: str | None = None
 
 
 @dataclass(frozen=True)
 class Prompt:
     """One request. ``number`` decides its noise: the same for every model and number of steps.
 
-    ``truth``: the right picture, ``height x width``. ``concept``: its index in the world. ``style``: the world's style
-    that is asked for. ``row``: the data's row that it comes from; ``references``: what is to be edited.
+    ``truth``: the right picture, ``height x width``, decoded when it is looked at. ``concept``: its index in
+    the world. ``style``: the world's style that is asked for. ``row``: the data's row that it comes from; ``references``: what is to be edited.
     """
 
     text: str
     number: int
     height: int
     width: int
-    truth: Image.Image | None = None
+    truth: Picture | Image.Image | None = None
     concept: int | None = None
     style: str | None = None
     row: Row | None = None
@@ -62,8 +67,21 @@ class Prompt:
         """What the models are told."""
         return EncodingRequest(self.text, self.references)
 
+    def true_picture(self) -> Image.Image:
+        """The right picture; there must be one."""
+        assert self.truth is not None
+        return self.truth.load() if isinstance(self.truth, Picture) else self.truth
 
+
+KEPT, NEAR, KNOWN = "kept", "near", "known"
+"""The splits that nothing is to be learnt of."""
+MAX_LABEL = 80
+NEAR_PROMPTS = 20
+"""At most so many prompts near the concept."""
+_IN_STYLE = r",?\s*(?:\b(?:drawn |painted )?in )?(?:\b(?:a|the) )?(?:TOKEN[ -]style\b|\bstyle of TOKEN)"
 _MAX_KIND_BYTES = 64 << 10
+_FIRST = {KNOWN: 100_000, KEPT: 200_000, NEAR: 300_000}
+"""The number of a split's first prompt: every prompt has a noise of its own."""
 
 
 def read_kind(table: ConceptTable, world: World | None) -> Kind:
@@ -82,10 +100,13 @@ def read_kind(table: ConceptTable, world: World | None) -> Kind:
         raise EvaluationError(f"{path}: not readable as JSON ({error}); correct it or remove it") from None
     kind = value.get("kind") if isinstance(value, dict) else None
     style = value.get("style") if isinstance(value, dict) else None
+    label = value.get("label") if isinstance(value, dict) else None
+    if label is not None and (not isinstance(label, str) or not label.strip() or len(label) > MAX_LABEL):
+        raise EvaluationError(f'{path}: "label" must be a word or two, found {str(label)[:40]!r}')
     if kind not in ("style", "subject"):
         raise EvaluationError(f'{path}: "kind" must be "style" or "subject", found {kind!r}')
     if kind == "subject" or style is None or world is None:
-        return Kind(kind, None)
+        return Kind(kind, None, label if kind == "subject" else None)
     if style not in world.pictures:
         raise EvaluationError(f'{path}: unknown "style" {style!r}; the world has {", ".join(world.pictures)}')
     return Kind(kind, style)
@@ -113,7 +134,8 @@ def concept_prompts(
             row.student_captions(teachers)[0], number, height, width, row=row, references=references_of(row, limit)
         )
         if known is holdout:
-            truth, concept = fit_image(picture, (width, height)), places.get(picture_key(picture))
+            truth = Picture(row.image, limit, (width, height))
+            concept = places.get(picture_key(picture)) if places else None
             prompt = replace(prompt, truth=truth, concept=concept, style=kind.style)
         prompts.append(prompt)
     if kind.style is not None and not all(prompt.concept is not None for prompt in prompts):
@@ -122,7 +144,57 @@ def concept_prompts(
     return prompts
 
 
-def kept_prompts(world: World | None, concept: Sequence[Prompt], settings: Settings) -> list[Prompt]:
+def kept_prompts(settings: Settings) -> list[Prompt]:
+    """The general prompts, ``kept_count`` of them in an order drawn by the seed."""
+    texts, side = _not_rehearsed(settings.evaluation.kept_texts, settings), settings.data.resolution
+    order = np.random.default_rng(settings.evaluation.seed + 3).permutation(len(texts))
+    chosen = [texts[i] for i in order[: settings.evaluation.kept_count]]
+    return [Prompt(text, _FIRST[KEPT] + number, side, side) for number, text in enumerate(chosen)]
+
+
+def rehearsed_of(settings: Settings) -> int:
+    """How many of the general prompts are left out, as replay rehearses them."""
+    texts = settings.evaluation.kept_texts
+    return len(texts) - len(_not_rehearsed(texts, settings))
+
+
+def near_prompts(table: ConceptTable, kind: Kind, settings: Settings) -> list[Prompt]:
+    """The captions of the training pictures without the placeholder: what the concept may have leaked into."""
+    if any(row.references for row in table.rows):
+        return []  # an edit's caption without its picture says nothing
+    captions = [row.student_captions(settings.model.teacher_variant)[0] for row in table.rows]
+    without = [without_placeholder(text, settings.data.placeholder, kind.label) for text in captions]
+    texts = _not_rehearsed(tuple(dict.fromkeys(text for text in without if text)), settings)[:NEAR_PROMPTS]
+    side = settings.data.resolution
+    return [Prompt(text, _FIRST[NEAR] + number, side, side) for number, text in enumerate(texts)]
+
+
+def without_placeholder(caption: str, placeholder: str, label: str | None = None) -> str:
+    """What a caption says beside the concept. ``label``: what the concept is one of, to stand in its place; without it
+    the words go that only say "in the style": ``"a fox in [V] style"`` is ``"a fox"``. Empty where nothing is left."""
+    if placeholder not in caption:
+        return ""
+    if label:
+        text = caption.replace(placeholder, label)
+    else:
+        token = re.escape(placeholder)
+        text = re.sub(_IN_STYLE.replace("TOKEN", token), "", caption, flags=re.IGNORECASE)
+        text = re.sub(rf"(?:\b(?:a|an|the)\s+)?{token}", "", text, flags=re.IGNORECASE)
+    return " ".join(re.sub(r"\s+([,.;:])", r"\1", text).split()).strip(" ,;:")
+
+
+def _not_rehearsed(texts: Sequence[str], settings: Settings) -> list[str]:
+    """Without what replay's prompts say, whatever its weight."""
+    rehearsed = {_plain(text) for text in settings.train.replay.prompts}
+    return [text for text in texts if _plain(text) not in rehearsed]
+
+
+def _plain(text: str) -> str:
+    """Letters and digits alone, in lower case: commas and capitals make no other prompt."""
+    return "".join(character for character in text.casefold() if character.isalnum())
+
+
+def known_prompts(world: World | None, concept: Sequence[Prompt], settings: Settings) -> list[Prompt]:
     """The base's own styles in turn, on known concepts: first those of ``concept`` (fewer to hide from the probe)."""
     if world is None:
         return []
@@ -130,26 +202,23 @@ def kept_prompts(world: World | None, concept: Sequence[Prompt], settings: Setti
     draw = np.random.default_rng(settings.evaluation.seed + 1)
     shared = [p.concept for p in concept if p.concept in known]
     others = [int(i) for i in draw.permutation(sorted(known - set(shared)))]
-    pool = [i for i in [*shared, *others] if i is not None][: max(settings.evaluation.kept_prompts, 1)]
-    side = settings.data.resolution
-    replay = settings.train.replay
-    learnt = set(replay.prompts) if replay.weight > 0 else set()  # of what was just learnt nothing need be kept
+    count, side = settings.evaluation.known_prompts, settings.data.resolution
+    pool = [i for i in [*shared, *others] if i is not None][:count]
     prompts: list[Prompt] = []
     # every turn through the pool shifts the styles by one, so no pair comes twice
     for turn, (place, index) in product(range(len(world.styles)), enumerate(pool)):
         style = world.styles[(place + turn) % len(world.styles)]
         text = world.captions[style][index]
-        if text not in learnt and len(prompts) < settings.evaluation.kept_prompts:
+        if len(prompts) < count and _not_rehearsed([text], settings):
             truth = fit_image(world_picture(world, style, index), (side, side))
-            prompts.append(Prompt(text, 100_000 + len(prompts), side, side, truth, index, style))
+            prompts.append(Prompt(text, _FIRST[KNOWN] + len(prompts), side, side, truth, index, style))
     return prompts
 
 
-def training_pictures(table: ConceptTable, settings: Settings) -> list[Image.Image]:
-    """The data set's pictures as they are trained on."""
+def training_pictures(table: ConceptTable, settings: Settings) -> list[Picture]:
+    """The data set's pictures as they are trained on, decoded when they are looked at."""
     side, limit = settings.data.resolution, settings.data.max_pixels
-    pictures = [load_image(row.image, limit) for row in table.rows]
-    return [fit_image(picture, bucket_size(*picture.size, side)) for picture in pictures]
+    return [Picture(row.image, limit, bucket_of(row, side, limit)) for row in table.rows]
 
 
 def teacher_requests(

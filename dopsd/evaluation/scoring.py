@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,8 +11,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from dopsd.data.pictures import Picture
+from dopsd.distill.drawing import batch_of
+
 from . import metrics
 from .backbones import FeatureStore
+from .copies import Copies
+from .draws import by_size
 from .probe import StyleProbe, world_picture
 from .prompts import Prompt
 from .world import World
@@ -21,53 +25,64 @@ from .world import World
 Values = NDArray[np.float64]
 MIN_KID = 10
 """With fewer pictures on a side a distance of distributions is mere chance."""
+BATCH = 64
+"""Small pictures that are looked at together; large ones come alone."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The scores of one model at one number of steps on the first N prompts of a split.
+    """What is known of one model's pictures of the first N prompts of a split.
 
-    ``values``: score to ``[N]``. ``content``: the samples' content features ``[N, D]``, for the scores of sets.
+    ``values``: score to ``[N]``. ``features``: backbone to ``[N, D]``, the first one's first.
     """
 
     values: dict[str, Values]
-    content: Tensor = field(repr=False)
+    features: dict[str, Tensor] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.features.values())))
 
     def first(self, count: int) -> Cell:
         """The same on the first ``count`` prompts only."""
-        return Cell({key: value[:count] for key, value in self.values.items()}, self.content[:count])
+        values = {key: value[:count] for key, value in self.values.items()}
+        return Cell(values, {name: each[:count] for name, each in self.features.items()})
 
 
-def by_size(prompts: Sequence[Prompt]) -> dict[tuple[int, int], list[int]]:
-    """Positions of the prompts of each (height, width)."""
-    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for i, prompt in enumerate(prompts):
-        groups[prompt.height, prompt.width].append(i)
-    return dict(groups)
+def in_order(parts: Sequence[tuple[Sequence[int], Cell]]) -> Cell:
+    """One cell of several that hold the rows beside them, in the order of the rows."""
+    order = np.argsort(np.concatenate([np.asarray(rows, dtype=np.int64) for rows, _ in parts]))
+    cells = [cell for _, cell in parts]
+    values = {key: np.concatenate([cell.values[key] for cell in cells])[order] for key in cells[0].values}
+    features = {name: torch.cat([cell.features[name] for cell in cells])[order] for name in cells[0].features}
+    return Cell(values, features)
 
 
 class Scorer:
     """The scores of one split. Which ones there are follows from what is known of it (:attr:`omitted` says why not).
 
-    ``evaluated``: concepts of the world that any split asks for; the distribution is compared with the others.
+    Pictures are measured batch by batch (:meth:`measure`) and dropped; what is compared by features alone comes when
+    all are there (:meth:`scored`). ``evaluated``: concepts of the world that any split asks for; the distribution is
+    compared with the others.
     """
 
     def __init__(
         self,
         prompts: Sequence[Prompt],
-        features: FeatureStore,
-        training: Sequence[Image.Image],
+        stores: Sequence[FeatureStore],
+        training: Sequence[Picture],
         probe: StyleProbe | None,
         world: World | None,
         evaluated: Sequence[int],
     ) -> None:
-        self.prompts, self.features, self.probe = list(prompts), features, probe
+        self.prompts, self.stores, self.probe = list(prompts), list(stores), probe
+        self.features = self.stores[0]
         self.omitted: dict[str, str] = {}
-        self._training = features.content(features(training))
-        truths = [p.truth for p in prompts if p.truth is not None]
-        self._has_truth = len(truths) == len(prompts) > 0
-        self._truth = features.content(features(truths)) if self._has_truth else None
-        self._energy = float(_energies(truths if self._has_truth else training).mean())
+        self.training = {store.backbone.name: features_of(store, training) for store in stores}
+        self._copies = Copies(training, self.training[self.features.backbone.name])
+        self._has_truth = len(prompts) > 0 and all(prompt.truth is not None for prompt in prompts)
+        truths = [prompt.truth for prompt in prompts if prompt.truth is not None] if self._has_truth else []
+        self._truth = self.features.content(features_of(self.features, truths)) if self._has_truth else None
+        self._energy = _energy(truths or training)
         self._styles = [p.style for p in prompts if p.style is not None] if _all(prompts, "style") else None
         self._known_styles = world.styles if world is not None else ()
         self._world = self._world_features(world) if world is not None else {}
@@ -77,41 +92,55 @@ class Scorer:
         """Among how many pictures the right one has to be found."""
         self._explain(world)
 
-    def score(self, images: Sequence[Image.Image]) -> Cell:
-        """Scores of samples for the first ``len(images)`` prompts, in order."""
-        both = self.features.backbone(images)
+    def measure(self, rows: Sequence[int], images: Sequence[Image.Image]) -> Cell:
+        """Features and what is measured on pixels, of samples for those prompts, of one size."""
+        features = {store.backbone.name: store.backbone(images) for store in self.stores}
+        primary = features[self.features.backbone.name]
+        values = {"sharpness": metrics.laplacian_energy(metrics.stack(images)) / self._energy}
+        values["nearest"], values["copy"] = self._copies.of(images, primary)
+        if self._has_truth:
+            values |= self._pixel_scores(rows, images)
+        return Cell({key: value.double().numpy() for key, value in values.items()}, features)
+
+    def scored(self, cell: Cell) -> Cell:
+        """With the scores that come of the features, of the first ``len(cell)`` prompts, in order."""
+        n, both = len(cell), cell.features[self.features.backbone.name]
         content, style = self.features.content(both), self.features.style(both)
-        n = len(images)
-        values: dict[str, Tensor] = {"sharpness": _energies(images) / self._energy}
-        center = self._center[:n] if self._center is not None else None
-        base_center = self._base_center()
-        values["train_similarity"] = metrics.set_similarity(content, self._training, base_center)
+        values: dict[str, Tensor] = {}
         if self.probe is not None and self._styles is not None:
             values["style"] = self.probe.probability(style, self._styles[:n])
             values["style_hit"] = self.probe.hits(style, self._styles[:n])
         if self._truth is not None:
+            center = self._center[:n] if self._center is not None else None
             values["cosine"] = metrics.cosine(content, self._truth[:n], center)
-            values |= self._pixel_scores(images)
         if self._styles is not None and _all(self.prompts, "concept"):
             rank = self._ranks(content)
             values["concept_top1"], values["concept_top5"] = (rank < 1).float(), (rank < 5).float()
-        return Cell({key: value.double().numpy() for key, value in values.items()}, content)
+        return Cell(cell.values | {key: value.double().numpy() for key, value in values.items()}, cell.features)
 
     def kid(self, cell: Cell, real: bool = False) -> float | None:
         """Distance of the samples' distribution to real pictures; ``None`` where there are too few of either.
 
         ``real``: the samples are the true pictures, which cannot be compared with themselves.
         """
-        if self._others is None or min(len(cell.content), len(self._others)) < MIN_KID:
+        if self._others is None or min(len(cell), len(self._others)) < MIN_KID:
             return None
         if real and self._others is self._truth:
             return None
-        return metrics.kid(cell.content, self._others)
+        return metrics.kid(self.features.content(cell.features[self.features.backbone.name]), self._others)
 
-    def real(self) -> Cell | None:
-        """The scores of the true pictures themselves: the ceiling."""
-        truths = [p.truth for p in self.prompts if p.truth is not None]
-        return self.score(truths) if self._has_truth else None
+    def real(self, through: Callable[[list[Image.Image]], list[Image.Image]] | None = None) -> Cell | None:
+        """The scores of the true pictures themselves, or of what ``through`` makes of them (batches of one size);
+        ``None`` where they are not known."""
+        if not self._has_truth:
+            return None
+        parts = []
+        for (height, width), rows in by_size(self.prompts).items():
+            size = batch_of(height, width, BATCH)
+            for chosen in (rows[start : start + size] for start in range(0, len(rows), size)):
+                truths = [self.prompts[i].true_picture() for i in chosen]
+                parts.append((chosen, self.measure(chosen, through(truths) if through else truths)))
+        return self.scored(in_order(parts))
 
     # --- what is compared with ----------------------------------------------------------------------------------------
 
@@ -154,15 +183,13 @@ class Scorer:
             ranks[rows] = metrics.retrieval_rank(content[rows], candidates, truth, candidates.mean(0))
         return ranks
 
-    def _pixel_scores(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        out = {"mse": torch.empty(len(images)), "structure": torch.empty(len(images))}
-        for rows in by_size(self.prompts[: len(images)]).values():
-            truths = [truth for i in rows if (truth := self.prompts[i].truth) is not None]
-            samples = [images[i] for i in rows]
-            out["mse"][rows] = metrics.pixel_mse(metrics.stack(samples), metrics.stack(truths))
-            small, right = (metrics.stack(pictures, metrics.STRUCTURE_SIZE) for pictures in (samples, truths))
-            out["structure"][rows] = metrics.structure(small, right)
-        return out
+    def _pixel_scores(self, rows: Sequence[int], images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        truths = [self.prompts[i].true_picture() for i in rows]
+        small, right = (metrics.stack(pictures, metrics.STRUCTURE_SIZE) for pictures in (images, truths))
+        return {
+            "mse": metrics.pixel_mse(metrics.stack(images), metrics.stack(truths)),
+            "structure": metrics.structure(small, right),
+        }
 
     def _explain(self, world: World | None) -> None:
         if not self._has_truth:
@@ -208,12 +235,29 @@ def _all(prompts: Sequence[Prompt], name: str) -> bool:
     return bool(prompts) and all(getattr(p, name) is not None for p in prompts)
 
 
-def _energies(pictures: Sequence[Image.Image]) -> Tensor:
-    """Laplacian energy of each picture, ``[N]``; sizes may differ."""
-    out = torch.empty(len(pictures))
-    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for i, picture in enumerate(pictures):
-        groups[picture.size].append(i)
-    for rows in groups.values():
-        out[rows] = metrics.laplacian_energy(metrics.stack([pictures[i] for i in rows]))
-    return out
+def opened(picture: Picture | Image.Image) -> Image.Image:
+    """Decoded, where it is a file."""
+    return picture.load() if isinstance(picture, Picture) else picture
+
+
+def features_of(store: FeatureStore, pictures: Sequence[Picture | Image.Image]) -> Tensor:
+    """Features ``[N, D]`` of real pictures, of which few are decoded at once."""
+    chunks = [store([]), *(store(images) for images in _few_at_once(pictures))]
+    return torch.cat(chunks)
+
+
+def _few_at_once(pictures: Sequence[Picture | Image.Image]) -> Iterator[list[Image.Image]]:
+    chunk: list[Image.Image] = []
+    for image in map(opened, pictures):
+        chunk.append(image)
+        if len(chunk) >= batch_of(image.height, image.width, BATCH):
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _energy(pictures: Sequence[Image.Image | Picture]) -> float:
+    """Mean Laplacian energy; sizes may differ."""
+    each = [metrics.laplacian_energy(metrics.stack([image])) for image in map(opened, pictures)]
+    return float(torch.cat(each).mean())

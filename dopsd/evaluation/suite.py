@@ -3,55 +3,43 @@
 Every model gets the same prompts and the same noise per prompt. Subjects are the untuned base, its *teacher* (the base
 shown another training picture of the concept) and every adapter. Written to the folder: ``metrics.json`` (headline and
 the few-step table, with intervals), ``scores.csv`` (everything, long), ``few_step.csv`` (curves over steps, all on the
-same prompts), ``grids/*.png``, and ``samples/`` for the report.
+same prompts), ``paired.json`` (prompt by prompt, what the registry's gate compares), ``prompts.json`` (prompt by
+prompt, what the report shows), ``grids/*.png``, and ``samples/`` for the report.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 from dopsd.config import Settings
 from dopsd.data.cache import EncodingCache
 from dopsd.data.manifest import ConceptTable
-from dopsd.distill.adapters import adapter_applied
-from dopsd.distill.drawing import batch_of, draw
-from dopsd.distill.weights import holds_weights
+from dopsd.data.pictures import Picture
 from dopsd.files import whole_folder
 from dopsd.models.base import Conditioning, Family
 from dopsd.train.encode import encode_contexts, encode_prompts
 from dopsd.train.workers import Workers
 
-from . import headline, prompts
+from . import prompts
 from .backbones import FeatureStore, load_backbone
+from .compare import compared, looks_of
+from .draws import Job, Key, Subject, draw_all, parts_of
 from .grids import Gallery
 from .probe import StyleProbe, decoded, round_trip, train_probe
-from .prompts import EvaluationError, Kind, Prompt
-from .scoring import Bootstrap, Cell, Scorer, by_size
+from .prompts import KEPT, KNOWN, NEAR, EvaluationError, Kind, Prompt
+from .scoring import Cell, Scorer, in_order
+from .summary import Evaluated, write_results
 from .world import World
 
 __all__ = ["EvaluationError", "Subject", "evaluate"]
 
 BACKBONE = "efficientnet-lite0"
-METRICS = "metrics.json"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model to evaluate: ``base``, ``teacher`` (both untuned, ``adapter`` is ``None``), or a label of an adapter."""
-
-    name: str
-    adapter: Path | None
 
 
 def subjects_in(adapters: Path) -> list[Subject]:
@@ -64,14 +52,15 @@ def subjects_in(adapters: Path) -> list[Subject]:
 
 @dataclass(frozen=True)
 class _Plan:
-    """All that is asked, encoded: contexts belong to the teacher."""
+    """All that is asked, by split, and encoded: ``teacher`` holds the concept's prompts with its contexts. Of every
+    training picture the first caption, and ``trained``: all of them."""
 
     kind: Kind
-    concept: list[Prompt]
-    kept: list[Prompt]
+    splits: dict[str, list[Prompt]]
     conditioning: dict[str, list[Conditioning]]
-    training: list[Image.Image]
-    training_captions: list[str]
+    training: list[Picture]
+    captions: list[str]
+    trained: list[str]
 
 
 def evaluate(
@@ -91,30 +80,35 @@ def evaluate(
     out and named under ``omitted``. ``cache`` also keeps real pictures' features. ``workers`` draw, where there are
     some. The family's encoders are released once everything is encoded. Raises :class:`EvaluationError`.
     """
-    store = FeatureStore(load_backbone(BACKBONE, family.device), cache.folder / f"{BACKBONE}.safetensors")
+    stores = [FeatureStore(load_backbone(BACKBONE, family.device), cache.folder / f"{BACKBONE}.safetensors")]
     names = [subject.name for subject in subjects]
     if "base" not in names or len(set(names)) < len(names):
         raise EvaluationError(f"evaluate: expected the subject base once and no name twice, got {', '.join(names)}")
     plan = _plan(family, table, holdout, world, settings, cache, with_teacher="teacher" in names)
     if "teacher" not in plan.conditioning:
         subjects = [subject for subject in subjects if subject.name != "teacher"]
-        names = [subject.name for subject in subjects]
-    evaluated = sorted({p.concept for p in [*plan.concept, *plan.kept] if p.concept is not None})
-    probe = _probe(family, world, evaluated, store, settings)
-    scorers = {"concept": Scorer(plan.concept, store, plan.training, probe, world, evaluated)}
-    if plan.kept:
-        scorers["kept"] = Scorer(plan.kept, store, plan.training, probe, world, evaluated)
-    store.save()
-    cells = _real(family, scorers, settings)
+    evaluated = sorted({p.concept for asked in plan.splits.values() for p in asked if p.concept is not None})
+    probe = _probe(family, world, evaluated, stores[0], settings)
+    scorers = {
+        split: Scorer(asked, stores, plan.training, probe, world, evaluated) for split, asked in plan.splits.items()
+    }
+    for store in stores:
+        store.save()
+    cells = _real(family, scorers)
     family.release_encoders()
+    names = [subject.name for subject in subjects]
 
     with whole_folder(folder) as partial:
-        gallery = Gallery(partial, plan.concept, plan.kept, plan.training, plan.training_captions, settings, names)
+        gallery = Gallery(partial, plan.splits, plan.training, plan.captions, settings, names)
         cells |= _run(family, subjects, plan, scorers, gallery, settings, workers)
-        metrics = _summary(table, plan, probe, scorers, cells, names, settings, family.teaching.context)
-        _write_csv(partial, cells, scorers, min(settings.evaluation.curve_prompts, len(plan.concept)), settings)
+        dims = {store.backbone.name: store.backbone.content_dim for store in stores}
+        looks = looks_of(cells, scorers["concept"].training, dims, plan.kind.kind, settings.evaluation.few)
+        found = Evaluated(
+            table.name, plan.kind, family.teaching.context, plan.splits, plan.trained, names, compared(cells, looks), looks[0],
+            scorers, probe, settings,
+        )  # fmt: skip
+        metrics = write_results(found, partial)
         gallery.write()
-        (partial / METRICS).write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return metrics
 
 
@@ -127,17 +121,21 @@ def _plan(
 ) -> _Plan:  # fmt: skip
     kind = prompts.read_kind(table, world)
     concept = prompts.concept_prompts(table, holdout, world, kind, settings)
-    kept = prompts.kept_prompts(world, concept, settings)
-    conditioning = {
-        "concept": encode_prompts(family, [p.request for p in concept], cache),
-        "kept": encode_prompts(family, [p.request for p in kept], cache),
+    splits = {
+        "concept": concept,
+        KEPT: prompts.kept_prompts(settings),
+        NEAR: prompts.near_prompts(table, kind, settings),
+        KNOWN: prompts.known_prompts(world, concept, settings),
     }
+    splits = {split: asked for split, asked in splits.items() if asked}
+    conditioning = {split: encode_prompts(family, [p.request for p in asked], cache) for split, asked in splits.items()}
     if with_teacher:
         requests = prompts.teacher_requests(table, concept, settings, family.teaching.context)
         if requests is not None:
             conditioning["teacher"] = encode_contexts(family, requests, cache)
     captions = [row.student_captions(settings.model.teacher_variant)[0] for row in table.rows]
-    return _Plan(kind, concept, kept, conditioning, prompts.training_pictures(table, settings), captions)
+    trained = [text for row in table.rows for _, text in row.captions]
+    return _Plan(kind, splits, conditioning, prompts.training_pictures(table, settings), captions, trained)
 
 
 def _probe(
@@ -152,207 +150,67 @@ def _probe(
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
+def _jobs(subjects: Sequence[Subject], plan: _Plan, settings: Settings) -> Iterator[Job]:
+    """Every model's pictures. With few steps all prompts, with others the curve's. Of a second noise: the concept's,
+    for diversity, and the general prompts, whose distance between two noises is the base's own measure of far."""
+    few, many, curve = settings.evaluation.few, settings.evaluation.many, settings.evaluation.curve_prompts
+
+    def wanted(split: str, model: str) -> Iterator[tuple[int, int, int]]:
+        """(steps, noise, how many prompts)."""
+        count = len(plan.splits[split])
+        if split == "concept":
+            yield from ((steps, 0, count if steps == few else curve) for steps in settings.evaluation.steps)
+        else:
+            yield few, 0, count
+        if model != "teacher" and split == "concept":
+            yield few, 1, curve
+        if split == KEPT or (split == NEAR and model == "base"):
+            yield few, 1, count
+        if split == KEPT and many != few:
+            yield many, 0, curve
+            if model == "base":
+                yield many, 1, curve
+
+    for subject in sorted(subjects, key=lambda subject: subject.name != "base"):
+        for split, asked in plan.splits.items():
+            teacher = subject.name == "teacher"
+            if teacher and split != "concept":
+                continue
+            conditioning = plan.conditioning["teacher" if teacher else split]
+            for steps, noise, count in wanted(split, subject.name):
+                key = Key(split, subject.name, steps, noise)
+                yield Job(key, subject.adapter, asked[:count], conditioning[:count])
+
+
 def _run(
     family: Family, subjects: Sequence[Subject], plan: _Plan, scorers: dict[str, Scorer], gallery: Gallery,
     settings: Settings, workers: Workers | None,
-) -> dict[tuple[str, str, int], Cell]:  # fmt: skip
-    """Every subject at every number of steps; pictures are scored and dropped, apart from the gallery's."""
-    few = settings.evaluation.few
-    curve = settings.evaluation.curve_prompts
-    jobs = [
-        (subject, split, steps, len(requested) if steps == few else min(curve, len(requested)))
-        for subject in subjects
-        for split, requested in (("concept", plan.concept), ("kept", plan.kept))
-        for steps in (settings.evaluation.steps if split == "concept" else (few,))
-        if requested and not (split == "kept" and subject.name == "teacher")
-    ]
-    cells: dict[tuple[str, str, int], Cell] = {}
-    parts = [part for job in jobs for part in _parts(*job, plan, settings)]
-    drawn = zip(parts, _draw_all(family, parts, workers), strict=True)
-    with tqdm(total=sum(s * n for _, _, s, n in jobs), desc="evaluate", unit="step", disable=None) as bar:
-        for subject, split, steps, count in jobs:
-            bar.set_postfix_str(f"{subject.name}, {steps} steps")
-            images: dict[int, Image.Image] = {}
-            while len(images) < count:
-                part, pictures = next(drawn)
-                images |= dict(zip(part.rows, pictures, strict=True))
-                bar.update(steps * len(part.rows))
-            ordered = [images[row] for row in range(count)]
-            cells[split, subject.name, steps] = scorers[split].score(ordered)
-            gallery.add(split, subject.name, steps, ordered)
-    return cells
+) -> dict[Key, Cell]:  # fmt: skip
+    """Every subject's pictures, scored batch by batch and dropped, apart from the gallery's small copies."""
+    jobs = list(_jobs(subjects, plan, settings))
+    parts = [part for job in jobs for part in parts_of(job, settings.evaluation.seed, settings.evaluation.batch_size)]
+    drawn: dict[Key, list[tuple[list[int], Cell]]] = {job.key: [] for job in jobs}
+    total = sum(job.key.steps * len(job.prompts) for job in jobs)
+    with tqdm(total=total, desc="evaluate", unit="step", dynamic_ncols=True, disable=None) as bar:
+        for part, images in draw_all(family, parts, workers):
+            bar.set_postfix_str(f"{part.key.model}, {part.key.split}, {part.key.steps} steps")
+            drawn[part.key].append((part.rows, scorers[part.key.split].measure(part.rows, images)))
+            gallery.add(part.key, part.rows, images)
+            bar.update(part.key.steps * len(part.rows))
+    return {key: scorers[key.split].scored(in_order(measured)) for key, measured in drawn.items()}
 
 
-def _real(family: Family, scorers: dict[str, Scorer], settings: Settings) -> dict[tuple[str, str, int], Cell]:
-    """The true pictures' own scores, where there are any, and those through the autoencoder."""
-    cells: dict[tuple[str, str, int], Cell] = {}
+def _real(family: Family, scorers: dict[str, Scorer]) -> dict[Key, Cell]:
+    """The true pictures' own scores, where there are any, and those of what the autoencoder makes of them: all that a
+    model in its latents can come to."""
+
+    def through(images: list[Image.Image]) -> list[Image.Image]:
+        return decoded(family, images, len(images))
+
+    cells: dict[Key, Cell] = {}
     for split, scorer in scorers.items():
-        real = scorer.real()
-        if real is not None:
-            cells[split, "real", 0] = real
-            cells[split, "decoded", 0] = scorer.score(_decoded(family, scorer.prompts, settings))
+        for name, way in (("real", None), ("decoded", through)):
+            found = scorer.real(way)
+            if found is not None:
+                cells[Key(split, name, 0)] = found
     return cells
-
-
-def _decoded(family: Family, requested: Sequence[Prompt], settings: Settings) -> list[Image.Image]:
-    """The true pictures through the base's own autoencoder: all that a model in its latents can come to."""
-    images: dict[int, Image.Image] = {}
-    for rows in by_size(requested).values():
-        truths = [truth for i in rows if (truth := requested[i].truth) is not None]
-        images |= dict(zip(rows, decoded(family, truths, settings.evaluation.batch_size), strict=True))
-    return [images[i] for i in range(len(requested))]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One batch of pictures of one size: ``rows`` of the prompts asked, each with its own noise."""
-
-    subject: str
-    adapter: Path | None
-    steps: int
-    height: int
-    width: int
-    rows: list[int]
-    seeds: list[int]
-    conditioning: list[Conditioning]
-
-
-def _parts(
-    subject: Subject, split: str, steps: int, count: int, plan: _Plan, settings: Settings
-) -> Iterator[_Part]:  # fmt: skip
-    """What one subject is to draw with one number of steps: batches of one size and of similar caption length."""
-    requested = (plan.concept if split == "concept" else plan.kept)[:count]
-    conditioning = plan.conditioning["teacher" if subject.name == "teacher" else split]
-    for (height, width), rows in by_size(requested).items():
-        rows = sorted(rows, key=lambda i: max(len(tensor) for tensor in conditioning[i].values()))
-        size = batch_of(height, width, settings.evaluation.batch_size)
-        for start in range(0, len(rows), size):
-            chosen = rows[start : start + size]
-            # a prompt's own noise, whatever batch it is drawn in; torch takes 64 bits
-            seeds = [(settings.evaluation.seed * 1_000_003 + requested[i].number) % 2**64 for i in chosen]
-            yield _Part(
-                subject.name, subject.adapter, steps, height, width, chosen, seeds, [conditioning[i] for i in chosen]
-            )
-
-
-def _draw_all(family: Family, parts: Sequence[_Part], workers: Workers | None) -> Iterator[list[Image.Image]]:
-    """The pictures of every part, in order."""
-    paths = {part.adapter for part in parts if part.adapter is not None}
-    # trained weights are gigabytes: they are not sent about with every part, one process draws with them
-    if workers is not None and not any(map(holds_weights, paths)):
-        files = {path: path.read_bytes() for path in paths}
-        yield from workers.map(_draw_with, [(part, files[part.adapter] if part.adapter else None) for part in parts])
-        return
-    for adapter, group in groupby(parts, key=lambda part: part.adapter):
-        with adapter_applied(family.transformer, adapter):
-            for part in group:
-                yield _draw(family, part)
-
-
-def _draw_with(family: Family, conditioning: tuple[_Part, bytes | None]) -> list[Image.Image]:
-    """As :func:`_draw`, on a machine that may not see this one's disk: the adapter's file comes along."""
-    part, content = conditioning
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "adapter.safetensors"
-        if content is not None:
-            path.write_bytes(content)
-        with adapter_applied(family.transformer, None if content is None else path):
-            return _draw(family, part)
-
-
-def _draw(family: Family, part: _Part) -> list[Image.Image]:
-    noise = torch.cat([
-        family.initial_latents(1, part.height, part.width, torch.Generator().manual_seed(seed)) for seed in part.seeds
-    ])  # fmt: skip
-    try:
-        return draw(family, part.conditioning, part.steps, noise, part.height, part.width, len(part.rows))
-    except torch.OutOfMemoryError as error:
-        raise EvaluationError(
-            f"evaluate: {family.device} has no memory for one picture of {part.width} x {part.height} pixels; free "
-            f"some of it (other programs?) or lower data.resolution ({str(error).splitlines()[0]})"
-        ) from None
-
-
-# --- what is written --------------------------------------------------------------------------------------------------
-
-
-def _summary(
-    table: ConceptTable, plan: _Plan, probe: StyleProbe | None, scorers: dict[str, Scorer],
-    cells: dict[tuple[str, str, int], Cell], names: Sequence[str], settings: Settings, context: str,
-) -> dict[str, Any]:  # fmt: skip
-    few, most = settings.evaluation.few, max(settings.evaluation.steps)
-    curve = min(settings.evaluation.curve_prompts, len(plan.concept))
-    bootstrap = Bootstrap(settings.evaluation.seed)
-    omitted = dict(scorers["concept"].omitted)
-    if not plan.kept:
-        omitted["kept"] = "no world of known styles belongs to this base; compare prompts of your own by eye"
-    if context == "edit" and "teacher" in names:
-        # its suffix requests for the shown picture's background and composition: no measure of what can be learnt
-        omitted["gap_closed_style"] = omitted["gap_closed_truth"] = (
-            "the teacher is asked to follow the picture that it is shown, its background and composition too"
-        )
-    head = headline.headline(cells, names, few, most, curve, bootstrap, omitted)
-    tables = {split: headline.split_numbers(cells, scorers, split, few, bootstrap) for split in scorers}
-    return {
-        "concept": table.name,
-        "kind": plan.kind.kind,
-        "style": plan.kind.style,
-        "context": context,
-        "unseen": all(prompt.row is None or prompt.truth is not None for prompt in plan.concept),
-        "few_steps": few,
-        "most_steps": most,
-        "seed": settings.evaluation.seed,
-        "backbone": BACKBONE,
-        "models": list(names),
-        "style_score": headline.style_score(cells, few),
-        "counts": {
-            "training_pictures": len(plan.training),
-            "concept_prompts": len(plan.concept),
-            "curve_prompts": curve,
-            "kept_prompts": len(plan.kept),
-            "candidates": scorers["concept"].candidates,
-        },
-        "headline": {model: numbers.values for model, numbers in head.items() if numbers.values},
-        "scores": {split: {m: n.values for m, n in models.items()} for split, models in tables.items()},
-        "probe": _probe_summary(probe, cells, few),
-        "intervals": {
-            "headline": {model: numbers.intervals for model, numbers in head.items() if numbers.intervals},
-            "scores": {split: {m: n.intervals for m, n in models.items()} for split, models in tables.items()},
-        },
-        "omitted": omitted,
-    }
-
-
-def _probe_summary(probe: StyleProbe | None, cells: dict[tuple[str, str, int], Cell], few: int) -> dict[str, Any]:
-    if probe is None:
-        return {}
-    summary: dict[str, Any] = {f"accuracy_{name}": round(value, 4) for name, value in probe.accuracy.items()}
-    own = cells.get(("kept", "base", few))
-    if own is not None and "style_hit" in own.values:
-        summary["accuracy_base_samples"] = round(float(own.values["style_hit"].mean()), 4)
-    return summary | probe.counts
-
-
-def _write_csv(
-    folder: Path, cells: dict[tuple[str, str, int], Cell], scorers: dict[str, Scorer], curve: int, settings: Settings
-) -> None:
-    bootstrap = Bootstrap(settings.evaluation.seed)
-    header = ["model", "steps", "split", "metric", "value", "low", "high", "prompts"]
-    everything, curves = [], []
-    for (split, model, steps), cell in cells.items():
-        everything += _rows(split, model, steps, cell, scorers, bootstrap)
-        if split == "concept" and steps > 0:
-            curves += _rows(split, model, steps, cell.first(curve), scorers, bootstrap)
-    for name, rows in (("scores.csv", everything), ("few_step.csv", curves)):
-        with (folder / name).open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([header, *rows])
-
-
-def _rows(
-    split: str, model: str, steps: int, cell: Cell, scorers: dict[str, Scorer], bootstrap: Bootstrap
-) -> list[list[Any]]:
-    numbers = headline.scores_of(cell, scorers[split].kid(cell, model == "real"), bootstrap)
-    return [
-        [model, steps, split, key, value, *numbers.intervals.get(key, ["", ""]), len(cell.content)]
-        for key, value in numbers.values.items()
-    ]

@@ -70,9 +70,10 @@ def resolved(settings: Settings) -> Settings:
     if settings.train.lora.kind not in family.kinds:
         raise ModelError(f"train.lora.kind: diffusers loads no {settings.train.lora.kind} for {model.family}; there "
                          f"are {', '.join(family.kinds)}")  # fmt: skip
-    few = evaluation.few_steps or family.few_steps
-    if few not in evaluation.steps:
-        raise ModelError(f"evaluation.few_steps ({few}) must be one of evaluation.steps")
+    few, many = evaluation.few_steps or family.few_steps, evaluation.many_steps or family.many_steps
+    for key, steps in (("few_steps", few), ("many_steps", many)):
+        if steps not in evaluation.steps:
+            raise ModelError(f"evaluation.{key} ({steps}) must be one of evaluation.steps")
     if missing := evaluation.missing_for(settings.registry, few):
         raise ModelError(missing)
     # a teacher that only reads more has nothing to follow
@@ -80,7 +81,7 @@ def resolved(settings: Settings) -> Settings:
     teacher = settings.train.teacher.model_copy(update={"kind": kind})
     return settings.model_copy(update={
         "model": model.model_copy(update={"context": context}),
-        "evaluation": evaluation.model_copy(update={"few_steps": few}),
+        "evaluation": evaluation.model_copy(update={"few_steps": few, "many_steps": many}),
         "train": settings.train.model_copy(update={"teacher": teacher}),
     })  # fmt: skip
 

@@ -167,6 +167,8 @@ class Family(ABC):
     """Whether ``model_index.json`` says if this is the distilled model; then it must be."""
     few_steps: ClassVar[int]
     """How many steps the published model is drawn with."""
+    many_steps: ClassVar[int]
+    """With how many its pictures are still what it was distilled for, to compare few steps with."""
     longest_prompt: ClassVar[int]
     """Most tokens of a caption's turn that are read. A longer one is refused: its end would be cut off unseen."""
     contexts: ClassVar[tuple[ContextName, ...]]

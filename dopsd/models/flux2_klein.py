@@ -61,6 +61,7 @@ class Flux2Klein(Family):
     published = "black-forest-labs/FLUX.2-klein-4B"
     says_distilled = True
     few_steps = 4
+    many_steps = 8
     longest_prompt = 512
     contexts: ClassVar[tuple[ContextName, ...]] = ("edit", "edit-reference", "enhanced-prompt")
     suffixes: ClassVar[Mapping[ContextName, str]] = {

@@ -61,6 +61,7 @@ class Krea2(Family):
     published = "krea/Krea-2-Turbo"
     says_distilled = True
     few_steps = 8
+    many_steps = 16
     longest_prompt = 512
     kinds = ("lora", "dora")
     contexts: ClassVar[tuple[ContextName, ...]] = ("vlm", "enhanced-prompt")

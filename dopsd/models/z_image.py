@@ -57,6 +57,7 @@ class ZImage(Family):
     }
     published, published_vlm = "Tongyi-MAI/Z-Image-Turbo", "Qwen/Qwen3-VL-4B-Instruct"
     few_steps = 8
+    many_steps = 16
     longest_prompt = 512
     contexts: ClassVar[tuple[ContextName, ...]] = ("vlm", "enhanced-prompt")
     lora_targets = (

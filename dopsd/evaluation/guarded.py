@@ -1,0 +1,87 @@
+"""The scores that decide: prompt by prompt for the registry's gate, and what of a difference is more than chance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from .compare import Cells
+from .draws import Key
+from .headline import Asked, few_step_values, round_
+from .naming import REFERENCES
+from .paired import Paired
+from .prompts import KEPT
+from .scoring import Bootstrap, Values, interval
+
+LABELS = {
+    "learnt": "likeness to the training pictures",
+    "kept": "the base's own pictures kept",
+    "few_step": "few steps beside many, the concept",
+    "few_step_kept": "few steps beside many, general prompts",
+    "prompt": "prompt following",
+}
+
+
+def paired_of(cells: Cells, models: Sequence[str], asked: Asked) -> Paired:
+    """What a version is judged by, of the base and all tuned models; all of it is better when higher."""
+    found = {model: _guarded(cells, model, asked) for model in models if model == "base" or model not in REFERENCES}
+    scores = {name: {"better": "higher", "label": LABELS[name]} for name in found["base"]}
+    values = {
+        model: {
+            score: {noise: tuple(map(round_, values)) for noise, values in noises.items()}
+            for score, noises in its.items()
+        }
+        for model, its in found.items()
+    }
+    return Paired(scores, values, asked.few)
+
+
+def _guarded(cells: Cells, model: str, asked: Asked) -> dict[str, dict[str, Values]]:
+    """Score to its values from the first noise and, where it was drawn, the second."""
+    out: dict[str, dict[str, Values]] = {}
+    for name, split, score in (
+        ("learnt", "concept", "likeness"),
+        ("kept", KEPT, "kept"),
+        ("prompt", "concept", "prompt"),
+    ):
+        drawn = {
+            noise: cells.get(Key(split, model, asked.few, place)) for place, noise in enumerate(("first", "second"))
+        }
+        values = {noise: cell.values[score] for noise, cell in drawn.items() if cell and score in cell.values}
+        if "first" in values:
+            out[name] = values
+    lost = few_step_values(cells, model, asked)
+    return out | {
+        f"few_step{ending}": {"first": lost[key]} for key, ending in (("new", ""), ("old", "_kept")) if key in lost
+    }
+
+
+def differences(
+    cells: Cells, models: Sequence[str], few: int, bootstrap: Bootstrap, over: str = "base"
+) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Split, model and score to the mean paired difference from another model's (``over``), and its interval."""
+    out: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for key, cell in cells.items():
+        other = cells.get(key._replace(model=over))
+        if other is None or key.noise or key.steps != few or key.model not in models or key.model == over:
+            continue
+        for score in sorted(set(cell.values) & set(other.values) - {"nearest"}):
+            apart = cell.values[score] - other.values[score]
+            mean = [float(apart.mean()), *interval(bootstrap.means(apart))]
+            out.setdefault(key.split, {}).setdefault(key.model, {})[score] = [round_(value) for value in mean]
+    return out
+
+
+def against(paired: Paired, main: str, bootstrap: Bootstrap) -> dict[str, dict[str, list[float]]]:
+    """Model and guarded score to the mean paired difference from the main model's, and its interval."""
+    out: dict[str, dict[str, list[float]]] = {}
+    mine: Mapping[str, Mapping[str, tuple[float, ...]]] = paired.models.get(main, {})
+    for model, scores in paired.models.items():
+        if model == main:
+            continue
+        for score in sorted(set(scores) & set(mine)):
+            apart = np.subtract(scores[score]["first"], mine[score]["first"])
+            mean = [float(apart.mean()), *interval(bootstrap.means(apart))]
+            out.setdefault(model, {})[score] = [round_(value) for value in mean]
+    return out

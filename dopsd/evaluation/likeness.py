@@ -1,0 +1,71 @@
+"""How like two pictures are, by a backbone's features: what is drawn, and how. Pure functions of tensors.
+
+All pictures of one base have much in common, and so have their features: raw cosines lie between 0.7 and 0.9 and say
+little. A :class:`Scale` takes from them what the base's own pictures of general prompts have in common.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Half = Literal["content", "style", "both"]
+HALVES: dict[str | None, Half] = {"style": "style", "subject": "content", None: "both"}
+"""By a concept's kind, what of a picture is to be learnt."""
+LEAST_SEED_DISTANCE = 0.5
+"""Of the mean over prompts: a prompt that the base draws nearly alike from every noise would make a hair's breadth a
+loss."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """``center``, ``deviation`` ``[D]`` of the features of the base's own pictures; the first ``content_dim`` of them
+    say what is drawn."""
+
+    center: Tensor
+    deviation: Tensor
+    content_dim: int
+
+    @classmethod
+    def of(cls, features: Tensor, content_dim: int) -> Scale:
+        """From features ``[N, D]`` of the base's pictures."""
+        deviation = features.std(0) if len(features) > 1 else torch.ones_like(features[0])
+        return cls(features.mean(0), deviation.clamp(min=1e-6), content_dim)
+
+    def unit(self, features: Tensor, half: Half = "both") -> Tensor:
+        """Unit vectors ``[N, d]`` of what two pictures are compared by."""
+        centred = features - self.center
+        content = F.normalize(centred[:, : self.content_dim], dim=1)
+        if half == "content" or self.content_dim == features.shape[1]:
+            return content
+        # channels differ in scale by orders; those of the last layer are of one kind
+        style = F.normalize((centred / self.deviation)[:, self.content_dim :], dim=1)
+        return style if half == "style" else torch.cat([content, style], 1) / 2**0.5
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """One minus the cosine ``[N]`` of each row of ``a`` and ``b`` ``[N, D]``: 0 for the same picture."""
+        return 1 - (self.unit(a) * self.unit(b)).sum(1)
+
+    def likeness(self, features: Tensor, reference: Tensor, half: Half) -> Tensor:
+        """Mean cosine ``[N]`` of each row to the pictures of ``reference`` ``[M, D]``."""
+        return (self.unit(features, half) @ self.unit(reference, half).T).mean(1)
+
+    def likeness_among(self, reference: Tensor, half: Half) -> Tensor:
+        """The same of each picture of ``reference`` to the others ``[M]``; of one picture alone, empty."""
+        if len(reference) < 2:
+            return torch.empty(0)
+        unit = self.unit(reference, half)
+        return ((unit @ unit.T).sum(1) - 1) / (len(unit) - 1)
+
+
+def kept(distance: Tensor, seed_distance: Tensor) -> Tensor:
+    """What was kept of each prompt ``[N]``: 1 for the base's own picture, 0 for one as far from it as another noise
+    makes it, less for one that is further.
+
+    ``distance``: between tuned model and base, from the same noise; ``seed_distance``: between two noises, by the base.
+    """
+    return 1 - distance / seed_distance.clamp(min=LEAST_SEED_DISTANCE * float(seed_distance.mean()) or 1e-6)
