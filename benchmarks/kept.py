@@ -82,7 +82,7 @@ def evaluated(adapters: dict[str, Path], seed: int) -> dict[str, dict[str, float
     found: dict[str, dict[str, float]] = {}
     for concept in dict.fromkeys(concept for concept, _ in MODELS.values()):
         names = [name for name, (its, _) in MODELS.items() if its == concept]
-        row = results.Row("kept", "kept", ("evaluation.steps=[4]", "evaluation.many_steps=4"))
+        row = results.Row("kept", "kept", ("evaluation.steps=[4]", "evaluation.many_steps=4", "registry.enabled=false"))
         labels = {f"model-{number}": adapters[name] for number, name in enumerate(names)}
         head = results.evaluate_all(concept, seed, labels, results._settings(concept, seed, row))["headline"]
         found |= {name: head[f"model-{number}"] for number, name in enumerate(names)}

@@ -21,6 +21,9 @@ LABELS = {
     "few_step_kept": "few steps beside many, general prompts",
     "prompt": "prompt following",
 }
+_DRAWN = {"learnt": ("concept", "likeness"), "kept": (KEPT, "kept"), "prompt": ("concept", "prompt")}
+"""Split and score of those that are drawn from two noises."""
+_FEW_STEP = {"new": "few_step", "old": "few_step_kept"}
 
 
 def paired_of(cells: Cells, models: Sequence[str], asked: Asked) -> Paired:
@@ -40,21 +43,13 @@ def paired_of(cells: Cells, models: Sequence[str], asked: Asked) -> Paired:
 def _guarded(cells: Cells, model: str, asked: Asked) -> dict[str, dict[str, Values]]:
     """Score to its values from the first noise and, where it was drawn, the second."""
     out: dict[str, dict[str, Values]] = {}
-    for name, split, score in (
-        ("learnt", "concept", "likeness"),
-        ("kept", KEPT, "kept"),
-        ("prompt", "concept", "prompt"),
-    ):
-        drawn = {
-            noise: cells.get(Key(split, model, asked.few, place)) for place, noise in enumerate(("first", "second"))
-        }
+    for name, (split, score) in _DRAWN.items():
+        drawn = {noise: cells.get(Key(split, model, asked.few, at)) for at, noise in enumerate(("first", "second"))}
         values = {noise: cell.values[score] for noise, cell in drawn.items() if cell and score in cell.values}
         if "first" in values:
             out[name] = values
     lost = few_step_values(cells, model, asked)
-    return out | {
-        f"few_step{ending}": {"first": lost[key]} for key, ending in (("new", ""), ("old", "_kept")) if key in lost
-    }
+    return out | {name: {"first": lost[key]} for key, name in _FEW_STEP.items() if key in lost}
 
 
 def differences(

@@ -48,8 +48,9 @@ class Kind:
 class Prompt:
     """One request. ``number`` decides its noise: the same for every model and number of steps.
 
-    ``truth``: the right picture, ``height x width``, decoded when it is looked at. ``concept``: its index in
-    the world. ``style``: the world's style that is asked for. ``row``: the data's row that it comes from; ``references``: what is to be edited.
+    ``truth``: the right picture, ``height x width``, decoded when it is looked at. ``concept``: its index in the world.
+    ``style``: the world's style that is asked for. ``row``: the data's row that it comes from; ``references``: what is
+    to be edited.
     """
 
     text: str

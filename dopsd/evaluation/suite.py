@@ -104,8 +104,8 @@ def evaluate(
         dims = {store.backbone.name: store.backbone.content_dim for store in stores}
         looks = looks_of(cells, scorers["concept"].training, dims, plan.kind.kind, settings.evaluation.few)
         found = Evaluated(
-            table.name, plan.kind, family.teaching.context, plan.splits, plan.trained, names, compared(cells, looks), looks[0],
-            scorers, probe, settings,
+            table.name, plan.kind, family.teaching.context, plan.splits, plan.trained, names,
+            compared(cells, looks), looks[0], scorers, probe, settings,
         )  # fmt: skip
         metrics = write_results(found, partial)
         gallery.write()
