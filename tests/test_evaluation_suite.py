@@ -18,11 +18,12 @@ from dopsd.data.schema import validate_dataset
 from dopsd.distill.adapters import STUDENT, adapted_layers, add_adapters, save_adapter
 from dopsd.evaluation import prompts
 from dopsd.evaluation.metrics import laplacian_energy
+from dopsd.evaluation.paired import PAIRED, read_paired
 from dopsd.evaluation.probe import world_picture
 from dopsd.evaluation.report import ReportError, write_report
 from dopsd.evaluation.suite import EvaluationError, Subject, evaluate
-from dopsd.evaluation.table import headline_tables, table_as_text
-from dopsd.evaluation.verdict import verdict
+from dopsd.evaluation.table import headline_columns, headline_rows, headline_tables, table_as_text
+from dopsd.evaluation.verdict import answers, verdict
 from emoji_turbo.captions import concept_caption
 from emoji_turbo.pictures import World
 from tests.tiny import tiny_family
@@ -82,12 +83,13 @@ def test_everything_is_written(run):
     root, metrics, _, family = run
     folder = root / "evaluation"
     assert json.loads((folder / "metrics.json").read_text()) == metrics
-    assert {p.name for p in (folder / "grids").iterdir()} == {"few_step.png", "steps.png", "kept.png"}
+    assert {p.name for p in (folder / "grids").iterdir()} == {"few_step.png", "steps.png", "kept.png", "known.png"}
     assert not folder.with_name("evaluation.partial").exists()
     assert metrics["counts"] == {
-        "training_pictures": 4, "concept_prompts": 10, "curve_prompts": 4, "kept_prompts": 6, "candidates": 34
+        "training_pictures": 4, "concept_prompts": 10, "curve_prompts": 4, "kept_prompts": 6, "near_prompts": 4,
+        "known_prompts": 6, "rehearsed_prompts": 0, "candidates": 34,
     }  # fmt: skip
-    assert metrics["omitted"].keys() <= {"gap_closed_style", "gap_closed_truth"}
+    assert metrics["omitted"].keys() <= {"gap_closed_style", "gap_closed_truth", "learnt"}
     assert not getattr(family.transformer, "peft_config", None)
     assert not {"text_encoder", "vision"} & family.parts.loaded()
 
@@ -110,9 +112,16 @@ def test_an_adapter_that_changes_nothing_has_the_bases_scores_exactly(run):
     compared = [key for key in scores if key[0] == "sft"]
     assert len(compared) > 20
     assert all(scores[key] == scores["base", *key[1:]] for key in compared)
-    kept = {key: value for key, value in metrics["headline"]["sft"].items() if key.startswith("kept_")}
-    assert kept
-    assert all(value == pytest.approx(1) for value in kept.values())
+    head = metrics["headline"]["sft"]
+    same = {key: value for key, value in head.items() if key.startswith(("known_", "kept", "sharpness_vs_base"))}
+    assert {"kept", "kept_many", "kept_near", "kept_sharpness", "known_lowest"} <= same.keys()
+    assert all(value == pytest.approx(1, abs=1e-6) for value in same.values())
+    nothing = {key: head[key] for key in ("likeness_gain", "few_step_old", "copied")}
+    assert nothing == pytest.approx(dict.fromkeys(nothing, 0), abs=1e-6)
+    assert head["diversity"] == pytest.approx(1)
+    paired = read_paired(root / "evaluation" / PAIRED)
+    assert paired.models["sft"] == paired.models["base"]
+    assert paired.models["d-opsd"] != paired.models["base"]
     changed = [key for key in scores if key[0] == "d-opsd" and scores[key] != scores["base", *key[1:]]]
     assert len(changed) > 20
 
@@ -169,19 +178,20 @@ def test_without_world_and_holdout_what_needs_truth_is_left_out_and_said(tmp_pat
         tiny_family(), table, holdout, None, subjects, tiny_run_settings(**changes), EncodingCache(tmp_path / "cache"),
         tmp_path / "out",
     )  # fmt: skip
-    assert metrics["scores"].keys() == {"concept"}
-    assert metrics["scores"]["concept"]["sft"].keys() == {"sharpness", "train_similarity"}
-    assert {"style", "cosine", "concept_top1", "kept", "kid", "mse"} <= metrics["omitted"].keys()
-    assert metrics["style_score"] == "train_similarity"
+    assert metrics["scores"].keys() == {"concept", "kept", "near"}
+    assert metrics["scores"]["concept"]["sft"].keys() == {"sharpness", "likeness", "copy"}
+    assert {"style", "cosine", "concept_top1", "known_lowest", "kid", "mse"} <= metrics["omitted"].keys()
+    assert metrics["style_score"] == "likeness"
     assert metrics["counts"]["concept_prompts"] == 2
     page = write_report(tmp_path / "out", tmp_path / "none", {}, tmp_path / "report.html").read_text()
     assert "there are no held-out pictures" in page
-    assert "What was kept" not in page
+    assert "What was lost" in page, "no truth is needed for that"
+    assert "true pictures of old styles" not in page
 
 
 def test_captions_that_were_trained_on_are_not_called_unseen(run, tmp_path, world):
     table, holdout = write_concept(tmp_path / "concept", world, None, holdout=False)
-    settings = tiny_run_settings(steps=[1], few_steps=1, max_prompts=1)
+    settings = tiny_run_settings(steps=[1], few_steps=1, many_steps=1, max_prompts=1)
     metrics = evaluate(
         tiny_family(), table, holdout, None, [Subject("base", None)], settings, EncodingCache(tmp_path / "cache"),
         tmp_path / "out",
@@ -215,7 +225,7 @@ def test_the_base_must_be_there_once(tmp_path, world):
 
 
 def test_prompts_know_their_truth_and_their_concept(tmp_path, world):
-    settings = tiny_run_settings(kept_prompts=90)
+    settings = tiny_run_settings(known_prompts=90)
     table, holdout = write_concept(tmp_path / "concept", world, {"kind": "style", "style": "ink"})
     kind = prompts.read_kind(table, world)
     asked = prompts.concept_prompts(table, holdout, world, kind, settings)
@@ -223,8 +233,8 @@ def test_prompts_know_their_truth_and_their_concept(tmp_path, world):
     assert len({p.concept for p in asked}) == 10
     for p in asked:
         assert p.text == concept_caption(world.labels[p.concept])
-        assert p.truth.tobytes() == world_picture(world, "ink", p.concept).tobytes()
-    kept = prompts.kept_prompts(world, asked, settings)
+        assert p.true_picture().tobytes() == world_picture(world, "ink", p.concept).tobytes()
+    kept = prompts.known_prompts(world, asked, settings)
     assert len(kept) == len({(p.concept, p.style) for p in kept}) == 90
     assert {p.concept for p in kept} <= set(world.known)
     assert not {p.number for p in kept} & {p.number for p in asked}
@@ -236,18 +246,23 @@ def test_prompts_know_their_truth_and_their_concept(tmp_path, world):
 
 
 def test_what_replay_learns_is_not_asked(tmp_path, world):
-    settings = tiny_run_settings(kept_prompts=90)
+    settings = tiny_run_settings(known_prompts=90)
     table, holdout = write_concept(tmp_path / "concept", world, {"kind": "style", "style": "ink"})
     asked = prompts.concept_prompts(table, holdout, world, prompts.read_kind(table, world), settings)
-    before = [p.text for p in prompts.kept_prompts(world, asked, settings)]
-    replay = {"weight": 1.0, "prompts": [before[0], before[40]]}
-    learning = settings.model_copy(
-        update={"train": settings.train.model_copy(update={"replay": ReplaySettings(**replay)})}
-    )
-    after = [p.text for p in prompts.kept_prompts(world, asked, learning)]
-    assert len(after) == len(set(after)) == 90
-    assert not set(after) & set(replay["prompts"])
-    assert set(before) - set(replay["prompts"]) <= set(after)
+    before = [p.text for p in prompts.known_prompts(world, asked, settings)]
+    rehearsed = [before[0], before[40].replace(",", "").title(), "A red house."]
+    near = [p.text for p in prompts.near_prompts(table, prompts.Kind("style"), settings)]
+    for weight in (0.0, 1.0):  # without replay too: both are then asked the same
+        replay = ReplaySettings(weight=weight, prompts=(*rehearsed, near[0]))
+        train = settings.train.model_copy(update={"replay": replay})
+        learning = settings.model_copy(update={"train": train})
+        after = [p.text for p in prompts.known_prompts(world, asked, learning)]
+        assert len(after) == len(set(after)) == 90
+        assert set(before) - set(after) == {before[0], before[40]}
+        general = settings.evaluation.kept_texts
+        assert {p.text for p in prompts.kept_prompts(learning)} == set(general) - {"a red house"}
+        assert prompts.rehearsed_of(learning) == 1
+        assert [p.text for p in prompts.near_prompts(table, prompts.Kind("style"), learning)] == near[1:]
 
 
 @pytest.mark.parametrize("concept", ["style-3d", "style-ink"])
@@ -258,30 +273,58 @@ def test_the_shipped_evaluation_asks_nothing_that_replay_would_learn(concept):
     table, holdout = validate_dataset(root / "data/concepts" / concept, concept, settings.data)
     whole = World.load(WORLD)
     asked = prompts.concept_prompts(table, holdout, whole, prompts.read_kind(table, whole), settings)
-    kept = {p.text for p in prompts.kept_prompts(whole, asked, settings)}
-    assert len(kept) == settings.evaluation.kept_prompts
+    kept = {p.text for p in prompts.known_prompts(whole, asked, settings)}
+    assert len(kept) == settings.evaluation.known_prompts
     assert not kept & set(settings.train.replay.prompts)
+    for name in ("general", "emoji-turbo"):
+        change = f"evaluation.kept_prompts=data/prompts/{name}.txt"
+        own = load_settings(root / "params.yaml", (change,)).of(concept, root)
+        assert len(prompts.kept_prompts(own)) == 60
+        assert prompts.rehearsed_of(own) == 0
+        assert not {p.text for p in prompts.kept_prompts(own)} & {
+            text for row in table.rows for _, text in row.captions
+        }
 
 
 # --- the verdict ------------------------------------------------------------------------------------------------------
 
 
-def test_a_gap_whose_interval_holds_nothing_is_not_learnt(run):
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ({}, "D-OPSD learnt the new style in 1 steps and keeps what the base drew."),
+        ({"learnt": (0.3, 0.2, 0.4)}, "D-OPSD learnt the new style in part and stays few-step and keeps what the base drew."),
+        ({"learnt": (0.8, -0.1, 1.7)}, "D-OPSD hardly learnt the new style and stays few-step and keeps what the base drew."),
+        ({"learnt": (0.03, 0.01, 0.05)}, "D-OPSD hardly learnt the new style and stays few-step and keeps what the base"),
+        ({"learnt": None}, "Whether D-OPSD learnt the new style cannot be told and stays few-step and keeps"),
+        ({"few_step_old": (-0.4, -0.5, -0.3)}, "D-OPSD learnt the new style, but lost its few steps."),
+        ({"few_step_old": (-0.4, -0.9, 0.1)}, "D-OPSD learnt the new style, but needs a little more steps than the base did."),
+        ({"few_step_sharpness": (0.5, 0.4, 0.6)}, "D-OPSD learnt the new style, but lost its few steps."),
+        ({"kept": (0.1, 0.0, 0.2)}, "D-OPSD learnt the new style in 1 steps, but lost what the base drew."),
+    ],
+)  # fmt: skip
+def test_the_verdict_follows_the_numbers(run, numbers, said):
     metrics = json.loads(json.dumps(run[1]))
-    metrics["headline"]["d-opsd"] = {"gap_closed_style": 0.81, "sharpness_vs_base": 1.0}
-    metrics["intervals"]["headline"]["d-opsd"] = {"gap_closed_style": [-0.09, 1.6]}
-    assert verdict(metrics)[0] == "D-OPSD hardly learnt the new style, stays sharp."
+    good = {"learnt": (0.9, 0.8, 1.0), "few_step_new": (0.0, -0.1, 0.1), "few_step_old": (0.01, 0.0, 0.02),
+            "few_step_sharpness": (1.0, 0.9, 1.1), "kept": (0.9, 0.8, 1.0)}  # fmt: skip
+    found = {key: value for key, value in (good | numbers).items() if value}
+    metrics["headline"]["d-opsd"] = {key: value[0] for key, value in found.items()}
+    metrics["intervals"]["headline"]["d-opsd"] = {key: list(value[1:]) for key, value in found.items()}
+    assert verdict(metrics)[0].startswith(said)
 
 
-def test_the_verdict_follows_the_numbers(run):
+def test_nothing_above_one_is_said(run):
     metrics = json.loads(json.dumps(run[1]))
-    metrics["intervals"]["headline"]["d-opsd"] = {"gap_closed_style": [0.7, 1.1], "gap_closed_truth": [0.6, 1.0]}
-    good = {"gap_closed_style": 0.9, "gap_closed_truth": 0.8, "sharpness_vs_base": 1.0}
-    good |= {"kept_lowest": 0.97, "kept_style": 0.97}
-    metrics["headline"]["d-opsd"] = good
-    assert verdict(metrics)[0] == "D-OPSD learnt the new style, in 2 steps, stays sharp and keeps what the base knew."
-    metrics["headline"]["d-opsd"] = good | {"gap_closed_style": 0.1, "gap_closed_truth": -0.2, "sharpness_vs_base": 0.3}
-    assert verdict(metrics)[0] == "D-OPSD hardly learnt the new style, but lost sharpness."
+    beyond = {"learnt": 11.16, "gap_closed_style": 1.4, "gap_closed_truth": 1.2}
+    metrics["headline"]["d-opsd"] |= beyond
+    metrics["intervals"]["headline"]["d-opsd"] |= {key: [1.1, 20.0] for key in beyond}
+    said = [
+        *verdict(metrics)[1],
+        *(text for a in answers(metrics) for text in (a.value, a.between, *(b for _, b in a.beside))),
+    ]
+    assert not [text for text in said if re.search(r"\b(1[0-9]{3}|1[1-9][0-9]|[2-9][0-9]{2}) %", text)]
+    cells = dict(zip((c.key for c in headline_columns(metrics)), dict(headline_rows(metrics))["d-opsd"], strict=True))
+    assert {cells[key].text for key in beyond} == {"1.00"}
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -336,7 +379,9 @@ def test_the_page_needs_nothing_else_and_escapes_captions(run, tmp_path):
     page = Page()
     page.feed(text)
     assert page.addresses
-    assert all(address.startswith(("data:image/png;base64,", "#")) for address in page.addresses)
+    assert all(
+        address.startswith(("data:image/png;base64,", "data:image/webp;base64,", "#")) for address in page.addresses
+    )
     assert not {"script", "iframe", "link", "object", "embed", "form"} & set(page.tags)
     assert not page.handlers
     assert not re.search(r"url\((?!#)|@import", text)
@@ -354,12 +399,13 @@ def test_a_missing_evaluation_says_which_stage_to_run(tmp_path):
 
 
 def test_the_table_is_the_same_everywhere(run):
-    (table,) = headline_tables(run[1])
+    head, table = headline_tables(run[1])
     titles, rows = table_as_text(run[1])
-    assert list(table.columns[0].cells) == titles[1:]
+    assert [*table.columns[0].cells, *head.columns[0].cells] == titles[1:]
     assert [column.header for column in table.columns[1:]] == [row[0] for row in rows]
+    assert [column.header for column in head.columns[1:]] == ["D-OPSD", "SFT"]
     assert [row[0] for row in rows] == ["base, untuned", "teacher", "D-OPSD", "SFT", "truth, decoded", "truth"]
-    style = titles.index("style ↑")
+    style = next(place for place, title in enumerate(titles) if title.startswith("style ↑ (probe right in "))
     assert rows[0][style].startswith(f"{run[1]['scores']['concept']['base']['style']:.3f} (")
 
 

@@ -33,7 +33,10 @@ def small_world() -> World:
 
 def tiny_run_settings(**changes: Any) -> Settings:
     """Few steps and few prompts; ``changes`` of the evaluation."""
-    evaluation = {"steps": [1, 2], "few_steps": 2, "max_prompts": 10, "curve_prompts": 4, "kept_prompts": 6}
+    evaluation = {
+        "steps": [1, 2], "few_steps": 1, "many_steps": 2, "max_prompts": 10, "curve_prompts": 4, "known_prompts": 6,
+        "kept_prompts": ["a red house", "two cats", "a boat", "a tree, flat style", "a sign that says OPEN", "the sea"],
+    }  # fmt: skip
     values = {
         "concepts": ["inked"], "model": {"path": "nowhere"}, "data": {"resolution": 64},
         "train": {"max_steps": 1, "batch_size": 1, "learning_rate": 1e-3}, "evaluation": evaluation | changes,

@@ -18,7 +18,7 @@ from dopsd.data.pictures import Picture
 
 from .draws import Key
 from .naming import color_of, name_of
-from .prompts import KEPT, KNOWN, NEAR, Prompt
+from .prompts import KEPT, KNOWN, Prompt
 
 SHOWN = 10
 """How many prompts the grids show."""
@@ -34,8 +34,8 @@ Tiles = Mapping[Key, Mapping[int, Path]]
 
 class Gallery:
     """Keeps a small copy of the pictures that somebody may want to see, in ``samples/`` below ``folder``; then draws
-    ``grids/``. Of the concept and the known styles the first prompts, with few steps from both noises, and the first
-    one alone with other steps; of what was to be kept, all with few steps: the worst of them are shown."""
+    ``grids/``. With few steps all: the worst are shown. With others and from another noise the first ones, and one of
+    the concept for every number of steps."""
 
     def __init__(
         self, folder: Path, splits: Mapping[str, Sequence[Prompt]], training: Sequence[Picture],
@@ -56,7 +56,7 @@ class Gallery:
 
     def add(self, key: Key, rows: Sequence[int], images: Sequence[Image.Image]) -> None:
         """Keep what is to be seen of some pictures of a cell."""
-        whole = key.split in (KEPT, NEAR) and key.steps == self._few
+        whole = key.split != KNOWN and key.steps == self._few and (key.noise == 0 or key.split == KEPT)
         shown = len(self._splits[key.split]) if whole else SHOWN if key.steps == self._few or key.split == KEPT else 1
         for row, image in zip(rows, images, strict=True):
             if row < shown:

@@ -73,8 +73,11 @@ SCORES: dict[str, Score] = {
               "among all candidates"),
         Score("concept_top5", "right thing, five guesses", "higher", "share of prompts whose own picture is among the "
               "five nearest candidates"),
-        Score("train_similarity", "similarity to the training pictures", "higher", "mean cosine of the features to "
-              "those of the training pictures"),
+        Score("likeness", "likeness to the training pictures", "higher", "mean cosine of the features to those of the "
+              "training pictures, what all of the base's pictures share taken away"),
+        Score("kept", "kept", "higher", "1 is the base's own picture, 0 one as far from it as another noise makes it"),
+        Score("copy", "copy", "lower", "structural similarity to the nearest training picture; 1 is the same picture"),
+        Score("prompt", "prompt following", "higher", "how well a text-image model finds the prompt in the picture"),
         Score("structure", "structure", "higher", "structural similarity to the true picture, at its best over shifts "
               "of up to 2 of 64 pixels"),
         Score("mse", "pixel error", "lower", "mean squared pixel difference to the true picture", 4),

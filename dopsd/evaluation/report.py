@@ -11,7 +11,7 @@ import io
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,25 @@ from PIL import Image
 from dopsd.files import whole_file
 
 from .charts import Point, line_chart, steps_chart
-from .grids import read_strip
+from .draws import Key
+from .grids import read_tiles
 from .naming import REFERENCES, SCORES, color_of, name_of, prompts_described, teacher_described
-from .table import columns_of, rows_of
-from .verdict import findings, main_model, verdict
+from .prompts import KEPT, KNOWN, NEAR
+from .summary import METRICS, PROMPTS
+from .table import columns_of, headline_columns, headline_rows, rows_of
+from .verdict import answers, main_model, verdict
 
 __all__ = ["ReportError", "write_report"]
 
 _TEMPLATE = "report.html.j2"
-_CURVES = ("style", "train_similarity", "cosine", "concept_top1", "sharpness")
+_CURVES = ("likeness", "style", "cosine", "concept_top1", "sharpness")
 _PREVIEW = re.compile(r"(student|teacher)-(\d+)\.(?:webp|png)")  # png: of runs before 30 November 2026
 _PREVIEWS_SHOWN = 6
 _PAIRS_SHOWN = 8
+_COLUMNS = 8
+"""Prompts of a grid."""
 
-Tiles = dict[tuple[str, str, int], list[Image.Image]]
+Grid = tuple[list[str], list[tuple[str, list[Markup | None]]]]
 
 
 class ReportError(ValueError):
@@ -47,12 +52,8 @@ def write_report(evaluation: Path, training: Path, data: Mapping[str, Any], out:
 
     ``data``: what stage validate found (``content_hash``, ``holdout_images``, ...). Raises :class:`ReportError`.
     """
-    metrics = _read_json(evaluation / "metrics.json")
-    index = _read_json(evaluation / "samples" / "index.json")
-    tiles = {
-        (entry["split"], entry["model"], int(entry["steps"])): read_strip(evaluation / "samples", entry)
-        for entry in index["strips"]
-    }
+    metrics = _read_json(evaluation / METRICS)
+    pictures = _Pictures(evaluation, metrics)
     head, sentences = verdict(metrics)
     page = _environment().get_template(_TEMPLATE).render(
         metrics=metrics,
@@ -62,17 +63,22 @@ def write_report(evaluation: Path, training: Path, data: Mapping[str, Any], out:
         main=main_model(metrics),
         headline=head,
         sentences=sentences,
-        findings=findings(metrics),
-        pairs=_pairs(metrics, index, tiles),
-        grid=_grid(metrics, index, tiles, "concept"),
-        kept_grid=_grid(metrics, index, tiles, "kept"),
+        answers=answers(metrics),
+        side=pictures.side(),
+        grids=[grid for noise in (0, 1) if (grid := pictures.grid("concept", noise, _COLUMNS))[1]],
+        known_grid=pictures.grid(KNOWN, 0, _COLUMNS),
+        lost=[pairs for noise in (0, 1) if (pairs := pictures.pairs(KEPT, noise))],
+        near=pictures.pairs(NEAR),
+        copies=pictures.copies(_PAIRS_SHOWN),
+        shown=_PAIRS_SHOWN,
+        headline_table=(headline_columns(metrics), headline_rows(metrics)),
         tables={split: (columns_of(metrics, split), rows_of(metrics, split)) for split in metrics["scores"]},
         charts=_charts(evaluation / "few_step.csv", metrics),
-        steps_rows=_steps_rows(metrics, tiles),
-        index=index,
-        targets=[_tile(image) for image in tiles.get(("training", "real", 0), [])],
+        steps_rows=pictures.steps(),
+        index=pictures.index,
+        targets=pictures.targets(),
         training=_training(training, metrics),
-        settings=_flat(index["settings"]),
+        settings=_flat(pictures.index["settings"]),
         scores=SCORES,
     )  # fmt: skip
     with whole_file(out) as partial:
@@ -102,46 +108,78 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _tile(image: Image.Image) -> Markup:
-    """The picture as a ``data:`` address."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return Markup("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())
+def _address(path: Path) -> Markup:
+    """A picture's file as a ``data:`` address."""
+    kind = path.suffix.removeprefix(".")
+    return Markup(f"data:image/{kind};base64," + base64.b64encode(path.read_bytes()).decode())
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _pairs(metrics: Mapping[str, Any], index: Mapping[str, Any], tiles: Tiles) -> list[dict[str, Any]]:
-    """Before and after, prompt by prompt: base, main model and the truth where it is known."""
-    few, model = metrics["few_steps"], main_model(metrics)
-    before, after = tiles.get(("concept", "base", few), []), tiles.get(("concept", str(model), few), [])
-    truths: Sequence[Image.Image | None] = tiles.get(("concept", "real", 0)) or [None] * len(before)
-    return [
-        {"prompt": text, "before": _tile(a), "after": _tile(b), "truth": _tile(truth) if truth else None}
-        for text, a, b, truth in zip(index["prompts"]["concept"], before, after, truths, strict=False)
-    ][:_PAIRS_SHOWN]
+class _Pictures:
+    """The samples' small copies, and what was found of them prompt by prompt."""
 
+    def __init__(self, evaluation: Path, metrics: Mapping[str, Any]) -> None:
+        self.index = _read_json(evaluation / "samples" / "index.json")
+        self._by_prompt = _read_json(evaluation / PROMPTS)
+        self._tiles = read_tiles(evaluation / "samples", self.index)
+        self._few, self._models = metrics["few_steps"], metrics["models"]
+        self._main = main_model(metrics)
 
-def _grid(
-    metrics: Mapping[str, Any], index: Mapping[str, Any], tiles: Tiles, split: str
-) -> tuple[list[str], list[tuple[str, list[Markup]]]]:
-    """Prompts and rows (model, pictures) of one split, what was edited and the truth first."""
-    few = metrics["few_steps"]
-    keys = [(split, "reference", 0), (split, "real", 0), *((split, model, few) for model in metrics["models"])]
-    rows = [(key[1], [_tile(image) for image in tiles[key]]) for key in keys if key in tiles]
-    return index["prompts"].get(split, []), rows
+    def side(self) -> int:
+        """How wide a picture of a grid is shown, in pixels: small ones at twice their size."""
+        with Image.open(next(iter(next(iter(self._tiles.values())).values()))) as image:
+            return 112 if max(image.size) <= 128 else 208
 
+    def one(self, key: Key, row: int) -> Markup | None:
+        """A picture's address, where it was kept."""
+        path = self._tiles.get(key, {}).get(row)
+        return None if path is None else _address(path)
 
-def _steps_rows(metrics: Mapping[str, Any], tiles: Tiles) -> tuple[list[int], list[tuple[str, list[Markup]]]]:
-    """The first prompt at every number of steps, model by model."""
-    steps = sorted({steps for split, _, steps in tiles if split == "concept" and steps > 0})
-    rows = []
-    for model in metrics["models"]:
-        drawn = [tiles.get(("concept", model, number)) for number in steps]
-        if all(drawn):
-            rows.append((model, [_tile(pictures[0]) for pictures in drawn if pictures]))
-    return steps, rows
+    def grid(self, split: str, noise: int, count: int) -> Grid:
+        """Prompts and rows (model, pictures) of one split; what was edited and the truth first."""
+        keys = [Key(split, "reference", 0), Key(split, "real", 0),
+                *(Key(split, model, self._few, noise) for model in self._models)]  # fmt: skip
+        prompts = self.index["prompts"].get(split, [])[:count]
+        rows = [(key.model, [self.one(key, row) for row in range(len(prompts))]) for key in keys if key in self._tiles]
+        return prompts, rows
+
+    def steps(self) -> tuple[list[int], list[tuple[str, list[Markup | None]]]]:
+        """The first prompt at every number of steps, model by model."""
+        steps = sorted({key.steps for key in self._tiles if key.split == "concept" and key.steps > 0})
+        rows = [(model, [self.one(Key("concept", model, number), 0) for number in steps]) for model in self._models]
+        return steps, [(model, pictures) for model, pictures in rows if all(pictures)]
+
+    def pairs(self, split: str, noise: int = 0) -> list[dict[str, Any]]:
+        """Base and main model, prompt by prompt, what kept least first."""
+        found = self._by_prompt.get(split, {}).get(str(self._main), {}).get(str(noise), {}).get("kept", [])
+        order = sorted(range(len(found)), key=lambda row: found[row])
+        return [self._pair(split, noise, row, f"{100 * found[row]:.0f} %".replace("-", "−")) for row in order]
+
+    def copies(self, count: int) -> list[dict[str, Any]]:
+        """The main model's pictures that are most like a training picture, beside that one."""
+        found = self._by_prompt.get("concept", {}).get(str(self._main), {}).get("0", {})
+        copy, nearest = found.get("copy", []), found.get("nearest", [])
+        order = sorted(range(len(copy)), key=lambda row: -copy[row])[:count]
+        prompts = self.index["prompts"]["concept"]
+        return [
+            {
+                "prompt": prompts[row], "value": f"{copy[row]:.2f}",
+                "before": self.one(Key("training", "real", 0), int(nearest[row])),
+                "after": self.one(Key("concept", str(self._main), self._few), row),
+            }
+            for row in order
+        ]  # fmt: skip
+
+    def targets(self) -> list[Markup]:
+        """The training pictures."""
+        files = self._tiles.get(Key("training", "real", 0), {})
+        return [_address(files[row]) for row in sorted(files)]
+
+    def _pair(self, split: str, noise: int, row: int, value: str) -> dict[str, Any]:
+        before, after = (self.one(Key(split, model, self._few, noise), row) for model in ("base", str(self._main)))
+        return {"prompt": self.index["prompts"][split][row], "value": value, "before": before, "after": after}
 
 
 # --- curves -----------------------------------------------------------------------------------------------------------
@@ -154,7 +192,7 @@ def _charts(path: Path, metrics: Mapping[str, Any]) -> list[tuple[str, str, Mark
         for row in csv.DictReader(file):
             low, high = (float(row[key]) if row[key] else None for key in ("low", "high"))
             curves[row["metric"]][row["model"]].append(Point(float(row["steps"]), float(row["value"]), low, high))
-    keys = [key for key in _CURVES if key in curves and not (key == "train_similarity" and "style" in curves)]
+    keys = [key for key in _CURVES if key in curves]
     charts = []
     for key in keys:
         ordered = {m: sorted(curves[key][m], key=lambda p: p.x) for m in metrics["models"] if m in curves[key]}
@@ -222,7 +260,9 @@ def _strip(path: Path) -> Markup:
         picture = image.convert("RGB")
     if picture.height > 128:
         picture.thumbnail((picture.width, 128), Image.Resampling.LANCZOS)
-    return _tile(picture)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return Markup("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -27,8 +27,8 @@ METRICS, PROMPTS = "metrics.json", "prompts.json"
 
 @dataclass(frozen=True)
 class Evaluated:
-    """All that was found. ``context``: what the teacher was shown; ``captions``: all that were trained on; ``look``: the
-    first backbone's."""
+    """All that was found. ``context``: what the teacher was shown; ``captions``: all that were trained on;
+    ``look``: the first backbone's."""
 
     concept: str
     kind: Kind
