@@ -5,35 +5,41 @@ import pytest
 import torch
 
 from dopsd.evaluation import headline
+from dopsd.evaluation.draws import Key
+from dopsd.evaluation.headline import Asked
 from dopsd.evaluation.scoring import Bootstrap, Cell
 from dopsd.evaluation.verdict import verdict
 
 
 def cell(**values: list[float]) -> Cell:
     """Two prompts' scores, three times over: six are the fewest on which a gap is measured."""
+    count = 3 * len(next(iter(values.values())))
     repeated = {key: np.tile(np.array(value), 3) for key, value in values.items()}
-    return Cell(repeated, torch.zeros(len(next(iter(repeated.values()))), 1))
+    never = {key: np.zeros(count) for key in ("likeness", "copy") if key not in values}
+    return Cell(never | repeated, {"eye": torch.zeros(count, 1)})
 
 
 def test_headline_numbers_are_the_ratios_they_claim():
     cells = {
-        ("concept", "base", 4): cell(style=[0.0, 0.2], cosine=[0.3, 0.3], sharpness=[0.4, 0.4]),
-        ("concept", "teacher", 4): cell(style=[0.8, 1.0], cosine=[0.3, 0.3], sharpness=[0.5, 0.5]),
-        ("concept", "d-opsd", 4): cell(style=[0.6, 0.8], cosine=[0.4, 0.4], sharpness=[0.5, 0.5]),
-        ("concept", "d-opsd", 32): cell(style=[1.0, 0.75]),
-        ("kept", "base", 4): cell(style=[0.5, 0.5], cosine=[0.5, 0.3], mse=[0.1, 0.1]),
-        ("kept", "d-opsd", 4): cell(style=[0.5, 0.4], cosine=[0.4, 0.4], mse=[0.1, 0.3]),
+        Key("concept", "base", 4): cell(style=[0.0, 0.2], cosine=[0.3, 0.3], sharpness=[0.4, 0.4]),
+        Key("concept", "teacher", 4): cell(style=[0.8, 1.0], cosine=[0.3, 0.3], sharpness=[0.5, 0.5]),
+        Key("concept", "d-opsd", 4): cell(style=[0.6, 0.8], cosine=[0.4, 0.4], sharpness=[0.5, 0.5]),
+        Key("concept", "d-opsd", 32): cell(style=[1.0, 0.75], sharpness=[0.5, 0.5]),
+        Key("known", "base", 4): cell(style=[0.5, 0.5], cosine=[0.5, 0.3], mse=[0.1, 0.1]),
+        Key("known", "d-opsd", 4): cell(style=[0.5, 0.4], cosine=[0.4, 0.4], mse=[0.1, 0.3]),
     }
     omitted: dict[str, str] = {}
-    numbers = headline.headline(cells, ["base", "teacher", "d-opsd"], 4, 32, 1, Bootstrap(0), omitted)["d-opsd"]
+    asked = Asked(4, 32, 1)
+    found = headline.headline(cells, ["base", "teacher", "d-opsd"], np.ones(6), asked, Bootstrap(0), omitted)
+    numbers = found["d-opsd"]
     assert numbers.values["gap_closed_style"] == pytest.approx((0.7 - 0.1) / (0.9 - 0.1))
     assert "gap_closed_truth" not in numbers.values
     assert "not measurably better than the base" in omitted["gap_closed_truth"]
     assert numbers.values["sharpness_vs_base"] == pytest.approx(1.25)
-    assert numbers.values["kept_style"] == pytest.approx(0.9)
-    assert numbers.values["kept_cosine"] == pytest.approx(1)
-    assert numbers.values["kept_mse"] == pytest.approx(2)
-    assert numbers.values["kept_lowest"] == pytest.approx(0.9)
+    assert numbers.values["known_style"] == pytest.approx(0.9)
+    assert numbers.values["known_cosine"] == pytest.approx(1)
+    assert numbers.values["known_mse"] == pytest.approx(2)
+    assert numbers.values["known_lowest"] == pytest.approx(0.9)
     assert numbers.values["retention_style"] == pytest.approx(0.6 / 1.0, rel=1e-4), "both on the curve's one prompt"
     low, high = numbers.intervals["gap_closed_style"]
     assert low == pytest.approx(0.75)
@@ -42,21 +48,25 @@ def test_headline_numbers_are_the_ratios_they_claim():
 
 @pytest.mark.parametrize("seed", range(8))
 def test_noise_is_no_success(seed):
-    """Random weights: base, teacher and student differ by chance alone, and no gap may come of it."""
+    """Random weights: base, teacher and student differ by chance alone, and nothing may come of it."""
     draw = np.random.default_rng(seed)
 
     def chance(count: int) -> Cell:
-        return Cell({"train_similarity": 0.25 + 0.01 * draw.standard_normal(count)}, torch.zeros(count, 1))
+        values = {"likeness": 0.25 + 0.01 * draw.standard_normal(count), "copy": np.zeros(count),
+                  "sharpness": np.ones(count)}  # fmt: skip
+        return Cell(values, {"eye": torch.zeros(count, 1)})
 
     for count in (2, 5, 40):
-        cells = {("concept", model, 4): chance(count) for model in ("base", "teacher", "d-opsd")}
-        cells["concept", "teacher", 4].values["train_similarity"] -= 0.004  # a little behind, as often as not
+        cells = {Key("concept", model, 4): chance(count) for model in ("base", "teacher", "d-opsd")}
+        cells[Key("concept", "teacher", 4)].values["likeness"] -= 0.004  # a little behind, as often as not
+        real = chance(count).values["likeness"] - 0.004
         omitted: dict[str, str] = {}
-        numbers = headline.headline(cells, ["base", "teacher", "d-opsd"], 4, 4, count, Bootstrap(0), omitted)["d-opsd"]
-        assert "gap_closed_style" not in numbers.values, (seed, count)
+        asked = Asked(4, 4, count)
+        numbers = headline.headline(cells, ["base", "teacher", "d-opsd"], real, asked, Bootstrap(0), omitted)["d-opsd"]
+        assert not {"gap_closed_style", "learnt", "few_step_new"} & numbers.values.keys(), (seed, count)
         metrics = {
             "models": ["base", "teacher", "d-opsd"], "few_steps": 4, "most_steps": 4, "omitted": omitted,
-            "style_score": "train_similarity", "intervals": {"headline": {"d-opsd": numbers.intervals}},
-            "headline": {"d-opsd": numbers.values},
+            "style_score": "likeness", "intervals": {"headline": {"d-opsd": numbers.intervals}}, "kind": "style",
+            "headline": {"d-opsd": numbers.values}, "counts": {"kept_prompts": 0},
         }  # fmt: skip
-        assert verdict(metrics)[0].startswith("Nothing can be said of whether D-OPSD learnt the new style:")
+        assert verdict(metrics)[0] == "Whether D-OPSD learnt the new style cannot be told."

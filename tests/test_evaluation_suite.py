@@ -292,15 +292,17 @@ def test_the_shipped_evaluation_asks_nothing_that_replay_would_learn(concept):
 @pytest.mark.parametrize(
     ("numbers", "said"),
     [
-        ({}, "D-OPSD learnt the new style in 1 steps and keeps what the base drew."),
-        ({"learnt": (0.3, 0.2, 0.4)}, "D-OPSD learnt the new style in part and stays few-step and keeps what the base drew."),
-        ({"learnt": (0.8, -0.1, 1.7)}, "D-OPSD hardly learnt the new style and stays few-step and keeps what the base drew."),
-        ({"learnt": (0.03, 0.01, 0.05)}, "D-OPSD hardly learnt the new style and stays few-step and keeps what the base"),
-        ({"learnt": None}, "Whether D-OPSD learnt the new style cannot be told and stays few-step and keeps"),
-        ({"few_step_old": (-0.4, -0.5, -0.3)}, "D-OPSD learnt the new style, but lost its few steps."),
-        ({"few_step_old": (-0.4, -0.9, 0.1)}, "D-OPSD learnt the new style, but needs a little more steps than the base did."),
-        ({"few_step_sharpness": (0.5, 0.4, 0.6)}, "D-OPSD learnt the new style, but lost its few steps."),
-        ({"kept": (0.1, 0.0, 0.2)}, "D-OPSD learnt the new style in 1 steps, but lost what the base drew."),
+        ({}, "D-OPSD learnt the new style. It stays good in 1 step and keeps what the base drew."),
+        ({"learnt": (0.3, 0.2, 0.4)}, "D-OPSD learnt the new style in part. It stays good"),
+        ({"learnt": (0.8, -0.1, 1.7)}, "D-OPSD hardly learnt the new style. It stays good"),
+        ({"learnt": (0.03, 0.01, 0.05)}, "D-OPSD hardly learnt the new style. It stays good"),
+        ({"learnt": None}, "Whether D-OPSD learnt the new style cannot be told. It stays good"),
+        ({"few_step_old": (-0.4, -0.5, -0.3)}, "D-OPSD learnt the new style. It lost its 1 step, but keeps what"),
+        ({"few_step_old": (-0.4, -0.9, 0.1)}, "D-OPSD learnt the new style. It needs a few more steps than the base did,"),
+        ({"few_step_sharpness": (0.5, 0.4, 0.6)}, "D-OPSD learnt the new style. It lost its 1 step, but keeps"),
+        ({"few_step_new": (-0.2, -0.3, -0.1), "kept": (0.1, 0.0, 0.2)},
+         "D-OPSD learnt the new style. It lost its 1 step and lost most of what the base drew."),
+        ({"kept": (0.4, 0.3, 0.5)}, "D-OPSD learnt the new style. It stays good in 1 step, but changed much of what"),
     ],
 )  # fmt: skip
 def test_the_verdict_follows_the_numbers(run, numbers, said):

@@ -133,9 +133,7 @@ def _no_lead(base: Values, real: Values) -> str:
         return f"{len(base)} prompts are too few to tell it from chance; {MIN_PROMPTS} are needed"
     if len(real) < MIN_REAL:
         return f"{len(real)} real pictures are too few to say how like each other they are; {MIN_REAL} are needed"
-    return (
-        "the untuned base's pictures are already as like the training pictures as real ones are, as far as can be told"
-    )
+    return "the untuned base's pictures may be as like the training pictures as real ones are"
 
 
 def _kept(numbers: Numbers, cells: Cells, model: str, asked: Asked, bootstrap: Bootstrap) -> None:

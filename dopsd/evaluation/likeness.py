@@ -1,7 +1,8 @@
 """How like two pictures are, by a backbone's features: what is drawn, and how. Pure functions of tensors.
 
-All pictures of one base have much in common, and so have their features: raw cosines lie between 0.7 and 0.9 and say
-little. A :class:`Scale` takes from them what the base's own pictures of general prompts have in common.
+What is drawn is compared by the features as they are. How it is drawn is told by means and deviations of channels, which
+all pictures of one base have much in common: a :class:`Scale` takes from them what the base's own pictures of general
+prompts share, and gives every channel the same weight.
 """
 
 from __future__ import annotations
@@ -38,12 +39,11 @@ class Scale:
 
     def unit(self, features: Tensor, half: Half = "both") -> Tensor:
         """Unit vectors ``[N, d]`` of what two pictures are compared by."""
-        centred = features - self.center
-        content = F.normalize(centred[:, : self.content_dim], dim=1)
+        content = F.normalize(features[:, : self.content_dim], dim=1)
         if half == "content" or self.content_dim == features.shape[1]:
             return content
-        # channels differ in scale by orders; those of the last layer are of one kind
-        style = F.normalize((centred / self.deviation)[:, self.content_dim :], dim=1)
+        standard = (features - self.center) / self.deviation
+        style = F.normalize(standard[:, self.content_dim :], dim=1)
         return style if half == "style" else torch.cat([content, style], 1) / 2**0.5
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:

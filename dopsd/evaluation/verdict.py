@@ -59,30 +59,23 @@ def verdict(metrics: Mapping[str, Any]) -> tuple[str, list[str]]:
     learnt, few_step, kept = found = answers(metrics)
     name, few = name_of(model), metrics["few_steps"]
     what = {"subject": "subject", "style": "style"}.get(metrics.get("kind") or "", "concept")
-    in_steps = f" in {few} steps" if few_step.level == "good" else ""
+    steps = f"{few} step{'s' if few > 1 else ''}"
     head = {
-        "good": f"{name} learnt the new {what}{in_steps}",
+        "good": f"{name} learnt the new {what}",
         "fair": f"{name} learnt the new {what} in part",
         "poor": f"{name} hardly learnt the new {what}",
         "unknown": f"Whether {name} learnt the new {what} cannot be told",
     }[learnt.level]
-    losses = [
-        text for answer, level, text in (
-            (few_step, "fair", "needs a little more steps than the base did"), (few_step, "poor", "lost its few steps"),
-            (kept, "fair", "changed much of what the base drew"), (kept, "poor", "lost what the base drew"),
-        ) if answer.level == level
-    ]  # fmt: skip
-    gains = [text for answer, text in ((few_step, "stays few-step"), (kept, "keeps what the base drew"))
-             if answer.level == "good"]  # fmt: skip
-    if learnt.level == "good" and few_step.level == "good":
-        gains = gains[1:]  # said with the steps
-    rest = f", but {_and(losses)}" if losses else f" and {_and(gains)}" if gains else ""
+    on_steps = {"good": f"stays good in {steps}", "fair": "needs a few more steps than the base did",
+                "poor": f"lost its {steps}"}  # fmt: skip
+    on_kept = {"good": "keeps what the base drew", "fair": "changed much of what the base drew",
+               "poor": "lost most of what the base drew"}  # fmt: skip
+    told = [(answer, words[answer.level]) for answer, words in ((few_step, on_steps), (kept, on_kept))
+            if answer.level in words]  # fmt: skip
+    alike = len({answer.level == "good" for answer, _ in told}) < 2
+    rest = (" and " if alike else ", but ").join(words for _, words in told)
     sentences = [answer.sentence for answer in found] + _more(metrics, model)
-    return f"{head}{rest}.", sentences
-
-
-def _and(words: list[str]) -> str:
-    return " and ".join(words)
+    return f"{head}.{f' It {rest}.' if rest else ''}", sentences
 
 
 # --- the three --------------------------------------------------------------------------------------------------------
@@ -116,39 +109,44 @@ def _learnt(metrics: Mapping[str, Any], model: str) -> Answer:
 def _few_step(metrics: Mapping[str, Any], model: str) -> Answer:
     few, many = metrics["few_steps"], metrics["most_steps"]
     title = "Did it stay few-step?"
-    found = {key: _number(metrics, model, key) for key in ("few_step_new", "few_step_old")}
-    known = {key: number for key, number in found.items() if number[0] is not None}
-    sharp, _, sharp_high = _number(metrics, model, "few_step_sharpness")
-    if not known:
+    key = _worst(metrics, model)
+    if key is None:
         reason = metrics.get("omitted", {}).get("few_step", "it was not measured")
         return Answer("few_step", title, "unknown", "–", "", f"Whether it stayed few-step cannot be told: {reason}.")
-    key = min(known, key=lambda name: known[name][0] or 0.0)
-    value, low, high = known[key]
+    value, low, high = _number(metrics, model, key)
+    sharp, _, sharp_high = _number(metrics, model, "few_step_sharpness")
     assert value is not None
     level = _level(value, FEW_STEP)
     if level != "good" and high is not None and high >= 0:
         level = "fair"  # may be chance
     if sharp is not None and (sharp_high is None or sharp_high < 1):
         level = _worse(level, _level(sharp, SHARP))
-    what = "the concept" if key == "few_step_new" else "general prompts"
-    shown = (
-        "as much" if abs(value) < 0.005 else f"{abs(value):.0%} {'less' if value < 0 else 'more'}".replace("%", " %")
-    )
-    sentence = (
-        f"Beside what the base itself loses, {few} steps show {shown} of what {many} do, at their worst: on {what}."
-    )
-    beside = [
-        ("on the concept", _signed(found["few_step_new"][0])),
-        ("on general prompts", _signed(found["few_step_old"][0])),
+    beside = [(label, _signed(_number(metrics, model, name)[0])) for name, label in _ON.items()]
+    beside += [("sharpness, beside the base's", f"{sharp:.2f}")] if sharp is not None else []
+    rivals = [
+        (other, _signed(_number(metrics, other, name)[0]), _mark(metrics, other, _GUARDED[key]))
+        for other in _others(metrics, model)
+        if (name := _worst(metrics, other)) is not None
     ]
-    beside += [("sharpness, few over many, over the base's", f"{sharp:.2f}")] if sharp is not None else []
+    less = "as much as" if round(100 * value) == 0 else f"{_percent(abs(value))} {'less' if value < 0 else 'more'} than"
+    sentence = (
+        f"With {few} steps it shows {less} with {many}, what the base itself loses taken off; this is where it loses "
+        f"most: {_ON[key]}."
+    )
     return Answer(
         "few_step", title, level, _signed(value), _between(low, high), sentence,
-        tuple((label, text) for label, text in beside if text != "–"), _rivals(metrics, model, key, _GUARDED[key]),
+        tuple((label, text) for label, text in beside if text != "–"), tuple(rivals),
     )  # fmt: skip
 
 
+_ON = {"few_step_new": "on the concept", "few_step_old": "on general prompts"}
 _GUARDED = {"few_step_new": "few_step", "few_step_old": "few_step_kept"}
+
+
+def _worst(metrics: Mapping[str, Any], model: str) -> str | None:
+    """Where few steps lose most."""
+    found = {key: value for key in _ON if (value := _number(metrics, model, key)[0]) is not None}
+    return min(found, key=lambda key: found[key]) if found else None
 
 
 def _kept(metrics: Mapping[str, Any], model: str) -> Answer:
@@ -174,16 +172,22 @@ def _kept(metrics: Mapping[str, Any], model: str) -> Answer:
 
 
 def _rivals(metrics: Mapping[str, Any], model: str, key: str, guarded: str) -> tuple[tuple[str, str, str], ...]:
-    """Other tuned models' numbers, and whether the paired difference from the main model's is more than chance."""
-    out = []
-    for other in metrics["models"]:
-        value = _number(metrics, other, key)[0]
-        if other == model or other in REFERENCES or value is None:
-            continue
-        _, low, high = metrics.get("against", {}).get(other, {}).get(guarded, (0.0, 0.0, 0.0))
-        mark = "better" if low > 0 else "worse" if high < 0 else ""
-        out.append((other, _signed(value) if key.startswith("few_step") else _percent(min(value, 1.0)), mark))
-    return tuple(out)
+    """Other tuned models' numbers, and how they stand to the main model's."""
+    return tuple(
+        (other, _percent(min(value, 1.0)), _mark(metrics, other, guarded))
+        for other in _others(metrics, model)
+        if (value := _number(metrics, other, key)[0]) is not None
+    )
+
+
+def _others(metrics: Mapping[str, Any], model: str) -> list[str]:
+    return [other for other in metrics["models"] if other != model and other not in REFERENCES]
+
+
+def _mark(metrics: Mapping[str, Any], other: str, guarded: str) -> str:
+    """Whether the paired difference from the main model's is more than chance, and which way."""
+    _, low, high = metrics.get("against", {}).get(other, {}).get(guarded, (0.0, 0.0, 0.0))
+    return "better" if low > 0 else "worse" if high < 0 else ""
 
 
 # --- what else is worth a sentence ------------------------------------------------------------------------------------
