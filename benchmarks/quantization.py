@@ -23,7 +23,7 @@ CONCEPT = "style-ink"
 KINDS = ("none", "int8", "fp8", "nf4")
 COLUMNS = {
     "gap, style": "gap_closed_style", "gap, truth": "gap_closed_truth", "sharpness / base": "sharpness_vs_base",
-    "kept, lowest": "kept_lowest", "few-step share": "retention_style",
+    "kept, lowest": "known_lowest", "few-step share": "retention_style",
 }  # fmt: skip
 
 

@@ -258,7 +258,7 @@ def _line(label: str, seeds: Sequence[dict[str, float | None]]) -> str:
 
 def _tuned(run: dict[str, Any], name: str) -> dict[str, float | None]:
     head = run["metrics"]["headline"][name]
-    keys = ("gap_closed_style", "gap_closed_truth", "sharpness_vs_base", "kept_lowest", "retention_style")
+    keys = ("gap_closed_style", "gap_closed_truth", "sharpness_vs_base", "known_lowest", "retention_style")
     values = [run["metrics"]["scores"]["concept"][name]["style"], *(head.get(key) for key in keys)]
     return dict(zip(COLUMNS[1:], values, strict=True))
 
@@ -287,21 +287,24 @@ SHOWN = {
     "d-opsd-alone": "D-OPSD without replay", "sft-compute": "SFT + replay, equal compute",
     "sft-alone": "SFT without replay",
 }  # fmt: skip
-PICTURES = {"style-ink": {"concept": "", "kept": "-kept"}, "style-3d": {"concept": ""}}
+PICTURES = {"style-ink": {"concept": "", "known": "-kept"}, "style-3d": {"concept": ""}}
 """Which split is drawn, and the ending of its file's name."""
 
 
 def _draw(concept: str) -> None:
     """The grids of the README: the first prompts of seed 0, nothing picked by hand."""
-    from dopsd.evaluation.grids import draw_grid, read_strip
+    from dopsd.evaluation.draws import Key
+    from dopsd.evaluation.grids import draw_grid, opened_tile, read_tiles
 
     samples = _evaluation(concept, 0) / "samples"
     index = json.loads((samples / "index.json").read_text(encoding="utf-8"))
-    strips = {(e["split"], e["model"]): e for e in index["strips"] if e["steps"] in (0, FEW)}
+    tiles = read_tiles(samples, index)
     for split, ending in PICTURES[concept].items():
-        rows = [(label, read_strip(samples, strips[split, model]))
-                for model, label in SHOWN.items() if (split, model) in strips]  # fmt: skip
-        grid = draw_grid(index["prompts"][split], rows, f"{FEW} steps, same noise for every model")
+        keys = {label: Key(split, model, 0 if model == "real" else FEW) for model, label in SHOWN.items()}
+        rows = [
+            (label, [opened_tile(tiles[key][row]) for row in range(10)]) for label, key in keys.items() if key in tiles
+        ]
+        grid = draw_grid(index["prompts"][split][:10], rows, f"{FEW} steps, same noise for every model")
         grid.save(samples / "grid.png", optimize=True)
         shutil.move(samples / "grid.png", DOCS / "images" / f"{concept}{ending}.png")
 

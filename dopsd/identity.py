@@ -59,7 +59,7 @@ def plan_of(settings: Settings, base: Base, start: str = "") -> Plan:
         "evaluate": {
             "version": [SCORES_VERSION, METHOD_VERSION, ENCODING_VERSION], "base": files,
             "model": model.decides_learning(), "data": pictures, "evaluation": evaluation.model_dump(mode="json"),
-            "replayed": train.replay.prompts if train.replay.weight > 0 else (),  # of these nothing is asked
+            "replayed": train.replay.prompts,  # of these nothing is asked, replay on or off
         },
         "register": {
             "version": EXPORT_VERSION, "base": files, "name": model.name,

@@ -44,6 +44,7 @@ class MadeUp(Family):
         "transformer": ("Lumina2Transformer2DModel",),
     }  # fmt: skip
     few_steps = 2
+    many_steps = 4
     longest_prompt = 256
     contexts: ClassVar[tuple[ContextName, ...]] = ("enhanced-prompt",)
     lora_targets = (r"layers\.\d+\.attn\.to_(q|k|v|out\.0)", r"layers\.\d+\.feed_forward\.linear_[123]")

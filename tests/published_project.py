@@ -37,6 +37,7 @@ SMALL: dict[str, Any] = {
     "train.teacher.gain_images": 1,
     "evaluation.max_prompts": 2,
     "evaluation.curve_prompts": 1,
+    "evaluation.kept_prompts": ["a red house", "two cats"],
     "compute.launcher": "local",
     "registry.max_base_gib": 0,  # as with a base of the real size: versions name it and do not hold it
 }
@@ -102,7 +103,7 @@ def edit_settings(file: Path, values: Mapping[str, Any]) -> None:
 
 def make_clone(root: Path) -> Path:
     """What a clone of this repository is at first, as far as the stages need it: under git and DVC, no run yet."""
-    for folder in ("dopsd", "recipes", ".dvc/plots"):
+    for folder in ("dopsd", "recipes", ".dvc/plots", "data/prompts"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore", ".dvc/.gitignore"):
         shutil.copyfile(ROOT / file, root / file)

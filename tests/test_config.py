@@ -88,8 +88,8 @@ def test_the_shipped_concepts_are_there() -> None:
         ({"train__lora__targets": ["to_(q"]}, "'to_(q' is not a regular expression"),
         ({"evaluation__steps": []}, "evaluation.steps: empty"),
         ({"evaluation__steps": [4, 8, 4]}, "evaluation.steps: 4 is there twice; name each once"),
-        ({"evaluation__steps": [4]}, "evaluation.steps [4] has none above 4"),
-        ({"evaluation__steps": [2, 4]}, "or set registry.enabled to false"),
+        ({"evaluation__steps": [4], "evaluation__many_steps": 4}, "evaluation.steps [4] has none above 4"),
+        ({"evaluation__steps": [2, 4], "evaluation__many_steps": 4}, "or set registry.enabled to false"),
         ({"evaluation": {"steps": [8]}}, "evaluation.steps [8] has none above 8"),
         ({"concepts": ["style-ink", "style-ink"]}, "concepts: style-ink is there twice"),
         ({"train__seed": -1}, "train.seed: "),
@@ -182,17 +182,19 @@ def test_the_same_key_in_two_groups_and_what_an_anchor_repeats_is_no_fault(tmp_p
     (tmp_path / "params.yaml").write_text(text)
     assert load_settings(tmp_path / "params.yaml") == load_settings(SHIPPED)
     _own(tmp_path, "style-ink", "teacher: &t {every: 2}\nlora: {rank: 2}\n")
-    assert load_settings(SHIPPED).of("style-ink", tmp_path).train.teacher.every == 2
+    listed = load_settings(SHIPPED, ("evaluation.kept_prompts=[a red house]",))
+    assert listed.of("style-ink", tmp_path).train.teacher.every == 2
 
 
 def test_steps_may_be_few_alone_where_no_gate_asks_for_more(tmp_path: Path) -> None:
     for registry in ({"registry__enabled": False}, {"registry__min_retention": 0.0}):
-        assert load_settings(_write(tmp_path, evaluation__steps=[4], **registry)).evaluation.steps == (4,)
+        few = {"evaluation__steps": [4], "evaluation__many_steps": 4, **registry}
+        assert load_settings(_write(tmp_path, **few)).evaluation.steps == (4,)
 
 
 def test_the_familys_own_number_of_few_steps_counts_for_the_gate(tmp_path: Path) -> None:
     family = family_class(load_settings(SHIPPED).model).few_steps
-    steps = {"steps": [1, family]}
+    steps = {"steps": [1, family], "many_steps": family}
     with pytest.raises(ModelError, match=f"has none above {family}"):
         resolved(load_settings(_write(tmp_path, evaluation=steps)))
 
@@ -238,8 +240,35 @@ def _own(root: Path, concept: str, content: str) -> None:
     (folder / "train.yaml").write_text(content)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "is no file; name one with a prompt in each line, or list the prompts"),
+        (b"# nothing\n\n", "holds no prompt; write one in each line"),
+        (b"a caf\xe9\n", "is not UTF-8"),
+        (b"x" * (1 << 20) + b"\n", "is larger than 1 MiB"),
+    ],
+)
+def test_a_file_of_prompts_that_is_none_is_named_with_its_setting(
+    tmp_path: Path, content: bytes | None, said: str
+) -> None:
+    path = _write(tmp_path, evaluation__kept_prompts="mine.txt")
+    if content is not None:
+        (tmp_path / "mine.txt").write_bytes(content)
+    with pytest.raises(SettingsError, match=r"evaluation\.kept_prompts: .*mine\.txt") as error:
+        load_settings(path).of("style-ink", tmp_path)
+    assert said in str(error.value)
+
+
+def test_general_prompts_are_a_line_each_and_count_once(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("\ufeff# mine\r\n a red  house\r\n\r\na red house\ntwo cats\n", encoding="utf-8")
+    settings = load_settings(_write(tmp_path, evaluation__kept_prompts="mine.txt")).of("style-ink", tmp_path)
+    assert settings.evaluation.kept_texts == ("a red house", "two cats")
+    assert settings.of("style-ink", tmp_path) == settings
+
+
 def test_a_concept_has_settings_of_its_own_unless_the_command_line_says_otherwise(tmp_path: Path) -> None:
-    path = _write(tmp_path)
+    path = _write(tmp_path, evaluation__kept_prompts=["a red house"])
     _own(tmp_path, "style-ink", "max_steps: 7\nlora: {rank: 2}\n")
     _own(tmp_path, "style-3d", "# nothing yet\n")
     shared = load_settings(path)

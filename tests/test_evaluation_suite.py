@@ -298,7 +298,7 @@ def test_the_shipped_evaluation_asks_nothing_that_replay_would_learn(concept):
         ({"learnt": (0.03, 0.01, 0.05)}, "D-OPSD hardly learnt the new style. It stays good"),
         ({"learnt": None}, "Whether D-OPSD learnt the new style cannot be told. It stays good"),
         ({"few_step_old": (-0.4, -0.5, -0.3)}, "D-OPSD learnt the new style. It lost its 1 step, but keeps what"),
-        ({"few_step_old": (-0.4, -0.9, 0.1)}, "D-OPSD learnt the new style. It needs a few more steps than the base did,"),
+        ({"few_step_old": (-0.4, -0.9, 0.1)}, "D-OPSD learnt the new style. It needs a few more steps than the base"),
         ({"few_step_sharpness": (0.5, 0.4, 0.6)}, "D-OPSD learnt the new style. It lost its 1 step, but keeps"),
         ({"few_step_new": (-0.2, -0.3, -0.1), "kept": (0.1, 0.0, 0.2)},
          "D-OPSD learnt the new style. It lost its 1 step and lost most of what the base drew."),

@@ -102,7 +102,7 @@ def test_a_setting_changes_the_stages_that_it_decides_and_no_other(override: str
 def test_replay_prompts_count_where_they_are_replayed() -> None:
     off = ("train.replay.weight=0",)
     before, after = (plan(load_settings(SHIPPED, (*off, *more))) for more in ((), ("train.replay.prompts=[a fox]",)))
-    assert before == after
+    assert [stage for stage in before if before[stage] != after[stage]] == ["evaluate"], "they are not asked either way"
     assert changed("train.replay.prompts=[a fox]") == {"encode", "evaluate"}, "what is replayed is not asked"
     examples, (fox, owl) = tuple(tiny.tiny_examples(2)), tiny.tiny_prompts(2)
 

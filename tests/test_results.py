@@ -30,7 +30,7 @@ def _run(seed: int, tuned: dict[str, float], **words: float) -> dict[str, Any]:
     concept = {"base": scores(0.1), "teacher": scores(0.5)} | {name: scores(style) for name, style in tuned.items()}
     head: dict[str, dict[str, float]] = {
         name: {"gap_closed_style": (style - 0.1) / 0.4, "gap_closed_truth": 0.0, "sharpness_vs_base": 1.0,
-               "kept_lowest": 0.9, "retention_style": 0.8} for name, style in tuned.items()
+               "known_lowest": 0.9, "retention_style": 0.8} for name, style in tuned.items()
     }  # fmt: skip
     asked = {word: {"scores": {"concept": {"base": scores(style)}}, "headline": {}} for word, style in words.items()}
     return {

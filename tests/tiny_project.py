@@ -51,7 +51,14 @@ def make_project(root: Path, concepts: Sequence[str] = ("blots",), **train: Any)
         "data": {"resolution": 64},
         # each concept's own number of steps lies over the common one, so that whoever reads `train` alone is found out
         "train": how | {"methods": train.get("methods", ["d-opsd", "sft"]), "max_steps": how["max_steps"] + 1},
-        "evaluation": {"steps": [1, 2], "few_steps": 2, "max_prompts": 3, "curve_prompts": 2},
+        "evaluation": {
+            "steps": [1, 2],
+            "few_steps": 1,
+            "many_steps": 2,
+            "max_prompts": 3,
+            "curve_prompts": 2,
+            "kept_prompts": ["a red house", "two cats", "the sea"],
+        },
         "compute": {"launcher": "local"},
         "registry": {"min_retention": 0.0},  # random pictures: what the gate asks for is tested where it is
     }

@@ -94,7 +94,7 @@ class Gallery:
                 Key(split, "real", 0),
                 *(Key(split, m, self._few) for m in self._models),
             ]
-            rows = [(key.model, [_opened(self._tiles[key][row]) for row in range(SHOWN) if row in self._tiles[key]])
+            rows = [(key.model, [opened_tile(self._tiles[key][row]) for row in range(SHOWN) if row in self._tiles[key]])
                     for key in keys if key in self._tiles]  # fmt: skip
             if rows:
                 captions = [prompt.text for prompt in self._splits[split][:SHOWN]]
@@ -107,7 +107,7 @@ class Gallery:
         for model in self._models:
             keys = [Key("concept", model, steps) for steps in self._steps]
             if all(key in self._tiles for key in keys):
-                rows.append((model, [_opened(self._tiles[key][0]) for key in keys]))
+                rows.append((model, [opened_tile(self._tiles[key][0]) for key in keys]))
         labels = [f"{steps} step{'s' if steps > 1 else ''}" for steps in self._steps]
         return draw_grid(labels, rows, self._splits["concept"][0].text)
 
@@ -133,7 +133,8 @@ def reduced(image: Image.Image, side: int) -> Image.Image:
     return small
 
 
-def _opened(path: Path) -> Image.Image:
+def opened_tile(path: Path) -> Image.Image:
+    """A kept picture at a grid's size."""
     with Image.open(path) as image:
         return reduced(image.convert("RGB"), _GRID_TILE)
 

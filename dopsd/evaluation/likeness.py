@@ -1,8 +1,8 @@
 """How like two pictures are, by a backbone's features: what is drawn, and how. Pure functions of tensors.
 
-What is drawn is compared by the features as they are. How it is drawn is told by means and deviations of channels, which
-all pictures of one base have much in common: a :class:`Scale` takes from them what the base's own pictures of general
-prompts share, and gives every channel the same weight.
+What is drawn is compared by the features as they are. How it is drawn is told by means and deviations of channels, in
+which all pictures of one base have much in common: a :class:`Scale` takes from them what the base's own pictures of
+general prompts share, and gives every channel the same weight.
 """
 
 from __future__ import annotations
