@@ -19,6 +19,8 @@ from mlflow.models import get_model_info
 from PIL import Image
 
 from dopsd.config import Settings, load_settings
+from dopsd.evaluation.draws import Key
+from dopsd.evaluation.grids import opened_tile, read_tiles
 from dopsd.evaluation.headline import MIN_PROMPTS
 from dopsd.evaluation.verdict import verdict
 from dopsd.models import family_class, references_rule, resolved, teaching_of
@@ -305,19 +307,21 @@ def test_noise_is_not_called_a_success(made: Made) -> None:
 
 def test_pictures_keep_their_shapes(made: Made) -> None:
     """The trained buckets, and what the models draw of the held-out rows."""
-    index = json.loads((made.run / "evaluation" / "samples" / "index.json").read_text())
-    sizes: dict[Any, Any] = {(e["split"], e["model"], e["steps"]): e["sizes"] for e in index["strips"]}
-    assert len({tuple(size) for size in sizes["training", "real", 0]}) > 2
+    samples = made.run / "evaluation" / "samples"
+    sizes: dict[Any, Any] = {}
+    for key, files in read_tiles(samples, json.loads((samples / "index.json").read_text())).items():
+        sizes[key] = [opened_tile(files[row]).size for row in sorted(files)]
+    assert len(set(sizes[Key("training", "real", 0)])) > 2
     few = FACTS[made.recipe].few
-    asked = sizes["concept", "real", 0]
+    asked = sizes[Key("concept", "real", 0)]
     assert asked[0] != asked[1]
     for model in ("base", "teacher", "d-opsd"):
-        assert sizes["concept", model, few] == asked
+        assert sizes[Key("concept", model, few)] == asked
 
 
 def test_an_edit_is_shown_beside_what_it_starts_from(made: Made) -> None:
     grids, page = made.run / "evaluation" / "grids", (made.run / "report.html").read_text()
-    rows = re.findall(r'<th scope="row"><span><i[^>]*></i>([^<]*)</span></th>', page.split("Side by side")[1])
+    rows = re.findall(r'<th scope="row"><span><i[^>]*></i>([^<]*)</span></th>', page.split("Three answers")[1])
     edits = made.recipe == "flux2-klein-edit"
     told = "shown the finished edit; all others have the text and the pictures to edit." if edits else (
         "shown another training picture; all others have the text alone."
@@ -335,12 +339,10 @@ def test_an_edit_is_shown_beside_what_it_starts_from(made: Made) -> None:
     # the first row of the grid has the references of each prompt, as they are on disk, at one height
     samples = made.run / "evaluation" / "samples"
     index = json.loads((samples / "index.json").read_text())
-    strip = next(entry for entry in index["strips"] if entry["model"] == "reference")
-    with Image.open(samples / strip["file"]) as picture:
-        shown = picture.convert("RGB")
+    references = read_tiles(samples, index)[Key("concept", "reference", 0)]
     for number, text in enumerate(index["prompts"]["concept"]):
         held_out = int(re.search(r"blot (\d)", text)[1])  # type: ignore[index]
-        left, height = number * strip["side"], min(height for _, height in REFERENCES[held_out])
+        shown, left, height = opened_tile(references[number]), 0, min(height for _, height in REFERENCES[held_out])
         for place, size in enumerate(REFERENCES[held_out]):
             path = made.root / "data" / "concepts" / CONCEPT / "holdout" / f"before-{held_out}-{place}.png"
             with Image.open(path) as reference:
