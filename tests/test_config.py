@@ -186,7 +186,7 @@ def test_the_same_key_in_two_groups_and_what_an_anchor_repeats_is_no_fault(tmp_p
 
 
 def test_steps_may_be_few_alone_where_no_gate_asks_for_more(tmp_path: Path) -> None:
-    for registry in ({"registry__enabled": False}, {"registry__min_retention": 0.0}):
+    for registry in ({"registry__enabled": False}, {"registry__max_few_step_loss": None}):
         assert load_settings(_write(tmp_path, evaluation__steps=[4], **registry)).evaluation.steps == (4,)
 
 

@@ -35,6 +35,7 @@ from dopsd.train.workers import Workers
 from . import headline, prompts
 from .backbones import FeatureStore, load_backbone
 from .grids import Gallery
+from .paired import PAIRED, Paired, write_paired
 from .probe import StyleProbe, decoded, round_trip, train_probe
 from .prompts import EvaluationError, Kind, Prompt
 from .scoring import Bootstrap, Cell, Scorer, by_size
@@ -115,6 +116,7 @@ def evaluate(
         _write_csv(partial, cells, scorers, min(settings.evaluation.curve_prompts, len(plan.concept)), settings)
         gallery.write()
         (partial / METRICS).write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_paired(partial / PAIRED, _paired(cells, names, settings))
     return metrics
 
 
@@ -321,6 +323,30 @@ def _summary(
         },
         "omitted": omitted,
     }
+
+
+def _paired(cells: dict[tuple[str, str, int], Cell], names: Sequence[str], settings: Settings) -> Paired:
+    """Scores per prompt, for the registry's gate."""
+    few, most, key = settings.evaluation.few, max(settings.evaluation.steps), "train_similarity"
+    about = {"learnt": {"better": "higher", "label": "likeness"}}
+    if most > few:
+        about["few_step"] = {"better": "higher", "label": "few steps beside many"}
+    if ("kept", "base", few) in cells:
+        about["kept"] = {"better": "higher", "label": "the base's own pictures"}
+    def lost(model: str) -> Any:
+        many = cells["concept", model, most].values[key]
+        return cells["concept", model, few].values[key][: len(many)] - many
+
+    models = {}
+    for model in (name for name in names if name != "teacher"):
+        values = {"learnt": cells["concept", model, few].values[key]}
+        if "few_step" in about:
+            values["few_step"] = lost(model) - lost("base")
+        if "kept" in about:
+            mine, base = (cells["kept", name, few].content for name in (model, "base"))
+            values["kept"] = torch.cosine_similarity(mine, base).double().numpy()
+        models[model] = {score: {"first": tuple(map(float, numbers))} for score, numbers in values.items()}
+    return Paired(about, models, few)
 
 
 def _probe_summary(probe: StyleProbe | None, cells: dict[tuple[str, str, int], Cell], few: int) -> dict[str, Any]:
