@@ -6,7 +6,7 @@ Stage register calls :func:`register_version`; the nightly flow asks :func:`reas
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

@@ -333,6 +333,7 @@ def _paired(cells: dict[tuple[str, str, int], Cell], names: Sequence[str], setti
         about["few_step"] = {"better": "higher", "label": "few steps beside many"}
     if ("kept", "base", few) in cells:
         about["kept"] = {"better": "higher", "label": "the base's own pictures"}
+
     def lost(model: str) -> Any:
         many = cells["concept", model, most].values[key]
         return cells["concept", model, few].values[key][: len(many)] - many

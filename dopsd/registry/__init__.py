@@ -23,7 +23,7 @@ from dopsd.files import disk_full, is_disk_full
 from dopsd.identity import VersionIdentity
 from dopsd.tracking import connect, tracking_uri, without_secrets
 
-from .gate import About, Verdict, Values, described, judge
+from .gate import About, Values, Verdict, described, judge
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

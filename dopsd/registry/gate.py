@@ -29,7 +29,9 @@ LEAST_DELTA = 0.005
 LEAST_PROMPTS = 4
 """On fewer, a spread says nothing; the delta is then :data:`LEAST_DELTA`."""
 DELTA_WIDTHS = 2
-"""Half-widths to a delta. The interval itself takes one: with one, an equal model passed one night in fifty."""
+"""Half-widths to a delta. The interval itself takes one: with one alone, a model just as good hardly ever passes."""
+DELTA_SHARE = 0.25
+"""No delta of what is learnt is a larger share of what the anchor learnt: on few prompts chance may do all of that."""
 
 Values = Mapping[str, Mapping[str, Sequence[float]]]
 """Score to ``first`` and, where they were drawn from a second noise, ``second``: one number per prompt."""
@@ -94,18 +96,22 @@ def _half_width(values: NDArray[np.float64]) -> float:
 def measure_deltas(values: Values, base: Values) -> dict[str, float]:
     """How far below this model, score by score, another may be and still count as not worse: what chance alone does to
     an equal one. It is :data:`DELTA_WIDTHS` half-widths of the interval of its own difference from noise to noise;
-    without a second noise, of its difference from the base over prompts."""
-    return {score: _delta(seeds, base.get(score, {}).get("first", ())) for score, seeds in values.items()}
+    without a second noise, of its difference from the base over prompts. ``base``: the untuned base's scores."""
+    deltas = {score: _spread(seeds, base.get(score, {}).get("first", ())) for score, seeds in values.items()}
+    if "learnt" in deltas and "learnt" in base:
+        learnt = paired_difference(values["learnt"]["first"], base["learnt"]["first"]).mean
+        deltas["learnt"] = min(deltas["learnt"], DELTA_SHARE * abs(learnt))
+    return {score: max(delta, LEAST_DELTA) for score, delta in deltas.items()}
 
 
-def _delta(seeds: Mapping[str, Sequence[float]], base: Sequence[float]) -> float:
+def _spread(seeds: Mapping[str, Sequence[float]], base: Sequence[float]) -> float:
     other = seeds.get("second", ())
     if len(other) < LEAST_PROMPTS:
         other = base
     if len(other) < LEAST_PROMPTS:
         return LEAST_DELTA
     spread = np.asarray(seeds["first"][: len(other)], float) - np.asarray(other, float)
-    return max(DELTA_WIDTHS * _half_width(spread), LEAST_DELTA)
+    return DELTA_WIDTHS * _half_width(spread)
 
 
 def judge(
