@@ -23,8 +23,6 @@ from dopsd.registry import ANCHOR, CHAMPION, Anchor, Entry, Registry, RegistryAw
 from dopsd.registry.gate import measure_deltas
 
 if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
-
     from dopsd.data.manifest import ConceptTable
 
 VERSION = "version"
@@ -151,10 +149,10 @@ class _Questions:
 
 @dataclass(frozen=True)
 class _Rival:
-    """A version that the new one is compared with, as ``name``."""
+    """A version of the registry (MLflow's) that the new one is compared with, as ``name``."""
 
     name: str
-    version: ModelVersion
+    version: Any
     made: VersionIdentity
 
     @property

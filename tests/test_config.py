@@ -80,6 +80,7 @@ def test_the_shipped_concepts_are_there() -> None:
         ({"evaluation__few_steps": 3}, "must be one of evaluation.steps"),
         ({"data": ...}, "data: missing"),
         ({"overrides": {"max_steps": 3}}, "overrides: unknown setting"),
+        ({"registry__min_retention": 0.9}, "registry.min_retention: unknown setting; remove it; registry.max_few"),
         ({"train__learning_rate": float("inf")}, "train.learning_rate: "),
         ({"train__betas": [0.9, 1.0]}, "train.betas.1: "),
         ({"train__methods": []}, "train.methods: empty; name at least one"),

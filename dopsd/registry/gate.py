@@ -127,10 +127,10 @@ def judge(
             if score in mine:
                 delta = deltas.get(score, LEAST_DELTA) if settings.tolerance is None else settings.tolerance
                 table.append(_compare(rival, score, mine, theirs, about, delta))
-    faults = [*_lacking(mine, about, rivals, settings), *(_fault(row, about) for row in table if not row.ok)]
-    words = [*faults, *_versus(table, about)]
-    if not rivals:
-        words += ["there was no champion"]
+    faults = [*_lacking(mine, about, rivals, settings), *_faults(table, about)]
+    words = [*faults, *_versus(table, about, next(iter(rivals), BASE))]
+    words += [f"not below {rival}" for rival in list(rivals)[1:] if not faults]
+    words += [] if rivals else ["there was no champion"]
     return Verdict(not faults, "; ".join(words), tuple(table))
 
 
@@ -165,18 +165,28 @@ def _lacking(mine: Values, about: About, rivals: Mapping[str, Values], settings:
             yield f"{', '.join(missing)} was measured of {rival} and not of this version"
 
 
-def _fault(row: Row, about: About) -> str:
-    label, found = _label(row.score, about), row.difference
-    if row.rival != BASE:
-        return (f"worse than {row.rival} in {label}, as far as can be told: {row.mine:.3f} against {row.theirs:.3f}, "
-                f"{between(found)}, and {-row.delta:.3f} is allowed")  # fmt: skip
-    if row.score == "learnt":
-        return (f"nothing learnt that could be measured: {label} {row.mine:.3f}, the untuned base's {row.theirs:.3f}, "
-                f"{between(found)}")  # fmt: skip
-    if row.score == "kept":
-        return f"the base's own pictures are lost: {label} {row.mine:.3f}, registry.min_kept is {1 - row.delta:g}"
-    return (f"few steps are not what they were: {label} {between(found)} beside the base, "
-            f"registry.max_few_step_loss is {row.delta:g}")  # fmt: skip
+def _faults(table: Sequence[Row], about: About) -> Iterator[str]:
+    """Floors that it is below, and rivals that it may be below."""
+    for row in table:
+        label = _label(row.score, about)
+        if row.ok or row.rival != BASE:
+            continue
+        if row.score == "learnt":
+            yield (f"nothing learnt that could be measured: {label} {row.mine:.3f}, the untuned base's "
+                   f"{row.theirs:.3f}, {between(row.difference)}")  # fmt: skip
+        elif row.score == "kept":
+            yield f"the base's own pictures are lost: {label} {row.mine:.3f}, registry.min_kept is {1 - row.delta:g}"
+        else:
+            yield (f"few steps may cost too much: {label} {between(row.difference)} beside the base, "
+                   f"registry.max_few_step_loss is {row.delta:g}")  # fmt: skip
+    for rival in dict.fromkeys(row.rival for row in table if not row.ok and row.rival != BASE):
+        worse = [
+            f"{_label(row.score, about)} {row.mine:.3f} against {row.theirs:.3f}, {between(row.difference)}, "
+            f"where {row.delta:.3f} below is allowed"
+            for row in table
+            if row.rival == rival and not row.ok
+        ]
+        yield f"worse than {rival}, as far as can be told: {' and '.join(worse)}"
 
 
 def between(difference: Difference) -> str:
@@ -184,14 +194,14 @@ def between(difference: Difference) -> str:
     return f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
 
 
-def _versus(table: Sequence[Row], about: About) -> Iterator[str]:
-    """Better or worse, rival by rival: only what its interval tells from chance."""
-    for rival in dict.fromkeys(row.rival for row in table):
-        rows = [row for row in table if row.rival == rival]
-        better = [_label(row.score, about) for row in rows if row.difference.low > 0]
-        worse = [_label(row.score, about) for row in rows if row.difference.high < 0]
-        same = [_label(row.score, about) for row in rows if row.difference.low <= 0 <= row.difference.high]
-        ways = (("better in", better), ("worse in", worse), ("as good in", same))
+def _versus(table: Sequence[Row], about: About, rival: str) -> Iterator[str]:
+    """Better or worse than ``rival``: only what its interval tells from chance."""
+    rows = [row for row in table if row.rival == rival]
+    better = [_label(row.score, about) for row in rows if row.difference.low > 0]
+    worse = [_label(row.score, about) for row in rows if row.difference.high < 0]
+    same = [_label(row.score, about) for row in rows if row.difference.low <= 0 <= row.difference.high]
+    ways = (("better in", better), ("worse in", worse), ("no measurable difference in", same))
+    if rows:
         yield f"beside {rival}: " + ", ".join(f"{way} {' and '.join(names)}" for way, names in ways if names)
 
 

@@ -27,7 +27,7 @@ from .server import Refused, connect, tracking_uri, understood
 
 RUN_KEY, SENT = "dopsd.run_key", "sent.json"
 KIND = ("mlflow.experimentKind", "custom_model_development")
-"""Without it MLflow's page asks what an experiment is for, or opens on traces, where it should show runs."""
+"""MLflow's word for experiments of runs and not of traces; without it its page guesses, and asks."""
 MOST = {"metrics": 1000, "params": 100, "tags": 100}  # of a kind in one call: MLflow's own limits
 CHANCES = 3  # so often something of one name may be refused before it is not tried again
 FILES_PER_NOTE = 20  # after so many sent.json is written again: as many are sent twice at most, after a kill
