@@ -38,16 +38,17 @@ SETTINGS = RegistrySettings()
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 NIGHTLY: dict[str, Callable[[int, Array, Array], Array]] = {
-    # night, the champion's true quality and the deltas (each per score) -> the challenger's; the anchor's is 0
+    # night, the champion's true quality and the deltas (each per score) -> the challenger's; the anchor's is 0.
+    # "In 20": nights. "Each" and "by 2 delta" are beside the champion of that night
     "equal": lambda night, champion, delta: 0 * delta,
-    "worse by delta in 1,000 nights": lambda night, champion, delta: -delta * night / 1000,
-    "worse by delta in 100 nights": lambda night, champion, delta: -delta * night / 100,
-    "worse by delta in 20 nights": lambda night, champion, delta: -delta * night / 20,
-    "each worse than the champion by delta / 20": lambda night, champion, delta: champion - delta / 20,
-    "kept alone worse by delta in 20 nights": lambda night, champion, delta: -delta * [0, night / 20, 0],
-    "few steps alone worse by delta in 20 nights": lambda night, champion, delta: -delta * [0, 0, night / 20],
-    "likeness better by delta in 100 nights": lambda night, champion, delta: delta * [night / 100, 0, 0],
-    "likeness better than the champion's by 2 delta": lambda night, champion, delta: (champion + 2 * delta) * [1, 0, 0],
+    "worse by delta in 1,000": lambda night, champion, delta: -delta * night / 1000,
+    "worse by delta in 100": lambda night, champion, delta: -delta * night / 100,
+    "worse by delta in 20": lambda night, champion, delta: -delta * night / 20,
+    "each worse by delta / 20": lambda night, champion, delta: champion - delta / 20,
+    "kept worse by delta in 20": lambda night, champion, delta: -delta * [0, night / 20, 0],
+    "few steps worse by delta in 20": lambda night, champion, delta: -delta * [0, 0, night / 20],
+    "likeness better by delta in 100": lambda night, champion, delta: delta * [night / 100, 0, 0],
+    "likeness better by 2 delta": lambda night, champion, delta: (champion + 2 * delta) * [1, 0, 0],
 }
 
 
@@ -213,10 +214,10 @@ def main() -> None:
     for name, make in (("old", Old), ("new", New)):
         found[name] = [simulate(make, scenario, noise, prompts) for scenario in NIGHTLY for prompts in PROMPTS]
     found["variants"] = {
-        "the old gate, other pictures every night": [simulate(old_with_new_pictures, it, noise, 12) for it in NIGHTLY],
+        "old, new pictures nightly": [simulate(old_with_new_pictures, it, noise, 12) for it in NIGHTLY],
         "without the anchor": [simulate(without_anchor, it, noise, 12) for it in NIGHTLY],
     }
-    for name, changed in (("a delta of one half-width", narrow), ("Bonferroni", bonferroni)):
+    for name, changed in (("one half-width", narrow), ("Bonferroni", bonferroni)):
         with changed():
             found["variants"][name] = [simulate(New, it, noise, 12) for it in NIGHTLY]
     OUT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -227,12 +228,17 @@ def tables(found: dict[str, Any]) -> list[str]:
     """For ``docs/benchmarks.md``."""
     lines = ["| challengers | prompts | promoted | drift | lowest | false | missed |", "|---|---|---|---|---|---|---|"]
     for old, new in zip(found["old"], found["new"], strict=True):
-        cells = [f"{_cell(old, key)} -> {_cell(new, key)}" for key in _COLUMNS]
+        cells = [f"{_cell(old, key)}, {_cell(new, key)}".strip(", ") for key in _COLUMNS]
         lines.append(f"| {new['nights']} | {new['prompts']} | {' | '.join(cells)} |")
-    lines += ["", "| variant, 12 prompts | challengers | promoted | drift | lowest | false | missed |",
-              "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for name, rows in found["variants"].items():
-        lines += [f"| {name} | {row['nights']} | {' | '.join(_cell(row, key) for key in _COLUMNS)} |" for row in rows]
+    rows = {"as shipped": [row for row in found["new"] if row["prompts"] == 12], **found["variants"]}
+    lines += ["", "| 12 prompts | equal | each worse | | better | |",
+              "| | promoted | lowest | false | promoted | missed |", "|---|---|---|---|---|---|"]  # fmt: skip
+    for name, its in rows.items():
+        by = {row["nights"]: row for row in its}
+        equal, sinking, better = by["equal"], by["each worse by delta / 20"], by["likeness better by 2 delta"]
+        cells = [_cell(equal, "promoted"), _cell(sinking, "lowest_of_20"), _cell(sinking, "false_promotions"),
+                 _cell(better, "promoted"), _cell(better, "missed")]  # fmt: skip
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", "| prompts | differences | t | bootstrap |", "|---|---|---|---|"]
     lines += [f"| {r['prompts']} | {r['shape']} | {r['t']:.3f} | {r['bootstrap']:.3f} |" for r in found["coverage"]]
     return lines
