@@ -186,6 +186,14 @@ def test_an_anchor_set_by_hand_holds_until_the_ground_changes(
     assert (noted.version, noted.ground) == ("2", "ground")
     rivals, _ = champions._rivals(registry, "style-ink", "other ground")
     assert [int(rival.version.version) for rival in rivals] == [3]
+    registry.client.set_registered_model_alias("dopsd-style-ink", ANCHOR, "1")
+    rivals, _ = champions._rivals(registry, "style-ink", "other ground")
+    assert [int(rival.version.version) for rival in rivals] == [3, 1], "chosen since"
+
+
+def test_one_that_was_refused_is_nobodys_anchor(registry: Registry, tmp_path: Path, trained: dict[str, Any]) -> None:
+    assert not _register(registry, tmp_path, trained, paired(kept=0.14)).promoted
+    assert (_holder(registry, CHAMPION), _holder(registry, ANCHOR), registry.anchor("style-ink")) == (None, None, None)
 
 
 @pytest.mark.parametrize("note", ["", "[]", "{}", '{"version": "1", "ground": "ground", "deltas": {"learnt": NaN}}'])
