@@ -6,22 +6,27 @@ Stage register calls :func:`register_version`; the nightly flow asks :func:`reas
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dopsd.config import Settings
+from dopsd.evaluation.paired import PAIRED, Paired, PairedError, read_paired, write_paired
 from dopsd.files import write_json
-from dopsd.identity import VersionIdentity, plan_of, questions_of, version_identity
+from dopsd.identity import VersionIdentity, ground_of, plan_of, questions_of, version_identity
 from dopsd.models import ModelError, family_class, open_base, resolved
 from dopsd.models.base import Request
 from dopsd.models.reading import reader_of
-from dopsd.project import cache_of, load_base, read_concept, read_result, run_folder, world_of
-from dopsd.registry import CHAMPION, Registry, RegistryAway
-from dopsd.registry.gate import scores_of
+from dopsd.project import StageError, cache_of, load_base, read_concept, read_result, run_folder, world_of
+from dopsd.registry import ANCHOR, CHAMPION, Anchor, Entry, Registry, RegistryAway, Verdict, judge
+from dopsd.registry.gate import measure_deltas
 
 if TYPE_CHECKING:
     from dopsd.data.manifest import ConceptTable
+
+VERSION = "version"
+"""What a version calls itself in its own scores."""
 
 
 def identity_today(concept: str, content_hash: str, settings: Settings, root: Path) -> VersionIdentity:
@@ -42,7 +47,7 @@ def reasons_to_train(concept: str, table: ConceptTable, settings: Settings, root
     if champion is None:
         judged = registry.judged(concept, now)
         return [] if judged else ["it has no champion"]
-    version, identity, _ = champion
+    version, identity = champion
     differences = now.differences(identity)
     if not differences or registry.judged(concept, now):
         return []
@@ -58,8 +63,8 @@ def is_registered(concept: str, settings: Settings, root: Path) -> bool:
 
 
 def register_version(concept: str, settings: Settings, root: Path) -> None:
-    """Register the first method's adapter and judge it, on the same prompts and seeds as the champion; the outcome is
-    kept in ``registered.json``. Settings: resolved, of the concept. Raises ``RegistryAway``."""
+    """Register the first method's adapter and judge it, on the same prompts and noise as champion and anchor; the
+    outcome is kept in ``registered.json``. Settings: resolved, of the concept. Raises ``RegistryAway``."""
     from dopsd.origin import git_tags
     from dopsd.tracking import run_id
     from dopsd.train.start import start_hash
@@ -70,20 +75,35 @@ def register_version(concept: str, settings: Settings, root: Path) -> None:
     if found is None:
         raise RegistryAway("the tracker has not got this training yet; run stage register again when it answers")
     validated = read_result(run / "validated.json", "validate")
-    metrics = read_result(run / "evaluation" / "metrics.json", "evaluate")
     base = open_base(settings.model, root)
     identity = version_identity(validated["content_hash"], settings, base, start_hash(settings.train, root, run))
-    questions = questions_of(plan_of(settings, base), validated)
+    plan = plan_of(settings, base)
+    questions = _Questions(questions_of(plan, validated), ground_of(plan, validated))
     tags = git_tags(root) | {"dopsd.training": training, "dopsd.data.hash": validated["content_hash"],
                              "dopsd.base": base.source.shown}  # fmt: skip
-    champion_scores, obstacle = _champion_scores(registry, concept, identity, questions, settings, root)
-    outcome = registry.register(
-        concept, found, identity, scores_of(metrics, settings.train.methods[0], questions), tags, champion_scores,
-        _files(run, settings, base.source.folder), _serving(concept, settings, root), settings.registry, obstacle,
-    )  # fmt: skip
+    mine = _scores_of(run / "evaluation" / PAIRED, settings.train.methods[0])
+    verdict, anchor = _judge(registry, concept, identity, mine, questions, settings, root)
+    with tempfile.TemporaryDirectory(prefix="dopsd-scores-") as place:
+        write_paired(Path(place) / "scores.json", mine)
+        entry = Entry(questions.asked, mine.scores, mine.models[VERSION], Path(place) / "scores.json")
+        outcome = registry.register(
+            concept, found, identity, entry, verdict, tags, _files(run, settings, base.source.folder),
+            _serving(concept, settings, root), anchor,
+        )  # fmt: skip
     write_json(run / "registered.json", outcome.__dict__)
     state = "is the champion" if outcome.promoted else "is a candidate, not the champion"
     print(f"register: {outcome.name} version {outcome.version} {state}: {outcome.reason}")
+
+
+def _scores_of(path: Path, model: str) -> Paired:
+    """The base's scores per prompt, and ``model``'s as those of the version that is to be."""
+    try:
+        paired = read_paired(path)
+        if model not in paired.models:
+            raise PairedError(f"{path}: has no scores of {model}")
+        return paired.of(model, VERSION)
+    except PairedError as error:
+        raise StageError(f"{error}; run stage evaluate first") from None
 
 
 def _files(run: Path, settings: Settings, base: Path) -> dict[str, Path]:
@@ -116,47 +136,144 @@ def _serving(concept: str, settings: Settings, root: Path) -> dict[str, Any]:
     } | ({} if room is None else {"prompt_tokens": room})  # fmt: skip
 
 
-def _champion_scores(
-    registry: Registry, concept: str, identity: VersionIdentity, questions: str, settings: Settings, root: Path
-) -> tuple[Mapping[str, Any] | None, str]:
-    """The champion's answers to what is asked today (none where there is no champion), and why they cannot be had.
+# --- whom it is compared with -----------------------------------------------------------------------------------------
 
-    One that was asked other things is evaluated again, on the base that it was made for, and as it is served: with the
-    weights that were exported, rounded to bfloat16 where those are."""
-    from dopsd.distill.targets import AdapterError
-    from dopsd.given import read_export
 
-    champion = registry.champion(concept)
-    if champion is None:
-        return None, ""
-    version, before, scores = champion
-    if scores.get("asked") == questions:
-        return scores, ""
-    print(f"register: the champion, version {version.version}, was asked other things; evaluating it anew")
-    with tempfile.TemporaryDirectory(prefix="dopsd-champion-") as place:
-        its_base = None if before.base == identity.base else registry.base(version, Path(place))
-        if its_base is None and before.base != identity.base:
-            return scores, f"version {version.version}, the champion, was made for another base, which is gone"
+@dataclass(frozen=True)
+class _Questions:
+    """``asked``: hash of all that the evaluation asks; ``ground``: of that without the pictures that were trained on"""
+
+    asked: str
+    ground: str
+
+
+@dataclass(frozen=True)
+class _Rival:
+    """A version of the registry (MLflow's) that the new one is compared with, as ``name``."""
+
+    name: str
+    version: Any
+    made: VersionIdentity
+
+    @property
+    def words(self) -> str:
+        return f"the {self.name} (version {self.version.version})"
+
+
+class _NotComparable(Exception):
+    """Why a version cannot be asked today's questions."""
+
+
+def _judge(
+    registry: Registry, concept: str, identity: VersionIdentity, mine: Paired, questions: _Questions,
+    settings: Settings, root: Path,
+) -> tuple[Verdict, Anchor | None]:  # fmt: skip
+    """The gate's verdict, and the anchor where it is a new one."""
+    rivals, anchor = _rivals(registry, concept, questions.ground)
+    with tempfile.TemporaryDirectory(prefix="dopsd-rivals-") as place:
         try:
-            adapter = read_export(registry.adapter(version, Path(place)), Path(place) / "again" / "student.safetensors")
-            again = _evaluate_again(concept, settings, root, adapter, its_base)
-        except (ModelError, AdapterError) as error:  # of another family, say, or whole weights and a rounded base
-            return scores, f"version {version.version}, the champion, cannot be drawn with these settings ({error})"
-    return scores_of(again, CHAMPION, questions), ""
+            scores = _scores(registry, rivals, mine, identity, questions.asked, concept, settings, root, Path(place))
+        except _NotComparable as error:
+            return Verdict(False, f"{error}: not compared; set the alias {CHAMPION} by hand if this is better"), None
+    new = None
+    if anchor is None:  # the last rival is to be it, or else this version
+        name, its = (rivals[-1].version.version, scores[rivals[-1].name]) if rivals else ("", mine)
+        new = anchor = Anchor(str(name), questions.ground, measure_deltas(its.models[VERSION], its.models["base"]))
+    verdict = judge(
+        mine.models[VERSION], mine.models["base"], mine.scores,
+        {rival.words: scores[rival.name].models[VERSION] for rival in rivals}, anchor.deltas, settings.registry,
+    )  # fmt: skip
+    return verdict, new
+
+
+def _rivals(registry: Registry, concept: str, ground: str) -> tuple[list[_Rival], Anchor | None]:
+    """Champion and anchor, as far as there are any, and what was noted of the anchor; ``None`` where it is a new one.
+
+    A person's choice holds: an alias that is not where it was noted. On another ground the champion of now is the
+    anchor; new pictures to train on alone are none."""
+    champion, chosen, noted = registry.champion(concept), registry.holder(concept, ANCHOR), registry.anchor(concept)
+    if chosen is not None and noted is not None and str(chosen[0].version) == noted.version and noted.ground != ground:
+        chosen = None
+    chosen = chosen or champion
+    if chosen is None:
+        return [], None
+    if champion is None or champion[0].version == chosen[0].version:
+        rivals = [_Rival(CHAMPION if champion else ANCHOR, *chosen)]
+    else:
+        rivals = [_Rival(CHAMPION, *champion), _Rival(ANCHOR, *chosen)]
+    known = noted is not None and (noted.version, noted.ground) == (str(chosen[0].version), ground)
+    return rivals, noted if known else None
+
+
+def _scores(
+    registry: Registry, rivals: Sequence[_Rival], mine: Paired, identity: VersionIdentity, asked: str, concept: str,
+    settings: Settings, root: Path, place: Path,
+) -> dict[str, Paired]:  # fmt: skip
+    """The rivals' scores, by their names, on today's questions. Those that were asked others, or whose scores cannot be
+    read, are evaluated again: all that were made for one base at once, and as they are served, with the weights that
+    were exported. Raises :class:`_NotComparable`."""
+    found: dict[str, Paired] = {}
+    others: dict[str, list[_Rival]] = {}
+    for rival in rivals:
+        scores = _stored(registry, rival, mine, asked, place / f"scores-{rival.name}")
+        if scores is None:
+            others.setdefault(rival.made.base, []).append(rival)
+        else:
+            found[rival.name] = scores
+    for base, group in others.items():
+        words = " and ".join(rival.words for rival in group)
+        print(f"register: {words}: not asked yet what is asked today; evaluating anew")
+        its_base = None
+        if base != identity.base:
+            (place / f"base-{group[0].name}").mkdir()
+            its_base = registry.base(group[0].version, place / f"base-{group[0].name}")
+            if its_base is None:
+                raise _NotComparable(f"{words}: made for another base, which is gone")
+        found |= _evaluate_again(registry, group, concept, settings, root, its_base, place / f"again-{group[0].name}")
+    return found
+
+
+def _stored(registry: Registry, rival: _Rival, mine: Paired, asked: str, folder: Path) -> Paired | None:
+    """What was stored with a version, where it answers today's questions and can be paired with ``mine``."""
+    folder.mkdir()
+    path = registry.scores(rival.version, asked, folder)
+    if path is None:
+        return None
+    try:
+        scores = read_paired(path)
+        theirs = scores.models[VERSION]
+    except (PairedError, KeyError):
+        return None
+    own = mine.models[VERSION]
+    same = all(len(theirs[score]["first"]) == len(own[score]["first"]) for score in theirs if score in own)
+    return scores if same and theirs else None
 
 
 def _evaluate_again(
-    concept: str, settings: Settings, root: Path, adapter: Path, base_folder: Path | None
-) -> dict[str, Any]:
-    """What today's evaluation says of ``adapter``, on today's base or the one that was stored in ``base_folder``."""
+    registry: Registry, rivals: Sequence[_Rival], concept: str, settings: Settings, root: Path,
+    base_folder: Path | None, place: Path,
+) -> dict[str, Paired]:  # fmt: skip
+    """What today's evaluation says of versions, on today's base or the one that was stored in ``base_folder``."""
+    from dopsd.distill.targets import AdapterError
     from dopsd.evaluation.suite import Subject, evaluate
+    from dopsd.given import read_export
 
     table, holdout = read_concept(concept, settings, root)
     its = settings
     if base_folder is not None:
         model = settings.model.model_copy(update={"path": str(base_folder), "revision": None})
         its = settings.model_copy(update={"model": model})
-    return evaluate(
-        load_base(its, root, use="draw"), table, holdout, world_of(settings, root),
-        [Subject("base", None), Subject(CHAMPION, adapter)], settings, cache_of(root), adapter.parent / "evaluation",
-    )  # fmt: skip
+    try:
+        subjects = [Subject("base", None)]
+        for rival in rivals:
+            (place / rival.name).mkdir(parents=True)
+            given = registry.adapter(rival.version, place / rival.name)
+            subjects.append(Subject(rival.name, read_export(given, place / rival.name / "again.safetensors")))
+        evaluate(
+            load_base(its, root, use="draw"), table, holdout, world_of(settings, root), subjects, settings,
+            cache_of(root), place / "evaluation",
+        )  # fmt: skip
+    except (ModelError, AdapterError) as error:  # of another family, say, or whole weights and a rounded base
+        words = " and ".join(rival.words for rival in rivals)
+        raise _NotComparable(f"{words}: cannot be drawn with these settings ({error})") from None
+    return {rival.name: _scores_of(place / "evaluation" / PAIRED, rival.name) for rival in rivals}

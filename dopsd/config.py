@@ -19,7 +19,6 @@ from dopsd.params import (
     Positive,
     Rate,
     Seed,
-    Share,
     override,
     read_params,
     read_prompts,
@@ -42,6 +41,8 @@ CONCEPTS = Path("data") / "concepts"
 OWN_SETTINGS = "train.yaml"
 """In a concept's folder: what differs from ``train`` there."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+_REPLACED = {"registry.min_retention": "registry.max_few_step_loss, registry.min_learnt and registry.min_kept"}
+"""Settings of before, with what there is instead."""
 
 
 def concept_name(name: str) -> str:
@@ -314,7 +315,7 @@ class EvaluationSettings(_Settings):
 
     def missing_for(self, registry: RegistrySettings, few: int) -> str:
         """What the registry's gate lacks where ``few`` is the number of few steps: it compares with more of them."""
-        if not registry.enabled or registry.min_retention == 0 or max(self.steps) > few:
+        if not registry.enabled or registry.max_few_step_loss is None or max(self.steps) > few:
             return ""
         return (f"evaluation.steps {list(self.steps)} has none above {few}, and the registry compares {few} steps with "
                 "more; add a larger number, or set registry.enabled to false")  # fmt: skip
@@ -368,10 +369,17 @@ class RegistrySettings(_Settings):
     """When an adapter becomes the champion of its concept."""
 
     enabled: bool = True
-    min_retention: Share = 0.9
-    """Least share of the many-step scores that the adapter must reach in few steps."""
-    tolerance: Share = 0.02
-    """How far below the champion's a concept score may be and still count as not worse."""
+    min_learnt: Annotated[float, Field(ge=0)] | None = 0.0
+    """Above this the 95 % interval must be of what a version learnt beyond the untuned base; ``None``: not asked."""
+    min_kept: Annotated[float, Field(le=1)] | None = 0.6
+    """Least mean of what is kept of the base's own pictures: 1 the same picture, 0 as far as another seed's; ``None``:
+    not asked."""
+    max_few_step_loss: Annotated[float, Field(ge=0)] | None = 0.1
+    """How much more than the base a version may lose from many steps to few, in the score's own units; ``None``: not
+    asked."""
+    tolerance: Annotated[float, Field(ge=0)] | None = None
+    """How far below champion and anchor any score may be and still count as not worse; ``None``: what chance does to
+    the anchor itself, score by score (:mod:`dopsd.registry.gate`)."""
     max_base_gib: Annotated[float, Field(ge=0)] = 0.5
     """A base up to this size is stored with every version, so that the registry alone is enough; larger: its path."""
 
@@ -472,7 +480,8 @@ def load_settings(path: Path, overrides: tuple[str, ...] = ()) -> Settings:
 def _fault(fault: Any) -> str:
     key = ".".join(str(part) for part in fault["loc"]) or "settings"
     if fault["type"] == "extra_forbidden":
-        return f"{key}: unknown setting; remove it or check the spelling"
+        instead = f"; {_REPLACED[key]} took its place" if key in _REPLACED else " or check the spelling"
+        return f"{key}: unknown setting; remove it{instead}"
     if fault["type"] == "missing":
         return f"{key}: missing; add it"
     if fault["type"] == "value_error":  # ours, of several settings together: it says what was found

@@ -171,8 +171,12 @@ def questions_of(plan: Plan, validated: Mapping[str, Any]) -> str:
     """Hash of what the evaluation asks: two sets of scores may be compared only where it is the same. The pictures that
     were trained on are part of it: likeness to them is a score, and without a holdout their captions are the prompts.
     """
-    data = [validated[key] for key in ("content_hash", "holdout_hash", "kind_hash")]
-    return hash_of([plan["evaluate"], data])
+    return hash_of([plan["evaluate"], [validated[key] for key in ("content_hash", "holdout_hash", "kind_hash")]])
+
+
+def ground_of(plan: Plan, validated: Mapping[str, Any]) -> str:
+    """Hash of the same without the pictures that were trained on: while it stays, so does the registry's anchor."""
+    return hash_of([plan["evaluate"], [validated[key] for key in ("holdout_hash", "kind_hash")]])
 
 
 def hash_of(value: Any) -> str:

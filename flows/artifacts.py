@@ -55,7 +55,8 @@ def _links(run: Path, settings: Settings, root: Path) -> list[str]:
         lines.append(f"- registered as `{version['name']}` version {version['version']} ({state}): {version['reason']}")
     if uri.startswith("http") and version:
         lines.append(f"- [the version in MLflow]({uri}/#/models/{version['name']}/versions/{version['version']})")
-        lines.append(f"- [its run]({uri}/#/experiments/{version['experiment_id']}/runs/{version['run_id']})")
+        runs, side = f"{uri}/#/experiments/{version['experiment_id']}", "?workflowType=machine_learning"
+        lines.append(f"- [its run]({runs}/runs/{version['run_id']}{side}), [all runs]({runs}{side})")
     elif version:
         lines.append(f"- tracker: {uri} (`make ui` opens it), run `{version['run_id']}`")
     return [*lines, f"- the page with pictures: `{(run / 'report.html').relative_to(root)}`"]

@@ -80,6 +80,7 @@ def test_the_shipped_concepts_are_there() -> None:
         ({"evaluation__few_steps": 3}, "must be one of evaluation.steps"),
         ({"data": ...}, "data: missing"),
         ({"overrides": {"max_steps": 3}}, "overrides: unknown setting"),
+        ({"registry__min_retention": 0.9}, "registry.min_retention: unknown setting; remove it; registry.max_few"),
         ({"train__learning_rate": float("inf")}, "train.learning_rate: "),
         ({"train__betas": [0.9, 1.0]}, "train.betas.1: "),
         ({"train__methods": []}, "train.methods: empty; name at least one"),
@@ -187,7 +188,7 @@ def test_the_same_key_in_two_groups_and_what_an_anchor_repeats_is_no_fault(tmp_p
 
 
 def test_steps_may_be_few_alone_where_no_gate_asks_for_more(tmp_path: Path) -> None:
-    for registry in ({"registry__enabled": False}, {"registry__min_retention": 0.0}):
+    for registry in ({"registry__enabled": False}, {"registry__max_few_step_loss": None}):
         few = {"evaluation__steps": [4], "evaluation__many_steps": 4, **registry}
         assert load_settings(_write(tmp_path, **few)).evaluation.steps == (4,)
 

@@ -24,6 +24,7 @@ from prefect.testing.utilities import prefect_test_harness
 
 from dopsd.config import load_settings
 from dopsd.data.concept import list_concept
+from dopsd.evaluation.suite import evaluate
 from dopsd.lock import concept_lock
 from dopsd.project import StageError, read_concept
 from dopsd.stages import STAGES
@@ -35,6 +36,7 @@ from tests import tiny
 from tests.tiny_project import blot, make_project
 
 CONCEPTS = ("blots", "spots")
+ALIASES = ("champion", "anchor")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -341,13 +343,22 @@ def test_nightly_tunes_what_changed_and_nothing_else(
     client = MlflowClient(f"sqlite:///{project}/mlflow.db")
     assert int(client.get_model_version_by_alias("dopsd-spots", "candidate").version) == 2
 
-    champion = client.get_model_version_by_alias("dopsd-spots", "champion")
-    before = json.loads(champion.tags["dopsd.scores"])
-    unreachable = before | {"bar": {name: value + 1 for name, value in before["bar"].items()}}
-    client.set_model_version_tag("dopsd-spots", champion.version, "dopsd.scores", json.dumps(unreachable))
-    assert nightly(concepts=["spots"], overrides=["train.max_steps=4"], return_state=True).is_completed()
+    holders = {alias: client.get_model_version_by_alias("dopsd-spots", alias).version for alias in ALIASES}
+    assert {alias: int(version) for alias, version in holders.items()} == {"champion": 2, "anchor": 1}
+
+    evaluated: list[list[str]] = []
+
+    def noting(family: Any, table: Any, holdout: Any, world: Any, subjects: Any, *rest: Any, **more: Any) -> Any:
+        evaluated.append([subject.name for subject in subjects])
+        return evaluate(family, table, holdout, world, subjects, *rest, **more)
+
+    monkeypatch.setattr("dopsd.evaluation.suite.evaluate", noting)
+    blot(np.random.default_rng(97)).save(project / "data/concepts/spots/0.png")
+    changes = ["train.max_steps=4", "registry.tolerance=0"]
+    assert nightly(concepts=["spots"], overrides=changes, return_state=True).is_completed()
     assert tuned() == ["spots"]
+    assert evaluated == [["base", "teacher", "d-opsd"], ["base", "champion", "anchor"]], "both anew, at once"
     challenger = client.get_model_version_by_alias("dopsd-spots", "candidate")
     assert int(challenger.version) == 3
-    assert challenger.tags["dopsd.gate.reason"].startswith("worse than the champion")
-    assert client.get_model_version_by_alias("dopsd-spots", "champion").version == champion.version
+    assert challenger.tags["dopsd.gate.reason"].startswith("worse than the champion (version 2)")
+    assert {alias: client.get_model_version_by_alias("dopsd-spots", alias).version for alias in ALIASES} == holders

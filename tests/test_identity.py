@@ -39,8 +39,8 @@ STANDS_FOR = {
                        "train/trainer.py"),
     "SCORES_VERSION": (*MODELS, "distill/drawing.py", "distill/rollout.py", "data/colour.py", "data/images.py",
                        "data/pictures.py", "evaluation/backbones.py", "evaluation/grids.py", "evaluation/headline.py",
-                       "evaluation/metrics.py", "evaluation/naming.py", "evaluation/probe.py", "evaluation/prompts.py",
-                       "evaluation/scoring.py", "evaluation/suite.py", "evaluation/world.py"),
+                       "evaluation/metrics.py", "evaluation/naming.py", "evaluation/paired.py", "evaluation/probe.py",
+                       "evaluation/prompts.py", "evaluation/scoring.py", "evaluation/suite.py", "evaluation/world.py"),
     "EXPORT_VERSION": ("card.md.j2", "card.py", "evaluation/table.py", "export.py", "models/lora_files.py",
                        "registry/__init__.py", "registry/gate.py", "registry/serving.py"),
 }  # fmt: skip
@@ -205,6 +205,23 @@ def _replace_weights(folder: Path) -> None:
 
     (file,) = folder.glob("*.safetensors")
     save_file({key: value + 1e-3 for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+def test_the_ground_is_what_is_asked_but_for_the_pictures_that_were_trained_on() -> None:
+    def both(*overrides: str, **validated: str) -> tuple[str, str]:
+        made, seen = (
+            plan(load_settings(SHIPPED, overrides)),
+            {"content_hash": "c", "holdout_hash": "h", "kind_hash": "k"},
+        )
+        return identity.questions_of(made, seen | validated), identity.ground_of(made, seen | validated)
+
+    asked, ground = both()
+    assert both("train.learning_rate=1", "registry.tolerance=0.1") == (asked, ground)
+    assert both(content_hash="other")[0] != asked
+    assert both(content_hash="other")[1] == ground
+    for other in (both("evaluation.seed=7"), both(holdout_hash="other"), both(kind_hash="other")):
+        assert other[0] != asked
+        assert other[1] != ground
 
 
 def test_a_plan_is_the_same_in_every_process_and_plain_json() -> None:

@@ -18,6 +18,7 @@ from dopsd.stages import STAGES
 from tests import tiny
 from tests.family_folders import picture
 from tests.made_up_family import write_made_up
+from tests.tiny_project import ANYTHING_PASSES
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def project(tmp_path, monkeypatch) -> tuple[Path, Settings]:
                   "methods": ["d-opsd"], "teacher": {"decay": 0.9}},
         "evaluation": {"steps": [2, 4], "few_steps": 2, "batch_size": 1, "kept_prompts": ["a red house"]},
         "compute": {"launcher": "local"},
-        "registry": {"min_retention": 0.0},
+        "registry": ANYTHING_PASSES,
     })  # fmt: skip
     return tmp_path, settings
 

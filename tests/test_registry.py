@@ -13,70 +13,25 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from dopsd.config import LoraSettings, ModelSettings, RegistrySettings
+from dopsd import champions
+from dopsd.config import LoraSettings, ModelSettings, load_settings
 from dopsd.distill.adapters import adapter_parameters, add_adapters, read_adapter, save_adapter
+from dopsd.evaluation.paired import Paired
 from dopsd.export import CARD_FILE, COMFYUI_FILE, DIFFUSERS_FILE, draw_student, export_adapter
 from dopsd.given import read_export
 from dopsd.identity import VersionIdentity
 from dopsd.models import load_family
 from dopsd.models.base import Request
 from dopsd.models.z_image import ZImage
-from dopsd.registry import CHAMPION, Registry, RegistryAway
-from dopsd.registry.gate import judge, scores_of
+from dopsd.registry import ANCHOR, CHAMPION, Outcome, Registry, RegistryAway, Verdict
+from dopsd.registry.gate import measure_deltas
 from emoji_turbo import architecture
 from tests import tiny
+from tests.scored import entry, paired
 
-SETTINGS = RegistrySettings(min_retention=0.9, tolerance=0.02)
+SETTINGS = load_settings(Path(__file__).parent.parent / "params.yaml")
 MADE = VersionIdentity(data="d1", settings="s1", base="b1", method="m1")
-
-
-def scores(style: float = 0.5, cosine: float = 0.4, retention: float = 0.97, asked: str = "q") -> dict[str, Any]:
-    return {"asked": asked, "concept": {"style": style, "cosine": cosine}, "retention": {"style": retention}}
-
-
-# --- the gate ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_first_good_one_passes() -> None:
-    assert judge(scores(), None, SETTINGS).passed
-
-
-def test_one_that_lost_its_few_steps_does_not_pass_however_good_it_is() -> None:
-    verdict = judge(scores(style=0.99, retention=0.89), scores(), SETTINGS)
-    assert not verdict.passed
-    assert "0.890, below 0.9" in verdict.reason
-
-
-@pytest.mark.parametrize(("mine", "passes"), [(0.50, True), (0.481, True), (0.479, False), (0.7, True)])
-def test_a_score_may_be_below_the_champions_by_the_tolerance(mine: float, passes: bool) -> None:
-    verdict = judge(scores(style=mine), scores(style=0.5), SETTINGS)
-    assert verdict.passed is passes
-    assert passes or "style 0.479 against 0.500" in verdict.reason
-
-
-def test_every_score_counts() -> None:
-    assert not judge(scores(style=0.9, cosine=0.1), scores(), SETTINGS).passed
-
-
-def test_unmeasured_retention_does_not_pass() -> None:
-    assert not judge({**scores(), "retention": {}}, None, SETTINGS).passed
-
-
-def test_answers_to_other_questions_are_not_compared() -> None:
-    with pytest.raises(ValueError, match="other things"):
-        judge(scores(), scores(asked="others"), SETTINGS)
-
-
-def test_scores_are_read_from_the_evaluation() -> None:
-    metrics = {
-        "scores": {"concept": {"d-opsd": {"style": 0.5, "kid": 3.0, "sharpness": 1.0}}},
-        "headline": {"d-opsd": {"retention_style": 0.95, "gap_closed_style": 0.8}},
-    }
-    assert scores_of(metrics, "d-opsd", "q") == {
-        "asked": "q",
-        "concept": {"style": 0.5},
-        "retention": {"style": 0.95},
-    }
+TODAY = champions._Questions("q", "ground")
 
 
 def test_differences_are_named() -> None:
@@ -131,72 +86,181 @@ def _run(registry: Registry, tmp_path: Path) -> str:
 
 
 def _register(
-    registry: Registry, tmp_path: Path, trained: dict[str, Any], mine: Any, run: str = "", obstacle: str = "",
-    **made: str,
-):  # fmt: skip
-    champion = registry.champion("style-ink")
+    registry: Registry, tmp_path: Path, trained: dict[str, Any], mine: Paired | None = None, run: str = "",
+    asked: champions._Questions = TODAY, **made: str,
+) -> Outcome:  # fmt: skip
+    """As stage register does, with scores that are given."""
+    mine, identity = mine or paired(), VersionIdentity(**{**MADE.__dict__, **made})
+    verdict, anchor = champions._judge(registry, "style-ink", identity, mine, asked, SETTINGS, tmp_path)
     call = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 0.0}
     serving = {"base": "data/base", "revision": None, "call": call}
     return registry.register(
-        "style-ink", run or _run(registry, tmp_path), VersionIdentity(**{**MADE.__dict__, **made}), mine,
-        {"dopsd.base": "tiny"},
-        champion[2] if champion else None, trained["files"], serving, SETTINGS, obstacle,
+        "style-ink", run or _run(registry, tmp_path), identity, entry(tmp_path / "scores", mine, asked.asked), verdict,
+        {"dopsd.base": "tiny"}, trained["files"], serving, anchor,
     )  # fmt: skip
+
+
+def _holder(registry: Registry, alias: str) -> int | None:
+    found = registry.holder("style-ink", alias)
+    return int(found[0].version) if found else None
 
 
 def test_a_worse_challenger_does_not_become_champion(
     registry: Registry, tmp_path: Path, trained: dict[str, Any]
 ) -> None:
-    first = _register(registry, tmp_path, trained, scores(style=0.5))
-    worse = _register(registry, tmp_path, trained, scores(style=0.3), data="d2")
+    first = _register(registry, tmp_path, trained, paired(learnt=0.5))
+    worse = _register(registry, tmp_path, trained, paired(learnt=0.4), data="d2")
     assert (first.promoted, worse.promoted) == (True, False)
+    assert _holder(registry, CHAMPION) == int(first.version)
     client = MlflowClient(registry.uri)
-    assert client.get_model_version_by_alias("dopsd-style-ink", "champion").version == int(first.version)
     candidate = client.get_model_version_by_alias("dopsd-style-ink", "candidate")
     assert int(candidate.version) == int(worse.version)
     assert candidate.tags["dopsd.gate"] == "failed"
-    assert "style 0.300 against 0.500" in candidate.tags["dopsd.gate.reason"]
+    assert (
+        "worse than the champion (version 1), as far as can be told: likeness 0.400 against 0.500"
+        in candidate.tags["dopsd.gate.reason"]
+    )
     assert candidate.tags["dopsd.made.data"] == "d2"
-    version, made, kept = registry.champion("style-ink") or pytest.fail("no champion")
-    passed = {**scores(style=0.5), "bar": {"style": 0.5, "cosine": 0.4}}
-    assert (int(version.version), made, kept) == (int(first.version), MADE, passed)
-    better = _register(registry, tmp_path, trained, scores(style=0.6), data="d3")
+    better = _register(registry, tmp_path, trained, paired(learnt=0.6), data="d3")
     assert better.promoted
-    assert client.get_model_version_by_alias("dopsd-style-ink", CHAMPION).version == int(better.version)
+    assert (_holder(registry, CHAMPION), _holder(registry, ANCHOR)) == (int(better.version), int(first.version))
 
 
-def test_champions_do_not_sink_by_the_tolerance_one_after_the_other(
+def test_two_versions_can_be_compared_by_eye(registry: Registry, tmp_path: Path, trained: dict[str, Any]) -> None:
+    """Side by side MLflow shows the metrics of their runs; each says for itself what it is beside the champion."""
+    for learnt in (0.5, 0.6):
+        _register(registry, tmp_path, trained, paired(learnt=learnt), data=f"d{learnt}")
+    client = MlflowClient(registry.uri)
+    first, second = (client.get_model_version("dopsd-style-ink", number) for number in ("1", "2"))
+    assert [v.tags["dopsd.score.learnt"] for v in (first, second)] == ["0.5000", "0.6000"]
+    metrics = [client.get_run(v.run_id).data.metrics for v in (first, second)]
+    assert [m["score/learnt"] for m in metrics] == pytest.approx([0.5, 0.6])
+    assert set(metrics[0]) == {"score/learnt", "score/kept", "score/few_step"}
+    beside = (
+        "**Promoted to champion**: beside the champion (version 1): better in likeness, no measurable difference in"
+    )
+    assert second.description.startswith(beside)
+    assert "| the champion (version 1) | likeness | 0.600 | 0.500 | +0.100" in second.description
+    many = {f"score_{i}": {"better": "higher", "label": "a label of some length"} for i in range(40)}
+    values = {score: {"first": (0.5, 0.6)} for score in many}
+    verdict = Verdict(True, "x" * 3000)
+    registry.register(
+        "style-ink", first.run_id, MADE,
+        entry(tmp_path / "scores", Paired(many, {"base": values, "version": values})), verdict, {}, trained["files"],
+        {"base": "b", "revision": None, "call": {}},
+    )  # fmt: skip
+    assert _holder(registry, CHAMPION) == 3, "however much there is to say"
+
+
+# --- the anchor -------------------------------------------------------------------------------------------------------
+
+
+def test_new_training_pictures_do_not_move_the_anchor_and_another_ground_does(
     registry: Registry, tmp_path: Path, trained: dict[str, Any]
 ) -> None:
-    promoted = [
-        _register(registry, tmp_path, trained, scores(style=style), data=f"d{style}").promoted
-        for style in (0.50, 0.49, 0.475, 0.60, 0.59, 0.575)
-    ]
-    assert promoted == [True, True, False, True, True, False]
-    anew = scores(style=0.3, asked="others")  # the champion's, where the questions are others now
-    assert judge(scores(style=0.29, asked="others"), anew, SETTINGS).passed
+    for night, learnt in enumerate((0.5, 0.52, 0.54)):
+        assert _register(registry, tmp_path, trained, paired(learnt=learnt), data=f"d{night}").promoted
+    noted = registry.anchor("style-ink") or pytest.fail("no anchor")
+    assert (noted.version, noted.ground) == ("1", "ground")
+    mine = paired(learnt=0.5)
+    assert noted.deltas == pytest.approx(measure_deltas(mine.models["version"], mine.models["base"]))
+    rivals, known = champions._rivals(registry, "style-ink", "ground")
+    assert [rival.words for rival in rivals] == ["the champion (version 3)", "the anchor (version 1)"]
+    assert known == noted
+    rivals, known = champions._rivals(registry, "style-ink", "other ground")
+    assert [rival.words for rival in rivals] == ["the champion (version 3)"]
+    assert known is None, "it is the new anchor, with deltas of its own"
+
+
+def test_an_anchor_set_by_hand_holds_until_the_ground_changes(
+    registry: Registry, tmp_path: Path, trained: dict[str, Any]
+) -> None:
+    for night, learnt in enumerate((0.5, 0.6, 0.7)):
+        assert _register(registry, tmp_path, trained, paired(learnt=learnt), data=f"d{night}").promoted
+    registry.client.set_registered_model_alias("dopsd-style-ink", ANCHOR, "2")
+    rivals, known = champions._rivals(registry, "style-ink", "ground")
+    assert ([int(rival.version.version) for rival in rivals], known) == ([3, 2], None)
+    refused = _register(registry, tmp_path, trained, paired(learnt=0.55), data="d9")
+    assert "worse than the anchor (version 2), as far as can be told: likeness 0.550" in refused.reason
+    noted = registry.anchor("style-ink") or pytest.fail("no anchor")
+    assert (noted.version, noted.ground) == ("2", "ground")
+    rivals, _ = champions._rivals(registry, "style-ink", "other ground")
+    assert [int(rival.version.version) for rival in rivals] == [3]
+    registry.client.set_registered_model_alias("dopsd-style-ink", ANCHOR, "1")
+    rivals, _ = champions._rivals(registry, "style-ink", "other ground")
+    assert [int(rival.version.version) for rival in rivals] == [3, 1], "chosen since"
+
+
+def test_one_that_was_refused_is_nobodys_anchor(registry: Registry, tmp_path: Path, trained: dict[str, Any]) -> None:
+    assert not _register(registry, tmp_path, trained, paired(kept=0.14)).promoted
+    assert (_holder(registry, CHAMPION), _holder(registry, ANCHOR), registry.anchor("style-ink")) == (None, None, None)
+
+
+@pytest.mark.parametrize("note", ["", "[]", "{}", '{"version": "1", "ground": "ground", "deltas": {"learnt": NaN}}'])
+def test_a_broken_note_of_the_anchor_is_made_anew(
+    registry: Registry, tmp_path: Path, trained: dict[str, Any], note: str
+) -> None:
+    _register(registry, tmp_path, trained)
+    noted = registry.anchor("style-ink")
+    registry.client.set_registered_model_tag("dopsd-style-ink", "dopsd.anchor", note)
+    assert registry.anchor("style-ink") is None
+    assert _register(registry, tmp_path, trained, paired(seed=2), data="d2").promoted
+    assert registry.anchor("style-ink") == noted
+
+
+def test_scores_that_cannot_be_used_are_asked_for_anew(
+    registry: Registry, tmp_path: Path, trained: dict[str, Any]
+) -> None:
+    """Of a version from before there were any, of other questions, of other prompts, and what is no scores at all."""
+    _register(registry, tmp_path, trained)
+    (rival,), _ = champions._rivals(registry, "style-ink", "ground")
+    found = 0
+
+    def stored(asked: str = "q", mine: Paired | None = None) -> Paired | None:
+        nonlocal found
+        found += 1
+        return champions._stored(registry, rival, mine or paired(), asked, tmp_path / f"found-{found}")
+
+    assert stored() == paired()
+    assert stored("others") is None
+    assert stored(mine=paired(prompts=9)) is None
+    (file,) = (tmp_path / "artifacts").rglob("artifacts/scores.json")
+    for content in ("{", json.dumps({"version": 1}), file.read_text().replace('"version":', '"version": [') + "]"):
+        file.write_text(content)
+        assert stored() is None
+    with file.open("wb") as large:
+        large.truncate(2**30)
+    assert stored() is None
+    file.unlink()
+    assert stored() is None, "of before"
+    registry.client.delete_model_version_tag("dopsd-style-ink", "1", "dopsd.asked")
+    (rival,), _ = champions._rivals(registry, "style-ink", "ground")
+    assert stored() is None
 
 
 def test_a_champion_that_cannot_be_asked_stays(registry: Registry, tmp_path: Path, trained: dict[str, Any]) -> None:
-    first = _register(registry, tmp_path, trained, scores(style=0.5))
-    second = _register(registry, tmp_path, trained, scores(style=0.9, asked="others"), obstacle="its base is gone")
+    without = {**trained, "files": {key: path for key, path in trained["files"].items() if key != "base"}}
+    first = _register(registry, tmp_path, without)
+    second = _register(registry, tmp_path, trained, paired(learnt=0.9), asked=champions._Questions("r", "s"), base="b2")
     assert not second.promoted
-    assert second.reason.startswith("its base is gone: not compared")
-    version, *_ = registry.champion("style-ink") or pytest.fail("no champion")
-    assert int(version.version) == int(first.version)
+    assert second.reason.startswith("the champion (version 1): made for another base, which is gone: not compared")
+    assert (_holder(registry, CHAMPION), _holder(registry, ANCHOR)) == (int(first.version), int(first.version))
+
+
+# --- what a version holds ---------------------------------------------------------------------------------------------
 
 
 def test_a_version_brings_the_base_that_it_was_made_for(
     registry: Registry, tmp_path: Path, trained: dict[str, Any]
 ) -> None:
-    _register(registry, tmp_path, trained, scores())
+    _register(registry, tmp_path, trained)
     version, *_ = registry.champion("style-ink") or pytest.fail("no champion")
     base = registry.base(version, tmp_path / "place") or pytest.fail("no base")
     of = "transformer/diffusion_pytorch_model.safetensors"
     assert (base / of).read_bytes() == (trained["files"]["base"] / of).read_bytes()
     assert not (base / "vlm").exists(), "its teacher's half draws nothing"
     without = {**trained, "files": {key: path for key, path in trained["files"].items() if key != "base"}}
-    _register(registry, tmp_path, without, scores(style=0.6), data="d2")
+    _register(registry, tmp_path, without, paired(learnt=0.6), data="d2")
     version, *_ = registry.champion("style-ink") or pytest.fail("no champion")
     assert registry.base(version, tmp_path / "other") is None
 
@@ -205,7 +269,7 @@ def test_a_version_holds_its_adapter_once_and_it_can_be_evaluated_again(
     registry: Registry, tmp_path: Path, trained: dict[str, Any]
 ) -> None:
     """What comes back is the trained adapter to bfloat16's rounding, in the form that the evaluation reads."""
-    _register(registry, tmp_path, trained, scores())
+    _register(registry, tmp_path, trained)
     version, *_ = registry.champion("style-ink") or pytest.fail("no champion")
     stored = [path.name for path in (tmp_path / "artifacts").rglob("*.safetensors") if "base" not in path.parts]
     assert sorted(stored) == ["adapter.safetensors", "comfyui.safetensors"]
@@ -221,8 +285,8 @@ def test_registering_the_same_run_again_makes_no_second_version(
     registry: Registry, tmp_path: Path, trained: dict[str, Any]
 ) -> None:
     run = _run(registry, tmp_path)
-    first = _register(registry, tmp_path, trained, scores(), run)
-    again = _register(registry, tmp_path, trained, scores(), run)
+    first = _register(registry, tmp_path, trained, paired(), run)
+    again = _register(registry, tmp_path, trained, paired(), run)
     assert again.version == first.version
     assert registry.judged("style-ink", MADE)
     assert not registry.judged("style-ink", VersionIdentity("other", "s1", "b1", "m1"))
@@ -231,7 +295,7 @@ def test_registering_the_same_run_again_makes_no_second_version(
 def test_the_champion_draws_in_a_fresh_process_from_the_registry_alone(
     registry: Registry, tmp_path: Path, trained: dict[str, Any]
 ) -> None:
-    _register(registry, tmp_path, trained, scores())
+    _register(registry, tmp_path, trained)
     script = """
 import json, sys, mlflow, numpy as np
 mlflow.set_tracking_uri(sys.argv[1])

@@ -24,18 +24,19 @@ from diffusers import Flux2KleinPipeline
 from PIL import Image
 
 from dopsd import champions
-from dopsd.config import LoraSettings, RegistrySettings, load_settings
+from dopsd.config import LoraSettings, load_settings
 from dopsd.data.images import bucket_size, load_image
 from dopsd.distill.adapters import adapter_parameters, add_adapters, save_adapter
 from dopsd.export import CARD_FILE, DIFFUSERS_FILE, export_adapter
 from dopsd.identity import VersionIdentity
 from dopsd.models import load_family
 from dopsd.models.flux2_klein import Flux2Klein
-from dopsd.registry import Registry
+from dopsd.registry import Registry, Verdict
 from dopsd.registry.serving import FewStepModel
 from tests import published
 from tests.family_folders import picture, settings_of
 from tests.profiles import DISPLAY_P3, SRGB, grey_profile
+from tests.scored import entry, paired
 from tests.tiny import CARD
 
 CALL = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 1.0}
@@ -293,12 +294,12 @@ def test_an_editing_adapter_draws_in_a_fresh_process_what_plain_diffusers_draws(
     registry = Registry(tmp_path)
     client = registry.client
     experiment = client.create_experiment("test", (tmp_path / "artifacts").as_uri())
-    scores = {"asked": "q", "concept": {"style": 0.5}, "retention": {"style": 0.97}}
+    scores = entry(tmp_path / "scores", paired())
     for concept, edits in (("edits", True), ("text", False)):
         serving = {"base": "data/base", "revision": None, "call": CALL, "edits": edits, "prompt_tokens": 500}
         run = client.create_run(experiment).info.run_id
         made = VersionIdentity(data="d", settings="s", base="b", method="m")
-        outcome = registry.register(concept, run, made, scores, {}, None, klein, serving, RegistrySettings())
+        outcome = registry.register(concept, run, made, scores, Verdict(True, "good"), {}, klein, serving)
         assert outcome.promoted, outcome.reason
     inputs = mlflow.models.get_model_info("models:/dopsd-edits@champion").signature.inputs
     assert [(c.name, c.required) for c in inputs] == [("prompt", True), ("images", False)]

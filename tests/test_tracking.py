@@ -20,7 +20,18 @@ from dopsd.files import append_line, write_json
 from dopsd.tracking import Sender, run_id, send, tracking_uri
 from tests import tracked
 from tests.mlflow_server import Proxy, Server
-from tests.tracked import SETTINGS, TRAINING, Folder, Log, artifacts_of, history_of, read_from, run_of, runs_of
+from tests.tracked import (
+    SETTINGS,
+    TRAINING,
+    Folder,
+    Log,
+    artifacts_of,
+    history_of,
+    read_from,
+    run_of,
+    runs_of,
+    tracker,
+)
 
 server = pytest.fixture(tracked.server, scope="module")
 proxy = pytest.fixture(tracked.proxy)
@@ -40,6 +51,8 @@ def test_all_of_a_folder_is_shown_and_a_second_send_sends_nothing(proxy: Proxy, 
     folder.write("train/d-opsd/adapters/d-opsd.safetensors", "adapter")
     folder.write("train/d-opsd/adapters/d-opsd.json", "{}")
     folder.write("evaluation/metrics.json", json.dumps({"scores": {"d-opsd": {"style": 0.5, "none": float("nan")}}}))
+    scores = {"learnt": {"first": [0.5, 0.25], "second": [9]}, "kept": {"first": [1]}}
+    folder.write("evaluation/paired.json", json.dumps({"models": {"base": {}, "d-opsd": scores}}))
     folder.write("evaluation/grids/few_step.png", "grid")
     folder.write("report.html", "report")
     folder.write("export/README.md", "card")
@@ -64,6 +77,9 @@ def test_all_of_a_folder_is_shown_and_a_second_send_sends_nothing(proxy: Proxy, 
     assert (dataset.dataset.digest, json.loads(dataset.dataset.profile)) == ("f" * 36, {"images": 16})
     assert training.data.metrics["evaluation/scores/d-opsd/style"] == 0.5
     assert training.data.metrics["export/difference"] == 0.25
+    assert {k: v for k, v in run.data.metrics.items() if k.startswith("score/")} == {
+        "score/learnt": 0.375, "score/kept": 1.0
+    }  # fmt: skip
     images = artifacts_of(folder, "images")
     assert len(images) == 4, "two pictures, each with its small copy"
     assert sum("preview~student+step+4+timestamp+" in name for name in images) == 2
@@ -85,6 +101,22 @@ def test_all_of_a_folder_is_shown_and_a_second_send_sends_nothing(proxy: Proxy, 
     assert Counter(line.split("?")[0].rpartition("/")[2].rpartition("+")[2] for line in proxy.writes)["log-batch"] == 1
     assert len(artifacts_of(folder, "images")) == 6
     assert [step for step, _ in history_of(folder)] == list(range(6))
+
+
+def test_an_experiment_is_said_to_be_of_training_unless_a_person_said_otherwise(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder.root}/mlflow.db")
+    client, kind = tracker(), "mlflow.experimentKind"
+    assert folder.send()
+    made = client.get_experiment_by_name("test") or pytest.fail("no experiment")
+    assert made.tags[kind] == "custom_model_development"
+    of_before = client.create_experiment("of-before")
+    Sender(folder.root, folder.run, TrackingSettings(experiment="of-before")).send()
+    assert client.get_experiment(of_before).tags[kind] == "custom_model_development"
+    client.set_experiment_tag(of_before, kind, "finetuning")
+    Sender(folder.root, folder.run, TrackingSettings(experiment="of-before")).send()
+    assert client.get_experiment(of_before).tags[kind] == "finetuning"
 
 
 @pytest.mark.parametrize("suffix", [".webp", ".png"])
@@ -186,7 +218,7 @@ def test_broken_files_are_named_and_the_rest_is_sent(proxy: Proxy, folder: Folde
     with (folder.method / "log.jsonl").open("a") as file:
         file.write('{"step": 4')
     empty = [folder.run / "about.json", folder.train / "settings.json", folder.method / "run.json"]
-    empty += [folder.write(name, "") for name in ("evaluation/metrics.json", "exported.json")]
+    empty += [folder.write(f"{name}.json", "") for name in ("evaluation/metrics", "evaluation/paired", "exported")]
     for path in empty:
         path.write_text("")
     folder.preview(1).write_bytes(b"half")

@@ -1,38 +1,42 @@
 """Registered adapters: each one a version of the model ``dopsd-<concept>``, the best of them its champion.
 
-A version carries what it was made from and how it scored as tags, and all it takes to draw with it: a fresh process
-needs the registry alone (:mod:`.serving`). Every new version is ``@candidate``; :mod:`.gate` says whether it also
-becomes ``@champion``.
+A version carries what it was made from and its mean scores as tags, its scores per prompt as a file, and all it takes
+to draw with it: a fresh process needs the registry alone (:mod:`.serving`). Every new version is ``@candidate``;
+:mod:`.gate` says whether it also becomes ``@champion``. ``@anchor`` is the champion that no later one may fall behind.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dopsd.config import RegistrySettings
 from dopsd.files import disk_full, is_disk_full
 from dopsd.identity import VersionIdentity
 from dopsd.tracking import connect, tracking_uri, without_secrets
 
-from .gate import Verdict, bar_of, judge
+from .gate import About, Values, Verdict, described, judge
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-__all__ = ["CHAMPION", "Outcome", "Registry", "RegistryAway", "Verdict", "judge", "model_name"]
+__all__ = ["ANCHOR", "CHAMPION", "Anchor", "Entry", "Outcome", "Registry", "RegistryAway", "Verdict", "judge",
+           "model_name"]  # fmt: skip
 
-CANDIDATE, CHAMPION = "candidate", "champion"
-_MADE, _SCORES, _GATE = "dopsd.made.", "dopsd.scores", "dopsd.gate"
+CANDIDATE, CHAMPION, ANCHOR = "candidate", "champion", "anchor"
+_MADE, _SCORES, _GATE, _ASKED, _ANCHOR = "dopsd.made.", "dopsd.scores", "dopsd.gate", "dopsd.asked", "dopsd.anchor"
+_FILE, _LARGEST = "scores.json", 16 * 2**20
+_DESCRIPTION = 4900
+"""Characters of a description; MLflow takes 5,000."""
 _SERVING = Path(__file__).with_name("serving.py")
 _NEEDS = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pillow", "mlflow")
 
@@ -51,6 +55,32 @@ class Outcome:
     reason: str
     run_id: str
     experiment_id: str
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The version that no champion may fall behind while ``ground`` stays, and by how much it may be below, score by
+    score. ``version``: ``""`` is the one that is being registered."""
+
+    version: str
+    ground: str
+    deltas: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How a version scored. ``asked``: hash of the questions; ``scores``: what there is; ``values``: its own, per
+    prompt; ``file``: all of this and the base's, which is stored with it."""
+
+    asked: str
+    scores: About
+    values: Values
+    file: Path
+
+    @property
+    def means(self) -> dict[str, float]:
+        """By the names that they have everywhere in the tracker."""
+        return {f"score/{score}": sum(seeds["first"]) / len(seeds["first"]) for score, seeds in self.values.items()}
 
 
 def model_name(concept: str) -> str:
@@ -72,10 +102,42 @@ class Registry:
             self._client = connect(self.uri)
         return self._client
 
-    def champion(self, concept: str) -> tuple[ModelVersion, VersionIdentity, dict[str, Any]] | None:
-        """The champion's version, what it was made from and how it scored; ``None`` where there is none."""
-        found = self._alias(model_name(concept), CHAMPION)
-        return (found, _identity_of(found), json.loads(found.tags.get(_SCORES, "{}"))) if found else None
+    def holder(self, concept: str, alias: str) -> tuple[ModelVersion, VersionIdentity] | None:
+        """The version that has ``alias``, and what it was made from; ``None`` where there is none."""
+        found = self._alias(model_name(concept), alias)
+        return (found, _identity_of(found)) if found else None
+
+    def champion(self, concept: str) -> tuple[ModelVersion, VersionIdentity] | None:
+        """The champion's version and what it was made from; ``None`` where there is none."""
+        return self.holder(concept, CHAMPION)
+
+    def anchor(self, concept: str) -> Anchor | None:
+        """What was noted of the anchor when it was set; ``None`` where nothing was, or nothing that can be read. Where
+        a person has moved the alias since, it is of another version."""
+        with self._answers():
+            models = self.client.search_registered_models(f"name='{model_name(concept)}'")
+        try:
+            noted = json.loads(models[0].tags[_ANCHOR])
+            deltas = {str(score): float(delta) for score, delta in noted["deltas"].items()}
+            if not all(math.isfinite(delta) and delta >= 0 for delta in deltas.values()):
+                return None
+            return Anchor(str(noted["version"]), str(noted["ground"]), deltas)
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
+            return None
+
+    def scores(self, version: ModelVersion, asked: str, folder: Path) -> Path | None:
+        """Fetch how a version scored, where that was asked ``asked``; ``None`` where it was not, or has no such file of
+        a reasonable size."""
+        from mlflow.artifacts import download_artifacts, list_artifacts
+
+        if version.tags.get(_ASKED) != asked:
+            return None
+        with self._answers():
+            source = f"{version.source}/artifacts"
+            stored = {Path(file.path).name: file.file_size for file in list_artifacts(source, tracking_uri=self.uri)}
+            if not 0 < (stored.get(_FILE) or 0) <= _LARGEST:
+                return None
+            return Path(download_artifacts(f"{source}/{_FILE}", dst_path=str(folder), tracking_uri=self.uri))
 
     def judged(self, concept: str, identity: VersionIdentity) -> bool:
         """Whether a version made from just this was judged already, whatever came of it."""
@@ -107,36 +169,44 @@ class Registry:
             return Path(download_artifacts(f"{source}/base", dst_path=str(folder), tracking_uri=self.uri))
 
     def register(
-        self, concept: str, run_id: str, identity: VersionIdentity, scores: Mapping[str, Any], tags: Mapping[str, str],
-        champion_scores: Mapping[str, Any] | None, files: Mapping[str, Path], serving: Mapping[str, Any],
-        settings: RegistrySettings, obstacle: str = "",
+        self, concept: str, run_id: str, identity: VersionIdentity, entry: Entry, verdict: Verdict,
+        tags: Mapping[str, str], files: Mapping[str, Path], serving: Mapping[str, Any], anchor: Anchor | None = None,
     ) -> Outcome:  # fmt: skip
         """Make a version of ``files`` (``adapter``, ``card``, ``about``, and where they are there ``comfyui`` and
-        ``base``); judge it.
+        ``base``) with its scores, and the champion of it where ``verdict`` says so. ``anchor``: a new one to be noted.
 
-        ``scores`` are this version's, ``champion_scores`` the champion's on the same prompts and seeds; ``obstacle``:
-        why it could not be asked them, so that it stays. Registering the same run with the same scores again makes no
-        second version.
+        Registering the same run with the same scores again makes no second version.
         """
-        name = model_name(concept)
-        if obstacle:
-            verdict = Verdict(False, f"{obstacle}: not compared; set the alias {CHAMPION} by hand if this is better")
-        else:
-            verdict = judge(scores, champion_scores, settings)
-        if verdict.passed:
-            scores = {**scores, "bar": bar_of(scores, champion_scores)}
+        name, content = model_name(concept), entry.file.read_bytes()
         values = {f"{_MADE}{key}": value for key, value in identity.__dict__.items()}
-        values |= {_SCORES: json.dumps(scores, sort_keys=True), **tags, f"{_GATE}": verdict.word,
-                   f"{_GATE}.reason": verdict.reason}  # fmt: skip
+        values |= {_SCORES: hashlib.sha256(content).hexdigest(), _ASKED: entry.asked, **tags,
+                   f"{_GATE}": verdict.word, f"{_GATE}.reason": verdict.reason[:2000]}  # fmt: skip
+        values |= {f"dopsd.{key.replace('/', '.')}": f"{mean:.4f}" for key, mean in entry.means.items()}
         with self._answers():
             self._ensure(name)
             found = self._existing(name, run_id, values)
-            version = found or self._create(name, run_id, files, serving, values)
+            version = found or self._create(name, run_id, {**files, "scores": entry.file}, serving, values)
+            self._describe(name, version, run_id, described(verdict, entry.scores), entry.means)
             self.client.set_registered_model_alias(name, CANDIDATE, version.version)
+            if anchor is not None and (anchor.version or verdict.passed):
+                self._note(name, replace(anchor, version=anchor.version or str(version.version)))
             if verdict.passed:
                 self.client.set_registered_model_alias(name, CHAMPION, version.version)
             experiment = self.client.get_run(run_id).info.experiment_id
         return Outcome(name, str(version.version), verdict.passed, verdict.reason, run_id, experiment)
+
+    def _note(self, name: str, anchor: Anchor) -> None:
+        """The note first: without the alias it is of another version, and is made anew."""
+        self.client.set_registered_model_tag(name, _ANCHOR, json.dumps(asdict(anchor), sort_keys=True))
+        self.client.set_registered_model_alias(name, ANCHOR, anchor.version)
+
+    def _describe(
+        self, name: str, version: ModelVersion, run_id: str, text: str, means: Mapping[str, float]
+    ) -> None:  # fmt: skip
+        """For the pages: MLflow compares two versions by the metrics of their runs."""
+        self.client.update_model_version(name, version.version, text[:_DESCRIPTION])
+        for key, mean in means.items():
+            self.client.log_metric(run_id, key, mean)
 
     def _ensure(self, name: str) -> None:
         from mlflow.exceptions import MlflowException
@@ -161,12 +231,10 @@ class Registry:
         with tempfile.TemporaryDirectory(prefix="dopsd-model-") as place:
             model = Path(place) / "model"
             _save_model(model, files, serving)
-            folder = f"model-{hashlib.sha256(values[_SCORES].encode()).hexdigest()[:8]}"
+            folder = f"model-{values[_SCORES][:8]}"
             self.client.log_artifacts(run_id, str(model), folder)
         source = f"{self.client.get_run(run_id).info.artifact_uri}/{folder}"
-        return self.client.create_model_version(
-            name, source, run_id, tags=dict(values), description=values[f"{_GATE}.reason"]
-        )
+        return self.client.create_model_version(name, source, run_id, tags=dict(values))
 
     def _alias(self, name: str, alias: str) -> ModelVersion | None:
         from mlflow.exceptions import MlflowException

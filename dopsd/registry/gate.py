@@ -1,23 +1,74 @@
-"""When an adapter becomes the champion: it is still few-step, and on the same prompts and seeds not worse."""
+"""When an adapter becomes the champion of its concept: pure functions over scores per prompt.
+
+Two kinds of questions, each answered by the 95 % interval of a paired difference over prompts:
+
+- *Floors*, against the untuned base, for every version: it learnt something (``learnt``), the base's own pictures are
+  kept (``kept``), few steps still do (``few_step``).
+- *Rivals*: the champion, and the anchor, a champion of before that stays put. In no score may the interval reach below
+  a rival's by more than ``delta``. Against the champion alone, champions could sink a little every night.
+
+Student's t and no bootstrap: over 4 to 12 prompts the latter's intervals are too narrow. Nothing is corrected for the
+number of scores: all of them must pass, so many let a worse one in no more often than one does. Both, and the width of
+``delta``, are measured in ``benchmarks/gate.py``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dopsd.config import RegistrySettings
 
-CONCEPT_SCORES = ("style", "train_similarity", "cosine", "concept_top1")
-"""Higher is better for all of them; those that a concept has are compared."""
+BASE = "the untuned base"
+LEAST_DELTA = 0.005
+"""No smaller difference is measured, however equal two seeds came out."""
+LEAST_PROMPTS = 4
+"""On fewer, a spread says nothing; the delta is then :data:`LEAST_DELTA`."""
+DELTA_WIDTHS = 2
+"""Half-widths to a delta. The interval itself takes one: with one alone, a model just as good hardly ever passes."""
+DELTA_SHARE = 0.25
+"""No delta of what is learnt is a larger share of what the anchor learnt: on few prompts chance may do all of that."""
+
+Values = Mapping[str, Mapping[str, Sequence[float]]]
+"""Score to ``first`` and, where they were drawn from a second noise, ``second``: one number per prompt."""
+About = Mapping[str, Mapping[str, str]]
+"""Score to ``better`` (``higher`` or ``lower``) and ``label``."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of paired differences, positive where the first is better, and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One score against one rival: both means, :class:`Difference`, how far below the rival it may be, and whether it
+    is not."""
+
+    rival: str
+    score: str
+    mine: float
+    theirs: float
+    difference: Difference
+    delta: float
+    ok: bool
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the gate let it through, and why (not)."""
+    """Whether the gate let it through, why (not) in one line, and every comparison that was made."""
 
     passed: bool
     reason: str
+    table: tuple[Row, ...] = ()
 
     @property
     def word(self) -> str:
@@ -25,51 +76,146 @@ class Verdict:
         return "passed" if self.passed else "failed"
 
 
-def scores_of(metrics: Mapping[str, Any], model: str, asked: str) -> dict[str, Any]:
-    """What the gate looks at, out of the evaluation's ``metrics.json``: concept scores and few-step retention.
-
-    ``asked``: a hash of prompts, seeds and base; only scores of one such hash may be compared.
-    """
-    concept = metrics["scores"]["concept"][model]
-    head = metrics["headline"].get(model, {})
-    retention = {key.removeprefix("retention_"): value for key, value in head.items() if key.startswith("retention_")}
-    return {
-        "asked": asked,
-        "concept": {key: concept[key] for key in CONCEPT_SCORES if key in concept},
-        "retention": retention,
-    }
+def paired_difference(mine: Sequence[float], theirs: Sequence[float], better: str = "higher") -> Difference:
+    """Of two models on the same prompts and noise. Of one prompt nothing is known: its interval is infinite. Raises
+    ``ValueError`` where they are not of equally many prompts, or of none."""
+    if len(mine) != len(theirs) or not len(mine):
+        raise ValueError(f"paired scores of {len(mine)} and {len(theirs)} prompts")
+    values = (np.asarray(mine, float) - np.asarray(theirs, float)) * (1 if better == "higher" else -1)
+    mean, half = float(values.mean()), _half_width(values)
+    return Difference(mean, mean - half, mean + half)
 
 
-def bar_of(scores: Mapping[str, Any], champion: Mapping[str, Any] | None) -> dict[str, float]:
-    """What the next one is compared with when these scores become the champion's: the best that any champion before it
-    had on the same questions. Compared with the last one alone, champions could sink by the tolerance each time."""
-    before = {} if champion is None else champion.get("bar", champion["concept"])
-    return {name: max(value, before.get(name, value)) for name, value in scores["concept"].items()}
+def _half_width(values: NDArray[np.float64]) -> float:
+    from scipy.special import stdtrit
+
+    count = len(values)
+    return float(stdtrit(count - 1, 0.975) * values.std(ddof=1) / math.sqrt(count)) if count > 1 else math.inf
 
 
-def judge(scores: Mapping[str, Any], champion: Mapping[str, Any] | None, settings: RegistrySettings) -> Verdict:
-    """The gate. Raises ``ValueError`` where the champion's scores are of other prompts or seeds."""
-    retention = scores["retention"]
-    if not retention:
-        return Verdict(False, "few-step retention was not measured: evaluation.steps has no larger number of steps")
-    key = min(retention, key=lambda name: retention[name])
-    if retention[key] < settings.min_retention:
-        return Verdict(False, f"few-step retention of {key} is {retention[key]:.3f}, below {settings.min_retention:g}")
-    kept = f"few-step retention {retention[key]:.3f} ({key})"
-    if champion is None:
-        return Verdict(True, f"{kept}; there was no champion")
-    if champion["asked"] != scores["asked"]:
-        raise ValueError("the champion was asked other things; evaluate it on the same prompts and seeds first")
-    pairs = {
-        name: (scores["concept"][name], value)
-        for name, value in champion.get("bar", champion["concept"]).items()
-        if name in scores["concept"]
-    }
-    worse = [
-        f"{name} {mine:.3f} against {theirs:.3f}"
-        for name, (mine, theirs) in pairs.items()
-        if mine < theirs - settings.tolerance
-    ]
-    if worse:
-        return Verdict(False, f"worse than the champions so far: {', '.join(worse)}")
-    return Verdict(True, f"{kept}; not worse than the champions so far in {', '.join(pairs)}")
+def measure_deltas(values: Values, base: Values) -> dict[str, float]:
+    """How far below this model, score by score, another may be and still count as not worse: what chance alone does to
+    an equal one. It is :data:`DELTA_WIDTHS` half-widths of the interval of its own difference from noise to noise;
+    without a second noise, of its difference from the base over prompts. ``base``: the untuned base's scores."""
+    deltas = {score: _spread(seeds, base.get(score, {}).get("first", ())) for score, seeds in values.items()}
+    if "learnt" in deltas and "learnt" in base:
+        learnt = paired_difference(values["learnt"]["first"], base["learnt"]["first"]).mean
+        deltas["learnt"] = min(deltas["learnt"], DELTA_SHARE * abs(learnt))
+    return {score: max(delta, LEAST_DELTA) for score, delta in deltas.items()}
+
+
+def _spread(seeds: Mapping[str, Sequence[float]], base: Sequence[float]) -> float:
+    other = seeds.get("second", ())
+    if len(other) < LEAST_PROMPTS:
+        other = base
+    if len(other) < LEAST_PROMPTS:
+        return LEAST_DELTA
+    spread = np.asarray(seeds["first"][: len(other)], float) - np.asarray(other, float)
+    return DELTA_WIDTHS * _half_width(spread)
+
+
+def judge(
+    mine: Values, base: Values, about: About, rivals: Mapping[str, Values], deltas: Mapping[str, float],
+    settings: RegistrySettings,
+) -> Verdict:  # fmt: skip
+    """The gate. ``base``: the untuned base's scores, beside ``mine``; ``rivals``: what they are called to their scores,
+    on the same prompts and noise; ``deltas``: the anchor's (:func:`measure_deltas`). Raises ``ValueError`` where lists
+    that are to be paired differ in length."""
+    table = list(_floors(mine, base, about, settings))
+    for rival, theirs in rivals.items():
+        for score in theirs:
+            if score in mine:
+                delta = deltas.get(score, LEAST_DELTA) if settings.tolerance is None else settings.tolerance
+                table.append(_compare(rival, score, mine, theirs, about, delta))
+    faults = [*_lacking(mine, about, rivals, settings), *_faults(table, about)]
+    words = [*faults, *_versus(table, about, next(iter(rivals), BASE))]
+    words += [f"not below {rival}" for rival in list(rivals)[1:] if not faults]
+    words += [] if rivals else ["there was no champion"]
+    return Verdict(not faults, "; ".join(words), tuple(table))
+
+
+def _floors(mine: Values, base: Values, about: About, settings: RegistrySettings) -> Iterator[Row]:
+    """Against the base. What is kept is judged by its mean: its floor is far from either end of the scale."""
+    if settings.min_learnt is not None and "learnt" in mine:
+        yield _compare(BASE, "learnt", mine, base, about, -settings.min_learnt)
+    if settings.min_kept is not None and "kept" in mine:
+        row = _compare(BASE, "kept", mine, base, about, 1 - settings.min_kept)
+        yield replace(row, ok=row.mine >= settings.min_kept)
+    if settings.max_few_step_loss is not None and "few_step" in mine:
+        yield _compare(BASE, "few_step", mine, base, about, settings.max_few_step_loss)
+
+
+def _compare(rival: str, score: str, mine: Values, theirs: Values, about: About, delta: float) -> Row:
+    a, b = mine[score]["first"], theirs[score]["first"]
+    difference = paired_difference(a, b, about[score]["better"])
+    return Row(rival, score, float(np.mean(a)), float(np.mean(b)), difference, delta, difference.low > -delta)
+
+
+# --- in words ---------------------------------------------------------------------------------------------------------
+
+
+def _lacking(mine: Values, about: About, rivals: Mapping[str, Values], settings: RegistrySettings) -> Iterator[str]:
+    """What was not measured was not passed."""
+    floors = {"learnt": settings.min_learnt, "kept": settings.min_kept, "few_step": settings.max_few_step_loss}
+    for score, floor in floors.items():
+        if floor is not None and score not in mine:
+            yield f"{_label(score, about)} was not measured"
+    for rival, theirs in rivals.items():
+        if missing := [_label(score, about) for score in theirs if score not in mine]:
+            yield f"{', '.join(missing)} was measured of {rival} and not of this version"
+
+
+def _faults(table: Sequence[Row], about: About) -> Iterator[str]:
+    """Floors that it is below, and rivals that it may be below."""
+    for row in table:
+        label = _label(row.score, about)
+        if row.ok or row.rival != BASE:
+            continue
+        if row.score == "learnt":
+            yield (f"nothing learnt that could be measured: {label} {row.mine:.3f}, the untuned base's "
+                   f"{row.theirs:.3f}, {between(row.difference)}")  # fmt: skip
+        elif row.score == "kept":
+            yield f"the base's own pictures are lost: {label} {row.mine:.3f}, registry.min_kept is {1 - row.delta:g}"
+        else:
+            yield (f"few steps may cost too much: {label} {between(row.difference)} beside the base, "
+                   f"registry.max_few_step_loss is {row.delta:g}")  # fmt: skip
+    for rival in dict.fromkeys(row.rival for row in table if not row.ok and row.rival != BASE):
+        worse = [
+            f"{_label(row.score, about)} {row.mine:.3f} against {row.theirs:.3f}, {between(row.difference)}, "
+            f"where {row.delta:.3f} below is allowed"
+            for row in table
+            if row.rival == rival and not row.ok
+        ]
+        yield f"worse than {rival}, as far as can be told: {' and '.join(worse)}"
+
+
+def between(difference: Difference) -> str:
+    """Mean and interval."""
+    return f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+
+
+def _versus(table: Sequence[Row], about: About, rival: str) -> Iterator[str]:
+    """Better or worse than ``rival``: only what its interval tells from chance."""
+    rows = [row for row in table if row.rival == rival]
+    better = [_label(row.score, about) for row in rows if row.difference.low > 0]
+    worse = [_label(row.score, about) for row in rows if row.difference.high < 0]
+    same = [_label(row.score, about) for row in rows if row.difference.low <= 0 <= row.difference.high]
+    ways = (("better in", better), ("worse in", worse), ("no measurable difference in", same))
+    if rows:
+        yield f"beside {rival}: " + ", ".join(f"{way} {' and '.join(names)}" for way, names in ways if names)
+
+
+def described(verdict: Verdict, about: About) -> str:
+    """The verdict for a page: the reason, and the table in Markdown."""
+    state = "**Promoted to champion**" if verdict.passed else "**Not promoted**"
+    lines = [f"{state}: {verdict.reason}.", ""]
+    if verdict.table:
+        lines += ["| beside | score | this | theirs | difference (95 %) | may be | |", "|---|---|---|---|---|---|---|"]
+    for row in verdict.table:
+        lines.append(f"| {row.rival} | {_label(row.score, about)} | {row.mine:.3f} | {row.theirs:.3f} | "
+                     f"{between(row.difference)} | {-row.delta:+.3f} | {'ok' if row.ok else '**no**'} |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def _label(score: str, about: About) -> str:
+    return about.get(score, {}).get("label", score)

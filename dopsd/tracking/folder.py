@@ -60,8 +60,9 @@ def contents(run: Path, warn: Warn) -> Iterator[Content]:
     begun = sorted((status for status in methods.values() if status.get("started")), key=lambda m: m["started"])
     status = {**begun[-1], "started": begun[0]["started"]} if begun else {}  # one method after the other
     yield _training(run, training, status, tags, data, warn)
+    scores = _mean_scores(run, status, warn)
     for folder, its in methods.items():
-        yield _method(run, folder, training, its, tags)
+        yield _method(run, folder, training, its, tags, scores.get(folder.name, {}))
 
 
 def _training(
@@ -70,19 +71,13 @@ def _training(
     settings = run / "train" / "settings.json"
     texts = {key: str(value) for key, value in flatten(read_json(settings, warn)).items()}
 
-    def current(name: str) -> list[Path]:
-        """Files of a later stage; what an earlier training left there stays until that stage has run again."""
-        files = _files(run / name)
-        newest = max((path.stat().st_mtime for path in files), default=0) + CLOCK_TICK
-        return files if newest >= status.get("started", float("inf")) / 1000 else []
-
-    results = [path for name in ("evaluation", "report.html", "export") for path in current(name)]
+    results = [path for name in ("evaluation", "report.html", "export") for path in _current(run / name, status)]
     # the exported weights are the registered version's: hundreds of megabytes need be there but once
     results = [path for path in results if path.suffix != ".safetensors"]
     measured = {
         name: read_json(run / path, warn)
         for name, path in (("evaluation", "evaluation/metrics.json"), ("export", "exported.json"))
-        if current(path)
+        if _current(run / path, status)
     }
     return Content(
         training, run.name, status, tags | ({"dopsd.data.hash": data["hash"]} if "hash" in data else {}), data=data,
@@ -92,13 +87,38 @@ def _training(
     )  # fmt: skip
 
 
-def _method(run: Path, folder: Path, training: str, status: Mapping[str, Any], tags: dict[str, str]) -> Content:
+def _current(place: Path, status: Mapping[str, Any]) -> list[Path]:
+    """Files of a later stage; what an earlier training left there stays until that stage has run again."""
+    files = _files(place)
+    newest = max((path.stat().st_mtime for path in files), default=0) + CLOCK_TICK
+    return files if newest >= status.get("started", float("inf")) / 1000 else []
+
+
+def _mean_scores(run: Path, status: Mapping[str, Any], warn: Warn) -> dict[str, dict[str, float]]:
+    """Method to the means of what the registry's gate compares, by names that are the same for every base."""
+    path = run / "evaluation" / "paired.json"
+    models = read_json(path, warn).get("models", {}) if _current(path, status) else {}
+    try:
+        return {
+            model: {f"score/{score}": sum(seeds["first"]) / len(seeds["first"]) for score, seeds in scores.items()}
+            for model, scores in models.items()
+        }
+    except (AttributeError, LookupError, TypeError, ZeroDivisionError):
+        warn(f"{path} cannot be read; what it says is left out")
+        return {}
+
+
+def _method(
+    run: Path, folder: Path, training: str, status: Mapping[str, Any], tags: dict[str, str],
+    scores: Mapping[str, float],
+) -> Content:  # fmt: skip
     previews = _files(folder / "previews")
     pictures = [(path, found) for path in previews if (found := _PREVIEW.fullmatch(path.name))]
     shown = {"mlflow.loggedImages": "True"} if pictures else {}  # else MLflow's page does not look for them
     return Content(
         f"{training}/{folder.name}", f"{run.name} {folder.name}", status,
         {**tags, "dopsd.method": folder.name, **shown}, logs=(folder / "log.jsonl", folder / "system.jsonl"),
+        numbers=scores,
         files=[
             *((path, (f"preview/{found[1]}", int(found[2]))) for path, found in pictures),
             *((path, f"preview/{path.name}") for path in previews if path.suffix == ".txt"),

@@ -14,6 +14,7 @@ import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from .folder import Content, contents, rows
 from .server import Refused, connect, tracking_uri, understood
 
 RUN_KEY, SENT = "dopsd.run_key", "sent.json"
+KIND = ("mlflow.experimentKind", "custom_model_development")
+"""MLflow's word for experiments of runs and not of traces; without it its page guesses, and asks."""
 MOST = {"metrics": 1000, "params": 100, "tags": 100}  # of a kind in one call: MLflow's own limits
 CHANCES = 3  # so often something of one name may be refused before it is not tried again
 FILES_PER_NOTE = 20  # after so many sent.json is written again: as many are sent twice at most, after a kill
@@ -100,11 +103,16 @@ class Comparison:
         if self._experiment_found is None:
             found = self._call("get_experiment_by_name", self._experiment)
             try:
-                made = found or self._call("create_experiment", self._experiment, artifact_location=self._artifacts)
+                made = found or self._call(
+                    "create_experiment", self._experiment, artifact_location=self._artifacts, tags=dict([KIND])
+                )
             except Refused:  # another process may have made it at this moment
                 made = self._call("get_experiment_by_name", self._experiment)
                 if made is None:
                     raise
+            if found and KIND[0] not in found.tags:  # of before; what a person chose stays
+                with suppress(Refused):  # who may add runs may not always change the experiment
+                    self._call("set_experiment_tag", found.experiment_id, *KIND)
             self._experiment_found = made if isinstance(made, str) else made.experiment_id
         return self._experiment_found
 
