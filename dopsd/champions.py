@@ -60,6 +60,7 @@ def is_registered(concept: str, settings: Settings, root: Path) -> bool:
 def register_version(concept: str, settings: Settings, root: Path) -> None:
     """Register the first method's adapter and judge it, on the same prompts and seeds as the champion; the outcome is
     kept in ``registered.json``. Settings: resolved, of the concept. Raises ``RegistryAway``."""
+    from dopsd.evaluation.backbones.judge import rubric_of
     from dopsd.origin import git_tags
     from dopsd.tracking import run_id
     from dopsd.train.start import start_hash
@@ -73,7 +74,7 @@ def register_version(concept: str, settings: Settings, root: Path) -> None:
     metrics = read_result(run / "evaluation" / "metrics.json", "evaluate")
     base = open_base(settings.model, root)
     identity = version_identity(validated["content_hash"], settings, base, start_hash(settings.train, root, run))
-    questions = questions_of(plan_of(settings, base), validated)
+    questions = questions_of(plan_of(settings, base, rubric=rubric_of(settings.evaluation, root)), validated)
     tags = git_tags(root) | {"dopsd.training": training, "dopsd.data.hash": validated["content_hash"],
                              "dopsd.base": base.source.shown}  # fmt: skip
     champion_scores, obstacle = _champion_scores(registry, concept, identity, questions, settings, root)

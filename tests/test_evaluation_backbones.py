@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from dopsd.evaluation import backbones
-from dopsd.evaluation.backbones import FeatureStore, load_backbone
+from dopsd.evaluation.backbones import FeatureStore, efficientnet, load_backbone
 from dopsd.evaluation.probe import degrade, train_probe, world_picture
 from emoji_turbo.pictures import World
 
@@ -62,7 +62,7 @@ def test_same_padding_is_tensorflows():
     conv = torch.nn.Conv2d(1, 1, 3, stride=2, bias=False)
     torch.nn.init.ones_(conv.weight)
     x = torch.arange(16.0).view(1, 1, 4, 4)
-    assert backbones._same(conv, x).flatten().tolist() == [45, 39, 66, 50]
+    assert efficientnet._same(conv, x).flatten().tolist() == [45, 39, 66, 50]
 
 
 def test_an_unknown_backbone_is_named():
