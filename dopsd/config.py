@@ -11,11 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from dopsd.params import BACKBONES as BACKBONES
+from dopsd.params import AtLeastOne, Beta, EachOnce, Eyes, Pattern, Positive, Rate, Seed, Share, override, read_params
 from dopsd.params import SettingsError as SettingsError
-from dopsd.params import (
-    AtLeastOne, Backbones, Beta, EachOnce, Pattern, Positive, Rate, Seed, Share, override, read_params,
-)  # fmt: skip
 
 Method = Literal["d-opsd", "sft", "sft-teacher", "off-policy"]
 Quantization = Literal["none", "int8", "fp8", "nf4"]
@@ -266,7 +263,7 @@ class EvaluationSettings(_Settings):
     """Prompts of the base's own styles, for what was kept."""
     prompts: tuple[str, ...] = ()
     """Extra prompts without a truth; used alone where a data set has no held-out rows."""
-    backbones: Backbones = (BACKBONES[0],)
+    backbones: Eyes = ("efficientnet-lite0",)
     """What pictures are seen with (docs/evaluation.md): ``KIND``, ``KIND:HUB-NAME[@REVISION]`` or ``KIND:FOLDER``."""
     rubric: str | None = None
     """A text file by which the backbone ``judge`` grades; ``None``: the one that is shipped with it."""

@@ -63,7 +63,7 @@ Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Backbones = Annotated[tuple[str, ...], AtLeastOne, EachOnce, AfterValidator(_known_backbones)]
+Eyes = Annotated[tuple[str, ...], AtLeastOne, EachOnce, AfterValidator(_known_backbones)]
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dopsd.config import BACKBONES, ModelSettings
+from dopsd.config import ModelSettings
 from dopsd.models.captioner import Captioner, find_captioner
 from dopsd.models.folder import CONFIG, need, quoted, read_json, tensors_of
 from dopsd.models.hashes import HASHES, identity
@@ -45,7 +45,9 @@ KINDS: dict[str, Kind] = {
     "lpips": Kind("timm/vgg16.tv_in1k"),
     "judge": Kind("Qwen/Qwen3-VL-8B-Instruct"),
 }
-"""Those that have files of their own; ``efficientnet-lite0`` comes with the environment."""
+"""Those that have files of their own."""
+NAMES = (efficientnet.NAME, *KINDS)
+"""All; the first comes with the environment. Settings know them as ``dopsd.params.BACKBONES``."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ def find(name: str, root: Path) -> Found:
     """What ``name`` means, fetched where it is on the hub. No weights are loaded. Raises :class:`BackboneError` or
     ``ModelError``: one line."""
     kind = kind_of(name)
-    if kind not in BACKBONES:
-        raise BackboneError(f"backbone {name!r}: unknown; choose one of {', '.join(BACKBONES)}")
+    if kind not in NAMES:
+        raise BackboneError(f"backbone {name!r}: unknown; choose one of {', '.join(NAMES)}")
     if kind == efficientnet.NAME:
         if name != kind:
             raise BackboneError(f"backbone {name!r}: efficientnet-lite0 has one set of weights; leave the rest out")
