@@ -100,8 +100,9 @@ def _patterns(kind: str) -> Sequence[str]:
 def _check(kind: str, source: Source, shown: str) -> None:
     """Whether a folder can be that kind of backbone, by its configuration and the names of its tensors."""
     if kind == "lpips":
-        need(source, "", "model.safetensors", shown=shown)
-        _check_vgg(tensors_of(source, "", shown), shown)
+        head = tensors_of(source, "", shown)
+        need(source, "", "model.safetensors", shown=shown)  # and not one in parts
+        _check_vgg(head, shown)
         return
     types = KINDS[kind].types
     need(source, "", CONFIG, shown=shown)
