@@ -37,6 +37,7 @@ SMALL: dict[str, Any] = {
     "train.teacher.gain_images": 1,
     "evaluation.max_prompts": 2,
     "evaluation.curve_prompts": 1,
+    "evaluation.backbones": ["efficientnet-lite0"],  # the one that is here without a hub
     "compute.launcher": "local",
     "registry.max_base_gib": 0,  # as with a base of the real size: versions name it and do not hold it
 }
