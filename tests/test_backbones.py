@@ -60,7 +60,8 @@ def by_the_library(kind: str, folder: Path, pictures: Sequence[Image.Image]) -> 
     """Model and output: pixels by the library's image processor, where it has one that needs no torchvision."""
     if kind == "dinov3":
         config = json.loads((folder / "preprocessor_config.json").read_text())
-        pixels = np.stack([np.asarray(picture) / 255 for picture in pictures])
+        sized = [picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR) for picture in pictures]
+        pixels = np.stack([np.asarray(picture) / 255 for picture in sized])
         pixels = ((pixels - config["image_mean"]) / config["image_std"]).transpose(0, 3, 1, 2)
         inputs = torch.tensor(pixels, dtype=torch.float32)
     else:
@@ -72,10 +73,11 @@ def by_the_library(kind: str, folder: Path, pictures: Sequence[Image.Image]) -> 
         return model, part(pixel_values=inputs, output_hidden_states=True)
 
 
+@pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("kind", FEATURES)
-def test_features_are_the_librarys_at_a_models_own_size(kind, folders, loaded, real) -> None:
+def test_features_are_the_librarys_on_squares_of_a_models_own_size_or_larger(kind, times, folders, loaded, real):
     (backbone,) = loaded[kind].features
-    pictures = own_size(real[:3])
+    pictures = [picture.resize((SIDE * times, SIDE * times)) for picture in real[:3]]
     ours = backbone(pictures)
     model, out = by_the_library(kind, folders[kind], pictures)
     skip = {"dinov2": 1, "registers": 5, "dinov3": 5, "clip": 1, "siglip": 0}[kind]
@@ -210,6 +212,28 @@ def test_squashing_would_be_noticed(loaded, monkeypatch) -> None:
     monkeypatch.setattr(vision, "letterboxed", lambda image, side, *options: image.resize((side, side)))
     for kind in ("dinov2", "dinov3", "clip", "siglip"):
         assert abs(roundness(seen_by(loaded[kind], disc((240, 120)))) - 1) > 0.4
+
+
+@pytest.mark.parametrize(("kind", "patch"), [("dinov2", 14), ("registers", 14), ("dinov3", 8)])
+def test_what_has_patches_sees_whole_ones(kind, patch, loaded) -> None:
+    """The library leaves the rest of a side out, without a word."""
+    for size in ((200, 130), (90, 211), (33, 30)):
+        shape = seen_by(loaded[kind], disc(size)).shape[1:]
+        assert [side % patch for side in shape] == [0, 0]
+        assert max(shape) <= 2 * max(size) + patch
+
+
+@pytest.mark.parametrize(
+    ("processor", "side"),
+    [({"crop_size": {"height": 224, "width": 224}, "size": {"shortest_edge": 256}, "do_center_crop": True}, 224),
+     ({"crop_size": 224, "size": 224, "do_center_crop": True, "do_resize": True}, 224),
+     ({"size": {"height": 384, "width": 384}}, 384),
+     ({"crop_size": 224, "size": {"height": 256, "width": 256}, "do_center_crop": False}, 256)],
+)  # fmt: skip
+def test_the_side_is_what_a_model_sees_after_cropping(processor, side) -> None:
+    """As DINOv2, older and newer CLIP and SigLIP, and DINOv3 write it."""
+    pixels = vision.Pixels.of(processor | {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}, "x")
+    assert pixels == vision.Pixels(side, (0.5,) * 3, (0.25,) * 3, Image.Resampling.BICUBIC)
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
