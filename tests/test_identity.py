@@ -69,6 +69,11 @@ def test_a_rubric_counts_by_its_text_and_only_where_something_grades_by_it(tmp_p
     assert evaluated("1 2 3 4", unjudged) == evaluated("4 3 2 1", unjudged)
 
 
+def test_the_first_backbone_alone_is_what_was_before_there_were_others() -> None:
+    evaluated = plan(load_settings(SHIPPED))["evaluate"]["evaluation"]
+    assert not {"backbones", "rubric"} & set(evaluated)
+
+
 def changed(*overrides: str) -> set[str]:
     """Which stages' plans another setting changes."""
     before, after = plan(load_settings(SHIPPED)), plan(load_settings(SHIPPED, overrides))
