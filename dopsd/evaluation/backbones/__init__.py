@@ -126,9 +126,9 @@ def _load_transformer(found: Found, device: torch.device) -> tuple[Any, Any]:
 def _tokenizer(folder: Path, net: Any) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    # SigLIP's own class wants sentencepiece, for the same tokens
-    cls = PreTrainedTokenizerFast if net.config.model_type == "siglip" else AutoTokenizer
-    return cls.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if net.config.model_type == "siglip":  # its own class wants sentencepiece, for the same tokens
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def _dtype(found: Found, device: torch.device) -> torch.dtype:
