@@ -65,6 +65,7 @@ def is_registered(concept: str, settings: Settings, root: Path) -> bool:
 def register_version(concept: str, settings: Settings, root: Path) -> None:
     """Register the first method's adapter and judge it, on the same prompts and noise as champion and anchor; the
     outcome is kept in ``registered.json``. Settings: resolved, of the concept. Raises ``RegistryAway``."""
+    from dopsd.evaluation.backbones.judge import rubric_of
     from dopsd.origin import git_tags
     from dopsd.tracking import run_id
     from dopsd.train.start import start_hash
@@ -77,7 +78,7 @@ def register_version(concept: str, settings: Settings, root: Path) -> None:
     validated = read_result(run / "validated.json", "validate")
     base = open_base(settings.model, root)
     identity = version_identity(validated["content_hash"], settings, base, start_hash(settings.train, root, run))
-    plan = plan_of(settings, base)
+    plan = plan_of(settings, base, rubric=rubric_of(settings.evaluation, root))
     questions = _Questions(questions_of(plan, validated), ground_of(plan, validated))
     tags = git_tags(root) | {"dopsd.training": training, "dopsd.data.hash": validated["content_hash"],
                              "dopsd.base": base.source.shown}  # fmt: skip

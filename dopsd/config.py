@@ -15,6 +15,7 @@ from dopsd.params import (
     AtLeastOne,
     Beta,
     EachOnce,
+    Eyes,
     Pattern,
     Positive,
     Rate,
@@ -284,6 +285,10 @@ class EvaluationSettings(_Settings):
     """Prompts of the styles whose true pictures a base brings along (its ``world/``)."""
     prompts: tuple[str, ...] = ()
     """Extra prompts without a truth; used alone where a data set has no held-out rows."""
+    backbones: Eyes = ("efficientnet-lite0",)
+    """What pictures are seen with (docs/evaluation.md): ``KIND``, ``KIND:HUB-NAME[@REVISION]`` or ``KIND:FOLDER``."""
+    rubric: str | None = None
+    """A text file by which the backbone ``judge`` grades; ``None``: the one that is shipped with it."""
 
     @property
     def few(self) -> int:

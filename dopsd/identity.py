@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dopsd.config import Method, Settings, TrainSettings
+from dopsd.config import EvaluationSettings, Method, Settings, TrainSettings
 from dopsd.versions import DATA_VERSION, ENCODING_VERSION, EXPORT_VERSION, METHOD_VERSION, SCORES_VERSION
 
 if TYPE_CHECKING:
@@ -29,10 +29,11 @@ _ADDED = {"optimizer": "adamw", "tune": "adapter"}
 """Settings that came later, with what was always so before: what was trained then is still what it is."""
 
 
-def plan_of(settings: Settings, base: Base, start: str = "") -> Plan:
+def plan_of(settings: Settings, base: Base, start: str = "", rubric: str = "") -> Plan:
     """Stage to what decides its result, beside the results of the stages before it; of resolved settings of one
     concept. Data counts by its content, which stage validate writes down. ``start``: hash of the file in
-    ``train.init_from`` (:func:`dopsd.train.start.start_hash`)."""
+    ``train.init_from`` (:func:`dopsd.train.start.start_hash`); ``rubric``: the text that a judge grades by
+    (:func:`dopsd.evaluation.backbones.judge.rubric_of`)."""
     from dopsd.models import licence_of, references_rule
 
     model, data = settings.model, settings.data
@@ -58,7 +59,7 @@ def plan_of(settings: Settings, base: Base, start: str = "") -> Plan:
         },
         "evaluate": {
             "version": [SCORES_VERSION, METHOD_VERSION, ENCODING_VERSION], "base": files,
-            "model": model.decides_learning(), "data": pictures, "evaluation": evaluation.model_dump(mode="json"),
+            "model": model.decides_learning(), "data": pictures, "evaluation": _asked(evaluation, rubric),
             "replayed": train.replay.prompts,  # of these nothing is asked, replay on or off
         },
         "register": {
@@ -70,6 +71,15 @@ def plan_of(settings: Settings, base: Base, start: str = "") -> Plan:
             "registry": settings.registry.model_dump(mode="json"), "tracked": settings.tracking.enabled,
         },
     })  # fmt: skip
+
+
+def _asked(evaluation: EvaluationSettings, rubric: str) -> dict[str, Any]:
+    """The settings that decide scores. Backbones came later: what was scored by the first of them alone still is what
+    it is. A rubric counts by its text, where something grades by it."""
+    values = evaluation.model_dump(mode="json", exclude={"rubric"})
+    if evaluation.backbones == EvaluationSettings().backbones:
+        values.pop("backbones")
+    return {**values, **({"rubric": hash_of(rubric)} if rubric else {})}
 
 
 def common_parts(plan: Plan, encoded: Encoded, replayed: bool) -> dict[str, Any]:

@@ -41,6 +41,20 @@ def _pattern(text: str) -> str:
     return text
 
 
+FEATURES = ("efficientnet-lite0", "dinov2", "dinov3", "clip", "siglip")
+"""Kinds of backbone that give features; the first of them that is named is the primary one."""
+BACKBONES = (*FEATURES, "lpips", "reward", "judge")
+
+
+def _known_backbones(names: tuple[str, ...]) -> tuple[str, ...]:
+    kinds = [name.partition(":")[0] for name in names]
+    if unknown := next((name for name, kind in zip(names, kinds, strict=True) if kind not in BACKBONES), None):
+        raise ValueError(f"unknown backbone {unknown!r}; choose of {', '.join(BACKBONES)}")
+    if not set(kinds) & set(FEATURES):
+        raise ValueError(f"none gives features, which all else is measured by; name one of {', '.join(FEATURES)} too")
+    return names
+
+
 EachOnce = AfterValidator(_each_once)
 AtLeastOne = AfterValidator(_not_empty)  # not Field(min_length): it counts the valid ones, and adds a second fault
 Pattern = Annotated[str, AfterValidator(_pattern)]
@@ -48,6 +62,7 @@ Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Rate = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Eyes = Annotated[tuple[str, ...], AtLeastOne, EachOnce, AfterValidator(_known_backbones)]
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

@@ -60,12 +60,13 @@ def _plan(concept: str, settings: Settings, root: Path) -> None:
 def _made_of(run: Path, settings: Settings, root: Path) -> dict[str, Any]:
     """What each stage's result would be made of today. Raises ``AdapterError``, before anything is loaded, where
     ``train.init_from`` is not what the settings train; a plan that was written has looked at it."""
+    from dopsd.evaluation.backbones.judge import rubric_of
     from dopsd.identity import plan_of
     from dopsd.models import open_base
     from dopsd.train.start import start_hash
 
-    start = start_hash(settings.train, root, run)
-    made = plan_of(settings, open_base(settings.model, root), start)
+    start, rubric = start_hash(settings.train, root, run), rubric_of(settings.evaluation, root)
+    made = plan_of(settings, open_base(settings.model, root), start, rubric)
     if start and read_json(run / PLAN).get("train") != made["train"]:
         from dopsd.train.student import check_start
 

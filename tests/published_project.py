@@ -38,6 +38,7 @@ SMALL: dict[str, Any] = {
     "evaluation.max_prompts": 2,
     "evaluation.curve_prompts": 1,
     "evaluation.kept_prompts": ["a red house", "two cats"],
+    "evaluation.backbones": ["efficientnet-lite0"],  # the one that is here without a hub
     "compute.launcher": "local",
     "registry.max_base_gib": 0,  # as with a base of the real size: versions name it and do not hold it
 }

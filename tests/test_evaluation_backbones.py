@@ -1,5 +1,6 @@
 """The backbone is the published network; real pictures' features are remembered by content; the probe knows styles."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from dopsd.evaluation import backbones
-from dopsd.evaluation.backbones import FeatureStore, load_backbone
+from dopsd.evaluation.backbones import FeatureStore, efficientnet, load_backbone, picture_key
 from dopsd.evaluation.probe import degrade, train_probe, world_picture
 from emoji_turbo.pictures import World
 
@@ -57,12 +59,26 @@ def test_features_do_not_depend_on_the_batch(backbone, world):
     assert backbone([]).shape == (0, 1280 + 512)
 
 
+def test_square_pictures_of_64_px_are_seen_as_they_always_were(backbone, world):
+    """At 128 px, 64 at once: bit for bit, so that scores of the embedded world stay comparable."""
+    images = [world_picture(world, style, i) for style in ("ink", "3d") for i in range(0, 80, 2)]
+    assert {image.size for image in images} == {(64, 64)}
+    pixels = np.stack(
+        [np.asarray(image.convert("RGB").resize((128, 128), Image.Resampling.BICUBIC)) for image in images]
+    )
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    x = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    with torch.no_grad():
+        parts = [backbone.net(part.contiguous(memory_format=torch.channels_last)) for part in x.split(64)]
+    assert torch.equal(backbone(images), torch.cat(parts))
+
+
 def test_same_padding_is_tensorflows():
     """Stride 2, kernel 3, even size: nothing on the left, one pixel on the right."""
     conv = torch.nn.Conv2d(1, 1, 3, stride=2, bias=False)
     torch.nn.init.ones_(conv.weight)
     x = torch.arange(16.0).view(1, 1, 4, 4)
-    assert backbones._same(conv, x).flatten().tolist() == [45, 39, 66, 50]
+    assert efficientnet._same(conv, x).flatten().tolist() == [45, 39, 66, 50]
 
 
 def test_an_unknown_backbone_is_named():
@@ -94,6 +110,14 @@ def test_a_damaged_store_is_computed_again(tmp_path, backbone, world, content):
     assert torch.allclose(store([image]), backbone([image]), atol=1e-4)
     store.save()
     assert len(FeatureStore(backbone, path)([image])) == 1
+
+
+def test_features_of_pictures_that_were_shown_another_way_are_computed_again(tmp_path, backbone, world):
+    """Stores of earlier versions do not say how, and squashed their pictures."""
+    path, image = tmp_path / "features.safetensors", world_picture(world, "flat", 0)
+    metadata = {"backbone": backbone.name, "keys": json.dumps([picture_key(image)])}
+    save_file({"features": torch.zeros(1, 1280 + 512)}, path, metadata=metadata)
+    assert float(FeatureStore(backbone, path)([image]).abs().max()) > 0
 
 
 def test_the_probe_knows_the_styles_of_unseen_concepts_also_degraded(backbone, world):

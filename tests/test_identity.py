@@ -15,6 +15,7 @@ import torch
 from dopsd import identity, versions
 from dopsd.config import Settings, load_settings
 from dopsd.data.encoded import Encoded
+from dopsd.evaluation.backbones.judge import rubric_of
 from dopsd.models import open_base, resolved
 from emoji_turbo import architecture
 from tests import tiny
@@ -38,9 +39,15 @@ STANDS_FOR = {
                        "train/parallel.py", "train/resume.py", "train/schedule.py", "train/student.py",
                        "train/trainer.py"),
     "SCORES_VERSION": (*MODELS, "distill/drawing.py", "distill/rollout.py", "data/colour.py", "data/images.py",
-                       "data/pictures.py", "evaluation/backbones.py", "evaluation/grids.py", "evaluation/headline.py",
-                       "evaluation/metrics.py", "evaluation/naming.py", "evaluation/paired.py", "evaluation/probe.py",
-                       "evaluation/prompts.py", "evaluation/scoring.py", "evaluation/suite.py", "evaluation/world.py"),
+                       "data/pictures.py", "evaluation/backbones/__init__.py", "evaluation/backbones/base.py",
+                       "evaluation/backbones/efficientnet.py", "evaluation/backbones/judge.py",
+                       "evaluation/backbones/lpips.py", "evaluation/backbones/pictures.py",
+                       "evaluation/backbones/sources.py", "evaluation/backbones/store.py",
+                       "evaluation/backbones/vision.py", "evaluation/compare.py", "evaluation/copies.py",
+                       "evaluation/draws.py", "evaluation/grids.py", "evaluation/guarded.py",
+                       "evaluation/headline.py", "evaluation/likeness.py", "evaluation/metrics.py",
+                       "evaluation/naming.py", "evaluation/paired.py", "evaluation/probe.py", "evaluation/prompts.py",
+                       "evaluation/scoring.py", "evaluation/suite.py", "evaluation/summary.py", "evaluation/world.py"),
     "EXPORT_VERSION": ("card.md.j2", "card.py", "evaluation/table.py", "export.py", "models/lora_files.py",
                        "registry/__init__.py", "registry/gate.py", "registry/serving.py"),
 }  # fmt: skip
@@ -50,6 +57,23 @@ STANDS_FOR = {
 def plan(settings: Settings, root: Path = ROOT, concept: str = "style-ink") -> identity.Plan:
     own = resolved(settings.of(concept, root))
     return identity.plan_of(own, open_base(own.model, root))
+
+
+def test_a_rubric_counts_by_its_text_and_only_where_something_grades_by_it(tmp_path: Path) -> None:
+    def evaluated(text: str, backbones: str) -> Any:
+        (tmp_path / "rubric.txt").write_text(text)
+        settings = resolved(load_settings(SHIPPED, (f"evaluation.rubric={tmp_path}/rubric.txt", backbones)))
+        rubric = rubric_of(settings.evaluation, ROOT)
+        return identity.plan_of(settings, open_base(settings.model, ROOT), rubric=rubric)["evaluate"]
+
+    judged, unjudged = "evaluation.backbones=[efficientnet-lite0,judge]", "evaluation.backbones=[efficientnet-lite0]"
+    assert evaluated("1 2 3 4", judged) == evaluated("1 2 3 4", judged) != evaluated("4 3 2 1", judged)
+    assert evaluated("1 2 3 4", unjudged) == evaluated("4 3 2 1", unjudged)
+
+
+def test_the_first_backbone_alone_is_what_was_before_there_were_others() -> None:
+    evaluated = plan(load_settings(SHIPPED))["evaluate"]["evaluation"]
+    assert not {"backbones", "rubric"} & set(evaluated)
 
 
 def changed(*overrides: str) -> set[str]:
@@ -73,6 +97,9 @@ def changed(*overrides: str) -> set[str]:
         ("tracking.enabled=false", {"register"}),
         ("train.preview_count=2", {"encode"}),
         ("data.min_images=5", {"validate"}),
+        ("evaluation.backbones=[efficientnet-lite0]", set()),
+        ("evaluation.backbones=[efficientnet-lite0,lpips]", {"evaluate"}),
+        ("evaluation.rubric=some.txt", set()),
         ("data.max_pixels=5000000", {"validate"}),
         ("data.allow=[copies]", {"validate"}),
         ("data.resolution=128", {"validate", "encode", "evaluate", "register"}),

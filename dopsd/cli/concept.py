@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dopsd.lock import concept_lock
-from dopsd.project import needs_of
+from dopsd.project import StageError, needs_of
 from dopsd.stages import warnings_of
 
 from .options import PARAMS, Overrides, Params, settings_of
@@ -113,3 +113,54 @@ def caption(
     print(f"next: `{next_command(folder, concept)}`")
     if report.failed:
         raise typer.Exit(1)
+
+
+@app.command("prompts")
+def prompts(
+    name: Annotated[str, typer.Argument(help="A concept of the project.", metavar="NAME")],
+    vlm: Annotated[
+        str | None,
+        typer.Option("--vlm", help="The VLM that looks and writes; without one a template.", metavar="NAME_OR_FOLDER"),
+    ] = None,
+    kind: Annotated[Literal["subject", "style"] | None, typer.Option("--kind", help="What [V] means.")] = None,
+    subject: Annotated[
+        str | None, typer.Option("--subject", help='What all pictures show, such as "a wolf".', metavar="WORDS")
+    ] = None,
+    redo: Annotated[bool, typer.Option("--redo", help="Write the file anew, over what it holds.")] = False,
+    params: Params = PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Write the published evaluation's prompts for a concept: of each picture a rewrite and four tests.
+
+    They go to `data/concepts/NAME/protocol.jsonl`; review and edit them. The published ones are by
+    `--vlm Qwen/Qwen3-VL-8B-Instruct`.
+    """
+    from tqdm import tqdm
+
+    from dopsd.captioning import naming_for
+    from dopsd.data.manifest import PROTOCOL
+    from dopsd.evaluation.protocol import published_prompts, write_protocol
+    from dopsd.models import resolved
+    from dopsd.models.captioner import find_captioner, load_captioner
+    from dopsd.project import concept_folder, read_concept
+
+    settings = resolved(settings_of(params, overrides))
+    folder, root = concept_folder(name, Path()), Path()
+    path = folder / PROTOCOL
+    with concept_lock(name, root, "dopsd concept prompts"):
+        if path.exists() and not redo:
+            raise StageError(f"{path}: there already, and may be edited; --redo writes it anew")
+        table, _ = read_concept(name, settings, root)
+        naming = naming_for(folder, kind, subject, settings.data.placeholder)
+        look = None
+        if vlm is not None:
+            found = find_captioner(settings.model, root, vlm, key="--vlm")
+            print(f"loading {found.shown}")
+            look = load_captioner(found, settings.model)
+        notes = write_protocol(table, naming, settings.model.teacher_variant, settings.data.max_pixels, look,
+                               lambda rows: tqdm(rows, desc="prompts", unit="picture", disable=None))  # fmt: skip
+        made = published_prompts(table, path)
+    for note in notes:
+        print(f"look at {note}")
+    print(f"{len(made)} prompts of {len(table.rows)} pictures, {'from a template' if vlm is None else f'by {vlm}'} "
+          f"-> {path}; review and edit them")  # fmt: skip

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 METADATA = "metadata.jsonl"
 ABOUT = "concept.json"
 """What kind of concept it is, for the evaluation (dopsd/evaluation/prompts.py reads it)."""
+PROTOCOL = "protocol.jsonl"
+"""The published evaluation's prompts (dopsd/evaluation/protocol.py): no rows."""
 COLUMNS = ("source", "row", "image", "captions", "references", "repeats", "problems")
 _MOST_SHOWN = 50
 """Faults that a person is shown at once."""
@@ -184,7 +186,7 @@ def layout_of(files: Sequence[str]) -> Layout:
     }
     texts = [file for file in files if _suffix(file) in TEXTS and file not in documents]
     beside = [file for file in texts if stem_of(file) in pictured]
-    tables = [file for file in files if _suffix(file) in TABLES]
+    tables = [file for file in files if _suffix(file) in TABLES and file != PROTOCOL]
     endings = {_suffix(file): file for file in reversed(beside)}
     return Layout(images, texts, beside, documents, [*tables, *sorted(endings.values())])
 
@@ -264,7 +266,7 @@ def _join(base: str, name: str) -> str:
 
 
 def _is_document(file: str) -> bool:
-    return file in (ABOUT, OWN_SETTINGS) or (
+    return file in (ABOUT, OWN_SETTINGS, PROTOCOL) or (
         Path(file).name.split(".")[0].upper() in _DOCUMENTS and _suffix(file) in ("", ".md", ".txt")
     )
 

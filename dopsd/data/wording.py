@@ -76,7 +76,11 @@ class Naming:
 
     def question(self, variant: Variant) -> str:
         """What the VLM is asked for a caption of that length."""
-        text = INTRODUCTION[self.kind] + PROMPTS[self.kind][variant] + RULES[self.kind]
+        return self.asked(PROMPTS[self.kind][variant])
+
+    def asked(self, prompt: str) -> str:
+        """``prompt``, with what is said before and after every one."""
+        text = INTRODUCTION[self.kind] + prompt + RULES[self.kind]
         return text.replace("{name}", self.name).replace("{noun}", self.noun)
 
 
@@ -310,9 +314,10 @@ class Caption:
     note: str = ""
 
 
-def caption(ask: Callable[[str], str], variant: Variant, naming: Naming) -> Caption:
-    """Ask for one caption, and once more where the answer is unusable or doubtful. ``ask``: question to answer."""
-    question = naming.question(variant)
+def caption(ask: Callable[[str], str], variant: Variant, naming: Naming, prompt: str | None = None) -> Caption:
+    """Ask for one caption, and once more where the answer is unusable or doubtful. ``ask``: question to answer;
+    ``prompt``: what is asked in place of the variant's own."""
+    question = naming.question(variant) if prompt is None else naming.asked(prompt)
     made, why = Caption("", "the answer was empty"), ""
     for attempt in range(2):
         answer = clean(ask(AGAIN.format(why=why) + question if attempt else question), variant)

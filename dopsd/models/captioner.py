@@ -6,11 +6,11 @@ so that one picture and one question have one answer, and bounded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL.Image import Image
@@ -21,6 +21,7 @@ from . import device_of, dtype_of, family_class, qwen_vl
 from .folder import CONFIG, ModelError, Source, need, quoted, read_json, tensors_of
 from .loading import frozen
 from .sources import locate
+from .whole import load_whole
 
 PUBLISHED = "Qwen/Qwen3-VL-4B-Instruct"
 MAX_NEW_TOKENS = 320
@@ -30,27 +31,40 @@ MAX_SIDE = 1024
 _PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
 _OTHER = f"give another one: --model {PUBLISHED}, or the folder of any instruct model that sees pictures"
 
-Ask = Callable[[Image, str], str]
-"""A picture and a question to the answer as the model gave it."""
+
+class Ask(Protocol):
+    """A loaded model that is asked."""
+
+    def __call__(self, images: Image | Sequence[Image], question: str) -> str:
+        """The answer to a question about a picture, or about several in their order, as the model gave it."""
+        ...
 
 
 @dataclass(frozen=True)
 class Captioner:
     """Checked files of a VLM. ``tokenizer``, ``processor``: the folders of these; no ``processor``: Qwen3-VL's own."""
 
-    shown: str
+    source: Source
     folder: Path
     tokenizer: Path
     processor: Path | None
 
+    @property
+    def shown(self) -> str:
+        """What it is called in messages."""
+        return self.source.shown
 
-def find_captioner(model: ModelSettings, root: Path, name: str | None = None) -> Captioner:
+
+def find_captioner(
+    model: ModelSettings, root: Path, name: str | None = None, key: str = "--model", revision: str | None = None
+) -> Captioner:
     """The model of that folder or hub name; else ``model.vlm``, or the VLM that the base has in its folder.
 
-    Nothing is loaded. Raises :class:`ModelError` where there is none that answers in words.
+    ``key``: what names it in messages. Nothing is loaded. Raises :class:`ModelError` where there is none that answers
+    in words.
     """
     if name is not None:
-        return _checked(locate(name, root, patterns=_PATTERNS, key="--model"), "--model")
+        return _checked(locate(name, root, revision=revision, patterns=_PATTERNS, key=key), key)
     if model.vlm is not None:
         source = locate(model.vlm, root, revision=model.vlm_revision, patterns=_PATTERNS, key="model.vlm")
         return _checked(source, "model.vlm")
@@ -95,67 +109,44 @@ def _checked(source: Source, key: str, part: str = "", tokenizer: str = "") -> C
     names_there = [name for name in ("preprocessor_config.json", "processor_config.json") if (folder / name).is_file()]
     if not names_there and not found.startswith("qwen3_vl"):
         raise ModelError(f"{shown}: preprocessor_config.json is missing; {source.again(part)}")
-    return Captioner(source.shown, folder, source.folder / tokenizer, folder if names_there else None)
+    return Captioner(source, folder, source.folder / tokenizer, folder if names_there else None)
 
 
-def load_captioner(found: Captioner, model: ModelSettings) -> Ask:
-    """The model on the settings' device and in their type. Raises :class:`ModelError` where it cannot be loaded."""
+def load_captioner(found: Captioner, model: ModelSettings, most_tokens: int | None = None) -> Ask:
+    """The model on the settings' device and in their type; an answer has ``most_tokens``, or :data:`MAX_NEW_TOKENS`.
+    Raises :class:`ModelError` where it cannot be loaded."""
     from transformers import AutoModelForImageTextToText, GenerationConfig
 
     device = device_of(model)
-    try:
-        _check_size(found)
-        vlm, info = AutoModelForImageTextToText.from_pretrained(
-            found.folder, dtype=dtype_of(model, device), use_safetensors=True, trust_remote_code=False,
-            local_files_only=True, output_loading_info=True,
-        )  # fmt: skip
-        processor = _processor(found, vlm.config)
-    # a library's way of saying that files do not fit one another: whichever it raises, a person can do one thing
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"{found.shown}: cannot be loaded ({quoted(error)}); {_OTHER}") from None
-    if info["missing_keys"]:
-        lacking = sorted(info["missing_keys"])
-        raise ModelError(f"{found.shown}: its weights lack {lacking[0]} and {len(lacking) - 1} more, so it cannot "
-                         f"answer; {_OTHER}")  # fmt: skip
+    vlm, processor = load_whole(
+        AutoModelForImageTextToText, found.folder, found.shown, dtype_of(model, device), _OTHER,
+        lambda vlm: _processor(found, vlm.config),
+    )  # fmt: skip
     tokenizer = processor.tokenizer
     own = vlm.generation_config
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     ends = sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
     # not the model's own: it may sample, with a temperature, and for longer
     vlm.generation_config = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=ends,
+        do_sample=False, num_beams=1, max_new_tokens=most_tokens or MAX_NEW_TOKENS, eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0],
     )  # fmt: skip
     vlm = frozen(vlm, device)
 
-    def ask(image: Image, question: str) -> str:
-        return _answer(vlm, processor, image, question)
+    def ask(images: Image | Sequence[Image], question: str) -> str:
+        return _answer(vlm, processor, [images] if isinstance(images, Image) else images, question)
 
     return ask
 
 
-def _check_size(found: Captioner) -> None:
-    """A configuration that describes a far larger model than the weights are would fill the memory with random ones."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    config = AutoConfig.from_pretrained(found.folder, trust_remote_code=False, local_files_only=True)
-    with torch.device("meta"):
-        wanted = sum(p.numel() for p in AutoModelForImageTextToText.from_config(config).parameters())
-    there = sum(file.stat().st_size for file in found.folder.glob("*.safetensors"))
-    # the narrowest types have a byte a parameter; quantised weights are packed, and say so
-    if wanted > 1.2 * there and not hasattr(config, "quantization_config"):
-        raise ModelError(f"{found.shown}: its {CONFIG} describes {wanted:,} parameters, its weights are {there:,} "
-                         "bytes; copy or fetch it again")  # fmt: skip
-
-
-def _answer(vlm: Any, processor: Any, image: Image, question: str) -> str:
-    shown = image.copy()
-    shown.thumbnail((MAX_SIDE, MAX_SIDE))
-    turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+def _answer(vlm: Any, processor: Any, images: Sequence[Image], question: str) -> str:
+    shown = [image.copy() for image in images]
+    for image in shown:
+        image.thumbnail((MAX_SIDE, MAX_SIDE))
+    content: list[dict[str, str]] = [{"type": "image"} for _ in shown]
+    turn = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
     text = processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    inputs = processor(images=[shown], text=[text], return_tensors="pt").to(vlm.device, vlm.dtype)
+    inputs = processor(images=shown, text=[text], return_tensors="pt").to(vlm.device, vlm.dtype)
     with torch.inference_mode():
         ids = vlm.generate(**inputs)
     new = ids[:, inputs["input_ids"].shape[1] :]
