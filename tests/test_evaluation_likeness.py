@@ -52,12 +52,12 @@ def test_kept_is_one_for_the_same_picture_less_for_every_damage_and_lowest_for_n
     assert values == sorted(values, reverse=True)
     assert values[1] > 0.5 > values[3] > values[4]
     assert values[4] < 0, "noise is further than another drawing of the same thing"
-    assert kept(far, far).tolist() == pytest.approx([0.0] * 12, abs=1e-5) or (far < far.mean() / 2).any()
+    assert kept(far, far)[far > far.mean()].abs().max() < 1e-5, "another seed's picture is none of the base's"
 
 
 def test_a_prompt_drawn_nearly_alike_from_every_noise_does_not_decide():
     far, apart = torch.tensor([0.2, 0.2, 0.001]), torch.tensor([0.02, 0.02, 0.02])
-    by_hand = [1 - 0.02 / 0.2, 1 - 0.02 / 0.2, 1 - 0.02 / (0.5 * (0.401 / 3))]
+    by_hand = [1 - 0.02 / 0.2, 1 - 0.02 / 0.2, 1 - 0.02 / (0.401 / 3)]
     assert kept(apart, far).tolist() == pytest.approx(by_hand, rel=1e-5)
     assert kept(torch.zeros(2), torch.zeros(2)).tolist() == [1, 1], "a base without any noise's difference"
 

@@ -17,9 +17,6 @@ from torch import Tensor
 Half = Literal["content", "style", "both"]
 HALVES: dict[str | None, Half] = {"style": "style", "subject": "content", None: "both"}
 """By a concept's kind, what of a picture is to be learnt."""
-LEAST_SEED_DISTANCE = 0.5
-"""Of the mean over prompts: a prompt that the base draws nearly alike from every noise would make a hair's breadth a
-loss."""
 
 
 @dataclass(frozen=True)
@@ -67,5 +64,7 @@ def kept(distance: Tensor, seed_distance: Tensor) -> Tensor:
     makes it, less for one that is further.
 
     ``distance``: between tuned model and base, from the same noise; ``seed_distance``: between two noises, by the base.
+    A prompt's own counts where it is above the mean over prompts: of one that the base draws nearly alike from every
+    noise, a difference that nobody sees would be called a loss.
     """
-    return 1 - distance / seed_distance.clamp(min=LEAST_SEED_DISTANCE * float(seed_distance.mean()) or 1e-6)
+    return 1 - distance / seed_distance.clamp(min=float(seed_distance.mean()) or 1e-6)
