@@ -53,7 +53,7 @@ def make_files(place: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from dopsd.config import LoraSettings
+    from dopsd.config.groups import LoraSettings
     from dopsd.distill.adapters import adapter_parameters, add_adapters, read_adapter, save_adapter
     from dopsd.export import Card, export_adapter
     from dopsd.models import load_family

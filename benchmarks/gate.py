@@ -24,7 +24,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from dopsd.config import RegistrySettings
+from dopsd.config.groups import RegistrySettings
 from dopsd.evaluation.paired import read_paired
 from dopsd.registry import gate
 

@@ -16,7 +16,8 @@ from typing import Any, get_args
 
 import torch
 
-from dopsd.config import Optimizer, Settings, load_settings
+from dopsd.config import Settings, load_settings
+from dopsd.config.groups import Optimizer
 from dopsd.models import resolved
 from dopsd.sizing.cards import card_of
 from dopsd.sizing.plan import RESERVE, Choice, Plan, plan_for

@@ -134,7 +134,8 @@ def _set_up(batch: int) -> tuple[Any, ...]:
     """Family, adapters, captions, images, and the side of the pictures."""
     from PIL import Image
 
-    from dopsd.config import LoraSettings, load_settings
+    from dopsd.config import load_settings
+    from dopsd.config.groups import LoraSettings
     from dopsd.distill.adapters import add_adapters
     from dopsd.models import load_family
 
@@ -192,7 +193,7 @@ def parts(given: argparse.Namespace) -> dict[str, Any]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from dopsd.config import TrainSettings
+    from dopsd.config.groups import TrainSettings
     from dopsd.train.optimizer import make_optimizer
 
     family, adapters, captions, images, side = _set_up(given.batch)

@@ -29,7 +29,7 @@ from true_size_plain import (
     sizes_of,
 )
 
-from dopsd.config import LoraSettings, ModelSettings, TrainSettings
+from dopsd.config.groups import LoraSettings, ModelSettings, TrainSettings
 from dopsd.distill.adapters import AdapterPair, add_adapters
 from dopsd.distill.kinds import leave_out_scale
 from dopsd.distill.rollout import sample

@@ -31,7 +31,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model, Qwen3VLConfi
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # where the project is not installed
 
-from dopsd.config import ModelSettings  # noqa: E402
+from dopsd.config.groups import ModelSettings  # noqa: E402
 from dopsd.distill.adapters import AdapterPair  # noqa: E402
 from dopsd.distill.rollout import Velocity, rollout  # noqa: E402
 from dopsd.models import family_class, qwen_vl, sizes, teaching_of  # noqa: E402

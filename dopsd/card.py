@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dopsd.config import Settings, TrainSettings
+from dopsd.config import Settings
+from dopsd.config.groups import TrainSettings
 from dopsd.data.manifest import ConceptTable
 from dopsd.distill.kinds import NAMES
 from dopsd.evaluation.table import table_as_text

@@ -27,7 +27,7 @@ from PIL.Image import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from dopsd.config import AdapterKind, Offload, Quantization
+from dopsd.config.groups import AdapterKind, Offload, Quantization
 from dopsd.distill.adapters import adapter_applied, read_adapter
 from dopsd.distill.drawing import draw
 from dopsd.distill.kinds import NAMES, SCALED, kind_of, module_of

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dopsd.config import ContextName, Settings
+from dopsd.config import Settings
+from dopsd.config.groups import ContextName
 from dopsd.data.dataset import Example
 from dopsd.data.manifest import HOLDOUT, ConceptTable
 from dopsd.data.needs import first_unmet

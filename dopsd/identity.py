@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dopsd.config import EvaluationSettings, Method, Settings, TrainSettings
+from dopsd.config import Settings
+from dopsd.config.groups import EvaluationSettings, Method, TrainSettings
 from dopsd.versions import DATA_VERSION, ENCODING_VERSION, EXPORT_VERSION, METHOD_VERSION, SCORES_VERSION
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
 
-from dopsd.config import ComputeSettings
+from dopsd.config.groups import ComputeSettings
 from dopsd.files import read_json, size_of
 from dopsd.identity import changes
 from dopsd.lock import concept_lock

@@ -11,7 +11,8 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from dopsd.config import Method, Settings
+from dopsd.config import Settings
+from dopsd.config.groups import Method
 from dopsd.files import full_disk_said, read_json, stamps, write_json
 from dopsd.lock import concept_lock, end_with_dvc
 from dopsd.project import (

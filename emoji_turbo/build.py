@@ -19,7 +19,7 @@ from types import MappingProxyType
 import torch
 from accelerate import PartialState
 
-from dopsd.config import ModelSettings
+from dopsd.config.groups import ModelSettings
 from dopsd.models import load_family
 
 from . import architecture as arch

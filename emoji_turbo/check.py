@@ -17,7 +17,7 @@ from diffusers.models import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from dopsd.config import ModelSettings
+from dopsd.config.groups import ModelSettings
 from dopsd.models.base import Family, Request
 
 from .batches import DEFAULT_STYLE

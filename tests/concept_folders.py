@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dopsd.config import DataSettings
+from dopsd.config.groups import DataSettings
 from dopsd.data.manifest import DataError
 from dopsd.data.schema import validate_dataset
 

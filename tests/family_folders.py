@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dopsd.config import ModelSettings
+from dopsd.config.groups import ModelSettings
 from tests import published
 
 NAMES = ("z-image", "flux2-klein", "krea-2")

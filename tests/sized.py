@@ -7,7 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dopsd.config import LoraSettings, load_settings
+from dopsd.config import load_settings
+from dopsd.config.groups import LoraSettings
 from dopsd.models import resolved
 from dopsd.sizing.plan import Plan, plan_for
 from dopsd.sizing.runs import Work

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dopsd.config import LoraSettings, load_settings
+from dopsd.config import load_settings
+from dopsd.config.groups import LoraSettings
 from dopsd.distill.adapters import adapter_applied, adapter_parameters, add_adapters, save_adapter
 from dopsd.distill.rollout import rollout
 from dopsd.export import COMFYUI_FILE, check_export, draw_student, export_adapter

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dopsd.config import EvaluationSettings, ModelSettings
+from dopsd.config.groups import EvaluationSettings, ModelSettings
 from dopsd.evaluation.backbones import BackboneError, check_backbones, load_backbones
 from dopsd.evaluation.backbones.judge import grade_of, read_rubric, rubric_of
 from dopsd.models import captioner, qwen_vl

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from dopsd import cli
 from dopsd.captioning import caption_folder, naming_for
-from dopsd.config import ModelSettings, load_settings
+from dopsd.config import load_settings
+from dopsd.config.groups import ModelSettings
 from dopsd.data.images import ImageError, load_image
 from dopsd.data.records import is_text
 from dopsd.data.schema import validate_dataset

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from concept_folders import SETTINGS, allowing, faults_of, make, picture, rows, texts, write_rows
 
-from dopsd.config import DataSettings
+from dopsd.config.groups import DataSettings
 from dopsd.data.captions import save, uncaptioned
 from dopsd.data.folders import not_for_training
 from dopsd.data.manifest import DataError, concept_files

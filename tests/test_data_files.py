@@ -11,7 +11,8 @@ from concept_folders import SETTINGS, allowing, faults_of, make, picture, rows, 
 from PIL import Image, features
 from profiles import DISPLAY_P3
 
-from dopsd.config import DataSettings, load_settings
+from dopsd.config import load_settings
+from dopsd.config.groups import DataSettings
 from dopsd.data.images import ImageError, bucket_size, fit_image, load_image
 from dopsd.data.schema import validate_dataset
 

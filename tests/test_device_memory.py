@@ -12,7 +12,8 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from dopsd.config import ComputeSettings, load_settings
+from dopsd.config import load_settings
+from dopsd.config.groups import ComputeSettings
 from dopsd.data.encoded import read_encoded
 from dopsd.models import Family, load_family
 from dopsd.stages import STAGES, StageError

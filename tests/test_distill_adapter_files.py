@@ -5,7 +5,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dopsd.config import LoraSettings
+from dopsd.config.groups import LoraSettings
 from dopsd.distill.adapters import (
     AdapterError,
     adapter_applied,

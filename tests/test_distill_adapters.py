@@ -5,7 +5,8 @@ import warnings
 import pytest
 import torch
 
-from dopsd.config import LoraSettings, load_settings
+from dopsd.config import load_settings
+from dopsd.config.groups import LoraSettings
 from dopsd.distill import adapters
 from dopsd.distill.adapters import (
     AdapterError,

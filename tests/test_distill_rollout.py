@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dopsd.config import LoraSettings
+from dopsd.config.groups import LoraSettings
 from dopsd.distill.adapters import add_adapters
 from dopsd.distill.baselines import flow_matching, off_policy
 from dopsd.distill.rollout import rollout, sample

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dopsd.config import LoraSettings
+from dopsd.config.groups import LoraSettings
 from dopsd.data.cache import EncodingCache
 from dopsd.distill import drawing
 from dopsd.distill.adapters import adapted_layers, add_adapters

@@ -241,7 +241,7 @@ def test_the_build_runs_through_every_stage(tmp_path):
     )  # fmt: skip
     shutil.copytree(ROOT / "data/base/emoji-turbo/world", tmp_path / ".cache/base/tiny/world")
     folder = building.build("tiny", tmp_path, "cpu", {"tiny": preset})
-    from dopsd.config import ModelSettings
+    from dopsd.config.groups import ModelSettings
     from dopsd.distill.rollout import sample
     from dopsd.models import load_family
     from dopsd.models.base import Request

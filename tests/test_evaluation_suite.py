@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dopsd.config import LoraSettings, ReplaySettings, load_settings
+from dopsd.config import load_settings
+from dopsd.config.groups import LoraSettings, ReplaySettings
 from dopsd.data.cache import EncodingCache
 from dopsd.data.schema import validate_dataset
 from dopsd.distill.adapters import STUDENT, adapted_layers, add_adapters, save_adapter

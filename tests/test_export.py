@@ -11,7 +11,8 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dopsd.config import LoraSettings, ModelSettings, load_settings
+from dopsd.config import load_settings
+from dopsd.config.groups import LoraSettings, ModelSettings
 from dopsd.distill.adapters import adapter_parameters, add_adapters, save_adapter
 from dopsd.export import (
     CARD_FILE,

@@ -10,7 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file
 
-from dopsd.config import LoraSettings
+from dopsd.config.groups import LoraSettings
 from dopsd.data.dataset import Example, Preview
 from dopsd.distill.adapters import adapter_applied, adapter_parameters, add_adapters, match_targets, save_adapter
 from dopsd.distill.rollout import sample

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dopsd import identity
-from dopsd.config import SettingsError, TrainSettings, load_settings
+from dopsd.config import SettingsError, load_settings
+from dopsd.config.groups import TrainSettings
 from dopsd.data.dataset import BucketSampler
 from dopsd.models.base import Family
 from tests import tiny

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dopsd.config import RegistrySettings
+from dopsd.config.groups import RegistrySettings
 from dopsd.evaluation.paired import LARGEST, Paired, PairedError, read_paired, write_paired
 from dopsd.registry import gate
 from dopsd.registry.gate import LEAST_DELTA, Verdict, described, measure_deltas, paired_difference

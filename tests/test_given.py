@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dopsd.config import AdapterKind, LoraSettings
+from dopsd.config.groups import AdapterKind, LoraSettings
 from dopsd.distill.adapters import adapter_applied, adapter_parameters, add_adapters, read_adapter, save_adapter
 from dopsd.distill.targets import AdapterError
 from dopsd.export import COMFYUI_FILE, DIFFUSERS_FILE, WEIGHTS, export_adapter

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dopsd.champions import identity_today
-from dopsd.config import Settings, SettingsError, TrainSettings, load_settings
+from dopsd.config import Settings, SettingsError, load_settings
+from dopsd.config.groups import TrainSettings
 from dopsd.distill.adapters import adapter_applied
 from dopsd.distill.targets import AdapterError
 from dopsd.export import COMFYUI_FILE, DIFFUSERS_FILE, export_trained

@@ -21,7 +21,8 @@ import torch
 from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file
 
-from dopsd.config import ComputeSettings, Settings, load_settings
+from dopsd.config import Settings, load_settings
+from dopsd.config.groups import ComputeSettings
 from dopsd.data.encoded import read_encoded
 from dopsd.stages import STAGES
 from dopsd.train.errors import LaunchError

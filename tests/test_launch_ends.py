@@ -14,7 +14,8 @@ import psutil
 import pytest
 import ray
 
-from dopsd.config import ComputeSettings, load_settings
+from dopsd.config import load_settings
+from dopsd.config.groups import ComputeSettings
 from dopsd.stages import STAGES
 from dopsd.train.errors import LaunchError
 from dopsd.train.launch import resources

@@ -13,7 +13,7 @@ from typing import get_args
 import pytest
 import torch
 
-from dopsd.config import Method
+from dopsd.config.groups import Method
 from tests import tiny
 
 METHODS = get_args(Method)

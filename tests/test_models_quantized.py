@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import Qwen3ForCausalLM
 
-from dopsd.config import LoraSettings, ModelSettings
+from dopsd.config.groups import LoraSettings, ModelSettings
 from dopsd.distill.adapters import (
     AdapterPair,
     adapted_layers,

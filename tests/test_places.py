@@ -140,7 +140,7 @@ def test_a_folder_that_the_locale_cannot_name_is_one_line(tmp_path: Path) -> Non
 
 RAY = """
 import os, sys
-from dopsd.config import ComputeSettings
+from dopsd.config.groups import ComputeSettings
 from dopsd.train.launch import connect_ray
 connect_ray(ComputeSettings())
 import ray

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from dopsd import cli
 from dopsd.captioning import naming_for
-from dopsd.config import DataSettings
+from dopsd.config.groups import DataSettings
 from dopsd.data.manifest import PROTOCOL, ConceptTable, DataError
 from dopsd.data.schema import validate_dataset
 from dopsd.data.wording import naming_of

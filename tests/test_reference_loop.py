@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from dopsd.config import TrainSettings
+from dopsd.config.groups import TrainSettings
 from dopsd.data.dataset import BucketSampler
 from tests import tiny
 

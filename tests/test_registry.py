@@ -14,7 +14,8 @@ import torch
 from mlflow import MlflowClient
 
 from dopsd import champions
-from dopsd.config import LoraSettings, ModelSettings, load_settings
+from dopsd.config import load_settings
+from dopsd.config.groups import LoraSettings, ModelSettings
 from dopsd.distill.adapters import adapter_parameters, add_adapters, read_adapter, save_adapter
 from dopsd.evaluation.paired import Paired
 from dopsd.export import CARD_FILE, COMFYUI_FILE, DIFFUSERS_FILE, draw_student, export_adapter

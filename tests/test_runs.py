@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dopsd.cli import app
-from dopsd.config import ComputeSettings
+from dopsd.config.groups import ComputeSettings
 from dopsd.lock import ConceptBusy, concept_lock
 from dopsd.params import SettingsError
 from dopsd.runs import remove_runs, runs_in, runs_table

@@ -155,7 +155,7 @@ def _answers(url: str) -> bool:
 
 RAY = """
 import os
-from dopsd.config import ComputeSettings
+from dopsd.config.groups import ComputeSettings
 from dopsd.train.launch import connect_ray
 connect_ray(ComputeSettings())
 import ray

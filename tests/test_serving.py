@@ -24,7 +24,8 @@ from diffusers import Flux2KleinPipeline
 from PIL import Image
 
 from dopsd import champions
-from dopsd.config import LoraSettings, load_settings
+from dopsd.config import load_settings
+from dopsd.config.groups import LoraSettings
 from dopsd.data.images import bucket_size, load_image
 from dopsd.distill.adapters import adapter_parameters, add_adapters, save_adapter
 from dopsd.export import CARD_FILE, DIFFUSERS_FILE, export_adapter

@@ -15,7 +15,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from dopsd.config import TrackingSettings
+from dopsd.config.groups import TrackingSettings
 from dopsd.files import append_line, write_json
 from dopsd.tracking import Sender, run_id, send, tracking_uri
 from tests import tracked

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dopsd.config import Method
+from dopsd.config.groups import Method
 from dopsd.data.dataset import Example
 from dopsd.train import objective as objectives
 from dopsd.train.objective import Draw, Objective

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dopsd.config import Method, TrainSettings
+from dopsd.config.groups import Method, TrainSettings
 from dopsd.distill.adapters import adapter_applied, add_adapters
 from dopsd.train import checkpoint as ckpt
 from dopsd.train.objective import Objective

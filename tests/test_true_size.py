@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from dopsd.config import ModelSettings
+from dopsd.config.groups import ModelSettings
 from dopsd.models.quantized import blocks_of, is_quantized
 from dopsd.models.sizes import of_diffusers
 from tests.published_configs import PUBLISHED

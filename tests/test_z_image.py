@@ -7,7 +7,7 @@ import torch
 from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 from PIL import Image
 
-from dopsd.config import ModelSettings
+from dopsd.config.groups import ModelSettings
 from dopsd.models import ModelError, load_family
 from dopsd.models.base import Request
 from emoji_turbo import architecture, pretrain

@@ -19,7 +19,7 @@ import torch
 from diffusers.models import AutoencoderKL, ZImageTransformer2DModel
 from torch import nn
 
-from dopsd.config import LoraSettings, Method, TrainSettings
+from dopsd.config.groups import LoraSettings, Method, TrainSettings
 from dopsd.data.dataset import Example, Preview
 from dopsd.data.encoded import Encoded
 from dopsd.distill.adapters import AdapterPair, add_adapters

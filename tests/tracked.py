@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from dopsd import tracking
-from dopsd.config import TrackingSettings
+from dopsd.config.groups import TrackingSettings
 from dopsd.files import append_line, write_json
 from dopsd.tracking import Sender, send
 from tests.mlflow_server import Proxy, Server

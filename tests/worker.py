@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from dopsd.config import TrainSettings
+from dopsd.config.groups import TrainSettings
 from dopsd.train import trainer
 from dopsd.train.parallel import exchange
 from tests import tiny

@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import pandera.pandas as pa
 
-from ..config import DataSettings, Judgement
+from ..config.groups import DataSettings, Judgement
 from .duplicates import near_duplicates
 from .folders import kohya_repeats, path_problem
 from .images import FULL_AREA, ImageError, ImageFacts, inspect_image

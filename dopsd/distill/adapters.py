@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dopsd.config import LoraSettings
+from dopsd.config.groups import LoraSettings
 from dopsd.distill.kinds import carries, config_of, kind_of, leave_out_scale, module_of, start, tensors_of
 from dopsd.distill.pair import STUDENT, TEACHER, Pair, Selection, TeacherKind
 from dopsd.distill.targets import AdapterError, linear_layers, match_targets

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dopsd.config import LoraSettings
+from dopsd.config.groups import LoraSettings
 from dopsd.distill.adapters import read_adapter
 from dopsd.distill.kinds import NAMES, SCALED, kind_of, module_of
 from dopsd.distill.pair import STUDENT, TEACHER, Pair

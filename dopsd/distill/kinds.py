@@ -17,7 +17,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from dopsd.config import AdapterKind
+from dopsd.config.groups import AdapterKind
 
 _KEY: Final = re.compile(r"(?P<module>.+)\.(lora|lokr)_\w+(\.weight)?")
 _ZERO: Final = ("lora_B", "lokr_w1", "lokr_w1_a")

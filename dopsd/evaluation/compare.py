@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
+from .backbones import kind_of
 from .draws import Key
+from .extras import FROM_BASE
 from .likeness import HALVES, Half, Scale, kept
 from .prompts import KEPT, NEAR
-from .scoring import Cell
+from .scoring import Cell, Values
 
 Cells = Mapping[Key, Cell]
 
@@ -38,7 +41,13 @@ def looks_of(
     prompts (of the concept's, where there are none). ``dims``: how many of its features say what is drawn."""
     own = cells.get(Key(KEPT, "base", few)) or cells[Key("concept", "base", few)]
     return [
-        Look(name, Scale.of(own.features[name], dims[name]), features, HALVES[kind], f"@{name}" if number else "")
+        Look(
+            name,
+            Scale.of(own.features[name], dims[name]),
+            features,
+            HALVES[kind],
+            f"@{kind_of(name)}" if number else "",
+        )
         for number, (name, features) in enumerate(training.items())
     ]
 
@@ -60,8 +69,21 @@ def compared(cells: Cells, looks: list[Look]) -> dict[Key, Cell]:
                 first = cells[key._replace(noise=0)].first(len(cell))
                 apart = look.scale.distance(cell.features[look.name], first.features[look.name])
                 values["diversity" + look.suffix] = apart.double().numpy()
+        for name in [name for name in values if name.startswith(FROM_BASE)]:
+            values |= _kept_by(cells, key, name)
+            del values[name]  # of pictures it says no more than kept does
         out[key] = replace(cell, values=values)
     return out
+
+
+def _kept_by(cells: Cells, key: Key, name: str) -> dict[str, Values]:
+    """The same by a distance of pictures; of the base it is all."""
+    other = cells.get(key._replace(model="base", noise=1))
+    if key.model == "base" or other is None or name not in other.values:
+        return {}
+    mine = torch.from_numpy(cells[key].values[name])
+    far = torch.from_numpy(other.values[name])[: len(mine)]
+    return {f"kept@{name.partition('@')[2]}": kept(mine[: len(far)], far).numpy()}
 
 
 def _kept(cells: Cells, key: Key, look: Look) -> Tensor | None:

@@ -85,10 +85,15 @@ def parts_of(job: Job, seed: int, most: int) -> Iterator[Part]:
         size = batch_of(height, width, most)
         for start in range(0, len(rows), size):
             chosen = rows[start : start + size]
-            # a prompt's own noise, whatever batch it is drawn in; torch takes 64 bits
-            numbers = [job.prompts[i].number + job.key.noise * _OTHER_NOISE for i in chosen]
-            seeds = [(seed * 1_000_003 + number) % 2**64 for number in numbers]
+            seeds = [_seed(job.prompts[i], job.key.noise, seed) for i in chosen]
             yield Part(job.key, job.adapter, height, width, chosen, seeds, [job.conditioning[i] for i in chosen])
+
+
+def _seed(prompt: Prompt, noise: int, seed: int) -> int:
+    """Of a prompt's noise, whatever batch it is drawn in; torch takes 64 bits."""
+    if prompt.seed is not None and noise == 0:
+        return prompt.seed
+    return (seed * 1_000_003 + prompt.number + noise * _OTHER_NOISE) % 2**64
 
 
 def draw_all(family: Family, parts: Sequence[Part], workers: Workers | None) -> Iterator[tuple[Part, list[Image]]]:

@@ -10,7 +10,6 @@ rehearses is asked in none of the last three, replay on or off: numbers with and
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -21,12 +20,13 @@ from PIL import Image
 
 from dopsd.config import Settings
 from dopsd.data.images import bucket_size, fit_image, load_image
-from dopsd.data.manifest import ConceptTable, Row
+from dopsd.data.manifest import PROTOCOL, ConceptTable, Row
 from dopsd.data.pictures import Picture, bucket_of, references_of
 from dopsd.train.encode import EncodingRequest
 
 from .backbones import picture_key
 from .probe import world_picture
+from .protocol import class_of, published_prompts, seed_of, text_for_clip
 from .world import World
 
 
@@ -41,7 +41,7 @@ class Kind:
 
     kind: Literal["style", "subject"] | None = None
     style: str | None = None
-    label: str | None = None
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Prompt:
 
     ``truth``: the right picture, ``height x width``, decoded when it is looked at. ``concept``: its index in the world.
     ``style``: the world's style that is asked for. ``row``: the data's row that it comes from; ``references``: what is
-    to be edited.
+    to be edited. ``seed``: of its first noise, where a protocol says which.
     """
 
     text: str
@@ -62,6 +62,7 @@ class Prompt:
     style: str | None = None
     row: Row | None = None
     references: tuple[Picture, ...] = ()
+    seed: int | None = None
 
     @property
     def request(self) -> EncodingRequest:
@@ -74,12 +75,11 @@ class Prompt:
         return self.truth.load() if isinstance(self.truth, Picture) else self.truth
 
 
+CONCEPT, REWRITE = "concept", "rewrite"
 KEPT, NEAR, KNOWN = "kept", "near", "known"
 """The splits that nothing is to be learnt of."""
-MAX_LABEL = 80
 NEAR_PROMPTS = 20
 """At most so many prompts near the concept."""
-_IN_STYLE = r",?\s*(?:\b(?:drawn |painted )?in )?(?:\b(?:a|the) )?(?:TOKEN[ -]style\b|\bstyle of TOKEN)"
 _MAX_KIND_BYTES = 64 << 10
 _FIRST = {KNOWN: 100_000, KEPT: 200_000, NEAR: 300_000}
 """The number of a split's first prompt: every prompt has a noise of its own."""
@@ -101,13 +101,10 @@ def read_kind(table: ConceptTable, world: World | None) -> Kind:
         raise EvaluationError(f"{path}: not readable as JSON ({error}); correct it or remove it") from None
     kind = value.get("kind") if isinstance(value, dict) else None
     style = value.get("style") if isinstance(value, dict) else None
-    label = value.get("label") if isinstance(value, dict) else None
-    if label is not None and (not isinstance(label, str) or not label.strip() or len(label) > MAX_LABEL):
-        raise EvaluationError(f'{path}: "label" must be a word or two, found {str(label)[:40]!r}')
     if kind not in ("style", "subject"):
         raise EvaluationError(f'{path}: "kind" must be "style" or "subject", found {kind!r}')
     if kind == "subject" or style is None or world is None:
-        return Kind(kind, None, label if kind == "subject" else None)
+        return Kind(kind, None, class_of(table.root) if kind == "subject" else "")
     if style not in world.pictures:
         raise EvaluationError(f'{path}: unknown "style" {style!r}; the world has {", ".join(world.pictures)}')
     return Kind(kind, style)
@@ -145,6 +142,23 @@ def concept_prompts(
     return prompts
 
 
+def published(table: ConceptTable, settings: Settings) -> dict[str, list[Prompt]]:
+    """The prompts of the published protocol: ``rewrite``, whose target is the training picture, and ``concept``, four
+    tests of each. All of them count, whatever ``max_prompts`` says. Raises ``DataError``."""
+    if any(row.references for row in table.rows):
+        raise EvaluationError("evaluation.protocol: published asks for no edits; set it to ours")
+    targets = training_pictures(table, settings)
+    out: dict[str, list[Prompt]] = {REWRITE: [], CONCEPT: []}
+    for prompt in published_prompts(table, table.root / PROTOCOL, settings.data.placeholder):
+        target, number = targets[prompt.row], seed_of(prompt.row, prompt.index)
+        assert target.size is not None
+        width, height = target.size
+        truth = target if prompt.index == 0 else None
+        asked = out[CONCEPT if prompt.index else REWRITE]
+        asked.append(Prompt(prompt.text, number, height, width, truth, seed=number))
+    return out
+
+
 def kept_prompts(settings: Settings) -> list[Prompt]:
     """The general prompts, ``kept_count`` of them in an order drawn by the seed."""
     texts, side = _not_rehearsed(settings.evaluation.kept_texts, settings), settings.data.resolution
@@ -164,24 +178,11 @@ def near_prompts(table: ConceptTable, kind: Kind, settings: Settings) -> list[Pr
     if any(row.references for row in table.rows):
         return []  # an edit's caption without its picture says nothing
     captions = [row.student_captions(settings.model.teacher_variant)[0] for row in table.rows]
-    without = [without_placeholder(text, settings.data.placeholder, kind.label) for text in captions]
+    placeholder = settings.data.placeholder
+    without = [text_for_clip(text, placeholder, kind.label) for text in captions if placeholder.lower() in text.lower()]
     texts = _not_rehearsed(tuple(dict.fromkeys(text for text in without if text)), settings)[:NEAR_PROMPTS]
     side = settings.data.resolution
     return [Prompt(text, _FIRST[NEAR] + number, side, side) for number, text in enumerate(texts)]
-
-
-def without_placeholder(caption: str, placeholder: str, label: str | None = None) -> str:
-    """What a caption says beside the concept. ``label``: what the concept is one of, to stand in its place; without it
-    the words go that only say "in the style": ``"a fox in [V] style"`` is ``"a fox"``. Empty where nothing is left."""
-    if placeholder not in caption:
-        return ""
-    if label:
-        text = caption.replace(placeholder, label)
-    else:
-        token = re.escape(placeholder)
-        text = re.sub(_IN_STYLE.replace("TOKEN", token), "", caption, flags=re.IGNORECASE)
-        text = re.sub(rf"(?:\b(?:a|an|the)\s+)?{token}", "", text, flags=re.IGNORECASE)
-    return " ".join(re.sub(r"\s+([,.;:])", r"\1", text).split()).strip(" ,;:")
 
 
 def _not_rehearsed(texts: Sequence[str], settings: Settings) -> list[str]:

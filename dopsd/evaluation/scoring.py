@@ -15,7 +15,7 @@ from dopsd.data.pictures import Picture
 from dopsd.distill.drawing import batch_of
 
 from . import metrics
-from .backbones import FeatureStore
+from .backbones import FeatureStore, kind_of
 from .copies import Copies
 from .draws import by_size
 from .probe import StyleProbe, world_picture
@@ -81,7 +81,8 @@ class Scorer:
         self._copies = Copies(training, self.training[self.features.backbone.name])
         self._has_truth = len(prompts) > 0 and all(prompt.truth is not None for prompt in prompts)
         truths = [prompt.truth for prompt in prompts if prompt.truth is not None] if self._has_truth else []
-        self._truth = self.features.content(features_of(self.features, truths)) if self._has_truth else None
+        self._truths = {store.backbone.name: store.content(features_of(store, truths)) for store in stores if truths}
+        self._truth = self._truths.get(self.features.backbone.name)
         self._energy = _energy(truths or training)
         self._styles = [p.style for p in prompts if p.style is not None] if _all(prompts, "style") else None
         self._known_styles = world.styles if world is not None else ()
@@ -113,6 +114,11 @@ class Scorer:
         if self._truth is not None:
             center = self._center[:n] if self._center is not None else None
             values["cosine"] = metrics.cosine(content, self._truth[:n], center)
+            for store in self.stores:
+                apart = metrics.cosine(
+                    store.content(cell.features[store.backbone.name]), self._truths[store.backbone.name][:n]
+                )
+                values[f"target@{kind_of(store.backbone.name)}"] = 1 - apart
         if self._styles is not None and _all(self.prompts, "concept"):
             rank = self._ranks(content)
             values["concept_top1"], values["concept_top5"] = (rank < 1).float(), (rank < 5).float()

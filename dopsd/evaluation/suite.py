@@ -9,6 +9,7 @@ prompt, what the report shows), ``grids/*.png``, and ``samples/`` for the report
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,19 +28,18 @@ from dopsd.train.encode import encode_contexts, encode_prompts
 from dopsd.train.workers import Workers
 
 from . import prompts
-from .backbones import FeatureStore, load_backbone
+from .backbones import FeatureStore, load_backbones
 from .compare import compared, looks_of
 from .draws import Job, Key, Subject, draw_all, parts_of
+from .extras import Extras, waiting_room, with_values
 from .grids import Gallery
 from .probe import StyleProbe, decoded, round_trip, train_probe
-from .prompts import KEPT, KNOWN, NEAR, EvaluationError, Kind, Prompt
+from .prompts import CONCEPT, KEPT, KNOWN, NEAR, EvaluationError, Kind, Prompt
 from .scoring import Cell, Scorer, in_order
 from .summary import Evaluated, write_results
 from .world import World
 
 __all__ = ["EvaluationError", "Subject", "evaluate"]
-
-BACKBONE = "efficientnet-lite0"
 
 
 def subjects_in(adapters: Path) -> list[Subject]:
@@ -73,20 +73,23 @@ def evaluate(
     cache: EncodingCache,
     folder: Path,
     workers: Workers | None = None,
+    root: Path = Path(),
 ) -> dict[str, Any]:
     """Sample and score all ``subjects``; write ``folder`` (whole or not at all) and return ``metrics.json``'s content.
 
     ``world``: the truth for every prompt, which only the embedded base has; scores that need what is not there are left
     out and named under ``omitted``. ``cache`` also keeps real pictures' features. ``workers`` draw, where there are
-    some. The family's encoders are released once everything is encoded. Raises :class:`EvaluationError`.
+    some. ``root``: what folders in the settings are relative to. The family's encoders are released once everything is
+    encoded, and all of it before a judge looks. Raises :class:`EvaluationError`, and ``BackboneError``.
     """
-    stores = [FeatureStore(load_backbone(BACKBONE, family.device), cache.folder / f"{BACKBONE}.safetensors")]
     names = [subject.name for subject in subjects]
     if "base" not in names or len(set(names)) < len(names):
         raise EvaluationError(f"evaluate: expected the subject base once and no name twice, got {', '.join(names)}")
     plan = _plan(family, table, holdout, world, settings, cache, with_teacher="teacher" in names)
     if "teacher" not in plan.conditioning:
         subjects = [subject for subject in subjects if subject.name != "teacher"]
+    backbones = load_backbones(settings.evaluation.backbones, family.device, root, settings.evaluation.rubric)
+    stores = [FeatureStore(one, cache.folder / f"{_file_name(one.name)}.safetensors") for one in backbones.features]
     evaluated = sorted({p.concept for asked in plan.splits.values() for p in asked if p.concept is not None})
     probe = _probe(family, world, evaluated, stores[0], settings)
     scorers = {
@@ -98,11 +101,19 @@ def evaluate(
     family.release_encoders()
     names = [subject.name for subject in subjects]
 
-    with whole_folder(folder) as partial:
+    with whole_folder(folder) as partial, waiting_room(folder) as waiting:
         gallery = Gallery(partial, plan.splits, plan.training, plan.captions, settings, names)
-        cells |= _run(family, subjects, plan, scorers, gallery, settings, workers)
+        few, many = settings.evaluation.few, settings.evaluation.many
+        words = (settings.data.placeholder, plan.kind.label)
+        extras = Extras(backbones, plan.splits, plan.training, words, few, many, waiting)
+        cells |= _run(family, subjects, plan, scorers, extras, gallery, settings, workers)
+        if backbones.judges:
+            family.parts.release(family.parts.loaded())
+        for key, grades in extras.judge(cells).items():
+            cells[key] = with_values(cells[key], grades)
+        backbones.release()
         dims = {store.backbone.name: store.backbone.content_dim for store in stores}
-        looks = looks_of(cells, scorers["concept"].training, dims, plan.kind.kind, settings.evaluation.few)
+        looks = looks_of(cells, scorers["concept"].training, dims, plan.kind.kind, few)
         found = Evaluated(
             table.name, plan.kind, family.teaching.context, plan.splits, plan.trained, names,
             compared(cells, looks), looks[0], scorers, probe, settings,
@@ -110,6 +121,11 @@ def evaluate(
         metrics = write_results(found, partial)
         gallery.write()
     return metrics
+
+
+def _file_name(name: str) -> str:
+    """Of a backbone's remembered features: its name may hold a hub's or a folder's slashes."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", name)
 
 
 # --- what is asked ----------------------------------------------------------------------------------------------------
@@ -120,9 +136,13 @@ def _plan(
     cache: EncodingCache, with_teacher: bool,
 ) -> _Plan:  # fmt: skip
     kind = prompts.read_kind(table, world)
-    concept = prompts.concept_prompts(table, holdout, world, kind, settings)
+    if settings.evaluation.protocol == "published":
+        asked = prompts.published(table, settings)
+    else:
+        asked = {CONCEPT: prompts.concept_prompts(table, holdout, world, kind, settings)}
+    concept = asked[CONCEPT]
     splits = {
-        "concept": concept,
+        **asked,
         KEPT: prompts.kept_prompts(settings),
         NEAR: prompts.near_prompts(table, kind, settings),
         KNOWN: prompts.known_prompts(world, concept, settings),
@@ -158,11 +178,11 @@ def _jobs(subjects: Sequence[Subject], plan: _Plan, settings: Settings) -> Itera
     def wanted(split: str, model: str) -> Iterator[tuple[int, int, int]]:
         """(steps, noise, how many prompts)."""
         count = len(plan.splits[split])
-        if split == "concept":
+        if split == CONCEPT:
             yield from ((steps, 0, count if steps == few else curve) for steps in settings.evaluation.steps)
         else:
             yield few, 0, count
-        if model != "teacher" and split == "concept":
+        if model != "teacher" and split == CONCEPT:
             yield few, 1, curve
         if split == KEPT or (split == NEAR and model == "base"):
             yield few, 1, count
@@ -174,7 +194,7 @@ def _jobs(subjects: Sequence[Subject], plan: _Plan, settings: Settings) -> Itera
     for subject in sorted(subjects, key=lambda subject: subject.name != "base"):
         for split, asked in plan.splits.items():
             teacher = subject.name == "teacher"
-            if teacher and split != "concept":
+            if teacher and split != CONCEPT:
                 continue
             conditioning = plan.conditioning["teacher" if teacher else split]
             for steps, noise, count in wanted(split, subject.name):
@@ -183,8 +203,8 @@ def _jobs(subjects: Sequence[Subject], plan: _Plan, settings: Settings) -> Itera
 
 
 def _run(
-    family: Family, subjects: Sequence[Subject], plan: _Plan, scorers: dict[str, Scorer], gallery: Gallery,
-    settings: Settings, workers: Workers | None,
+    family: Family, subjects: Sequence[Subject], plan: _Plan, scorers: dict[str, Scorer], extras: Extras,
+    gallery: Gallery, settings: Settings, workers: Workers | None,
 ) -> dict[Key, Cell]:  # fmt: skip
     """Every subject's pictures, scored batch by batch and dropped, apart from the gallery's small copies."""
     jobs = list(_jobs(subjects, plan, settings))
@@ -194,7 +214,9 @@ def _run(
     with tqdm(total=total, desc="evaluate", unit="step", dynamic_ncols=True, disable=None) as bar:
         for part, images in draw_all(family, parts, workers):
             bar.set_postfix_str(f"{part.key.model}, {part.key.split}, {part.key.steps} steps")
-            drawn[part.key].append((part.rows, scorers[part.key.split].measure(part.rows, images)))
+            measured = scorers[part.key.split].measure(part.rows, images)
+            measured = with_values(measured, extras.measure(part.key, part.rows, images))
+            drawn[part.key].append((part.rows, measured))
             gallery.add(part.key, part.rows, images)
             bar.update(part.key.steps * len(part.rows))
     return {key: scorers[key.split].scored(in_order(measured)) for key, measured in drawn.items()}

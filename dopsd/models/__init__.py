@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from dopsd.config import ModelSettings, Settings
+from dopsd.config import Settings
+from dopsd.config.groups import ModelSettings
 from dopsd.data.images import MULTIPLE
 from dopsd.versions import ENCODING_VERSION
 

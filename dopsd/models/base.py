@@ -17,7 +17,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from dopsd.config import AdapterKind, ContextName
+from dopsd.config.groups import AdapterKind, ContextName
 
 from .sources import ModelError, Source
 

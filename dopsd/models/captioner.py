@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from PIL.Image import Image
 
-from dopsd.config import ModelSettings
+from dopsd.config.groups import ModelSettings
 
 from . import device_of, dtype_of, family_class, qwen_vl
 from .folder import CONFIG, ModelError, Source, need, quoted, read_json, tensors_of

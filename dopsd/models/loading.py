@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from dopsd.config import Offload, Quantization
+from dopsd.config.groups import Offload, Quantization
 
 from .base import Loader, Part
 from .offload import BlockOffload

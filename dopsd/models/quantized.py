@@ -14,7 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from dopsd.config import Quantization
+from dopsd.config.groups import Quantization
 
 from .folder import ModelError
 

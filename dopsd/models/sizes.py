@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dopsd.config import ModelSettings
+from dopsd.config.groups import ModelSettings
 from dopsd.models import family_class
 
 from .base import Configs, Family

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from dopsd.config import RegistrySettings
+from dopsd.config.groups import RegistrySettings
 
 BASE = "the untuned base"
 LEAST_DELTA = 0.005

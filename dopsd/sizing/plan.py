@@ -14,7 +14,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dopsd.config import Offload, Optimizer, Quantization, Settings
+from dopsd.config import Settings
+from dopsd.config.groups import Offload, Optimizer, Quantization
 from dopsd.distill.weights import Waiting
 from dopsd.models import family_class, teaching_of
 from dopsd.models.checkpointing import Checkpointing

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dopsd.config import LoraSettings
+from dopsd.config.groups import LoraSettings
 from dopsd.distill.adapters import AdapterPair, adapter_parameters, add_adapters
 from dopsd.distill.pair import STUDENT, Pair, TeacherKind
 from dopsd.distill.rollout import rollout, sample

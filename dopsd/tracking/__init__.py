@@ -21,7 +21,7 @@ from tenacity.stop import stop_when_event_set
 from tenacity.wait import wait_exponential
 from tqdm import tqdm
 
-from dopsd.config import TrackingSettings
+from dopsd.config.groups import TrackingSettings
 from dopsd.files import disk_full, is_disk_full
 from dopsd.process import proxy_note
 

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dopsd.config import TrackingSettings
+from dopsd.config.groups import TrackingSettings
 from dopsd.files import GrowingFile, is_disk_full, now, read_json, whole_file
 
 from .folder import Content, contents, rows

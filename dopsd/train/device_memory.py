@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
-from dopsd.config import DataSettings, Settings
+from dopsd.config import Settings
+from dopsd.config.groups import DataSettings
 from dopsd.data.images import MULTIPLE
 from dopsd.models import device_of
 from dopsd.models.checkpointing import Checkpointing

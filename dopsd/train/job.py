@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dopsd.config import Method, ModelSettings, TrainSettings
+from dopsd.config.groups import Method, ModelSettings, TrainSettings
 from dopsd.data.encoded import Encoded
 from dopsd.identity import made_of, training_identity
 from dopsd.models import load_family

@@ -26,7 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dopsd.config import ComputeSettings, Method
+from dopsd.config.groups import ComputeSettings, Method
 from dopsd.files import append_line, full_disk_said, is_disk_full, whole_file
 from dopsd.train import worker
 from dopsd.train.checkpoint import set_aside

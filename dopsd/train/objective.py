@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dopsd.config import Method, TrainSettings
+from dopsd.config.groups import Method, TrainSettings
 from dopsd.data.dataset import Example
 from dopsd.distill import baselines
 from dopsd.distill.pair import Pair

@@ -8,7 +8,8 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
-from dopsd.config import SettingsError, TrainSettings
+from dopsd.config import SettingsError
+from dopsd.config.groups import TrainSettings
 
 
 def check_optimizer(settings: TrainSettings) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dopsd.config import Method, TrainSettings
+from dopsd.config.groups import Method, TrainSettings
 from dopsd.data.dataset import Example, Preview
 from dopsd.files import read_json
 from dopsd.identity import changes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from dopsd.config import Method, TrainSettings
+from dopsd.config.groups import Method, TrainSettings
 
 
 def milestones(settings: TrainSettings, method: Method) -> dict[int, str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dopsd.config import SettingsError, TrainSettings
+from dopsd.config import SettingsError
+from dopsd.config.groups import TrainSettings
 
 
 def start_path(settings: TrainSettings, root: Path) -> Path | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dopsd.config import ModelSettings, TrainSettings
+from dopsd.config.groups import ModelSettings, TrainSettings
 from dopsd.distill.adapters import add_adapters, save_adapter
 from dopsd.distill.initial import begin_as
 from dopsd.distill.kinds import NAMES

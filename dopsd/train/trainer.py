@@ -24,7 +24,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from dopsd.config import CHECKPOINT_SECONDS
+from dopsd.config.groups import CHECKPOINT_SECONDS
 from dopsd.data.dataset import BucketSampler
 from dopsd.files import whole_file, write_json
 from dopsd.models.base import Family

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dopsd.config import ComputeSettings, ModelSettings
+from dopsd.config.groups import ComputeSettings, ModelSettings
 from dopsd.train.launch import connect_ray, resources
 
 if TYPE_CHECKING:

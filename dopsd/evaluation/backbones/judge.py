@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dopsd.config import EvaluationSettings, ModelSettings
+from dopsd.config.groups import EvaluationSettings, ModelSettings
 from dopsd.models.captioner import Ask, Captioner, load_captioner
 
 from .base import BackboneError, kind_of

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dopsd.config import ModelSettings
+from dopsd.config.groups import ModelSettings
 from dopsd.models.captioner import Captioner, find_captioner
 from dopsd.models.folder import CONFIG, need, quoted, read_json, tensors_of
 from dopsd.models.hashes import HASHES, identity

@@ -1,30 +1,12 @@
-"""Typed settings, read from ``params.yaml``, and for one concept from the ``train.yaml`` beside its data.
-
-An unknown, missing or ill-typed key is a :class:`SettingsError` that names it; nothing is read from anywhere else.
-"""
+"""The groups of settings: what each key of ``params.yaml`` means and may be. :mod:`dopsd.config` puts them together."""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from dopsd.params import (
-    AtLeastOne,
-    Beta,
-    EachOnce,
-    Eyes,
-    Pattern,
-    Positive,
-    Rate,
-    Seed,
-    override,
-    read_params,
-    read_prompts,
-)
-from dopsd.params import SettingsError as SettingsError
+from dopsd.params import AtLeastOne, Beta, EachOnce, Eyes, Pattern, Positive, Rate, Seed
 
 Method = Literal["d-opsd", "sft", "sft-teacher", "off-policy"]
 Quantization = Literal["none", "int8", "fp8", "nf4"]
@@ -38,24 +20,6 @@ ContextName = Literal["vlm", "edit", "edit-reference", "enhanced-prompt"]
 
 CHECKPOINT_SECONDS = 600
 """Between two checkpoints where ``train.checkpoint_steps`` does not say: at true size each is 2.5 GB."""
-CONCEPTS = Path("data") / "concepts"
-OWN_SETTINGS = "train.yaml"
-"""In a concept's folder: what differs from ``train`` there."""
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
-_REPLACED = {"registry.min_retention": "registry.max_few_step_loss, registry.min_learnt and registry.min_kept"}
-"""Settings of before, with what there is instead."""
-
-
-def concept_name(name: str) -> str:
-    """``name``, where it may name a concept: it becomes folders, stages and models. Raises :class:`SettingsError`."""
-    if not is_concept_name(name):
-        raise SettingsError(f"concept name {name!r}: use 1 to 64 of a-z, 0-9 and -, not beginning with -")
-    return name
-
-
-def is_concept_name(name: str) -> bool:
-    """Whether ``name`` may name a concept."""
-    return _NAME.fullmatch(name) is not None
 
 
 def _as_words(value: Any) -> Any:
@@ -63,11 +27,13 @@ def _as_words(value: Any) -> Any:
     return {True: "every", False: "none"}.get(value, value) if isinstance(value, bool) else value
 
 
-class _Settings(BaseModel):
+class Group(BaseModel):
+    """Keys that are known, and values that do not change."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class ModelSettings(_Settings):
+class ModelSettings(Group):
     """The base model, what its teacher is shown, and how it is run."""
 
     family: str = "z-image"
@@ -143,7 +109,7 @@ class ModelSettings(_Settings):
         return self.model_dump(mode="json", include={*names, *rounded})
 
 
-class DataSettings(_Settings):
+class DataSettings(Group):
     """What a concept data set must be."""
 
     resolution: Positive
@@ -158,7 +124,7 @@ class DataSettings(_Settings):
     """Faults that are a matter of taste, and none here; the message of each says its word."""
 
 
-class LoraSettings(_Settings):
+class LoraSettings(Group):
     kind: AdapterKind = "lora"
     """``dora`` trains the length of every output's weights beside it, ``lokr`` a Kronecker product: fewer numbers."""
     rank: Positive = 64
@@ -170,7 +136,7 @@ class LoraSettings(_Settings):
     """Name patterns of linear layers; ``None`` means the family's own. Every pattern must match something."""
 
 
-class TeacherSettings(_Settings):
+class TeacherSettings(Group):
     kind: Literal["ema", "frozen", "copy"] | None = None
     """``None``: ema, and frozen where the context is ``enhanced-prompt`` (:func:`dopsd.models.resolved`)."""
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.9999
@@ -185,7 +151,7 @@ class TeacherSettings(_Settings):
     on_no_gain: Literal["warn", "refuse"] = "warn"
 
 
-class ReplaySettings(_Settings):
+class ReplaySettings(Group):
     """Every method's, whichever is trained: the base's own prompts, held to the frozen base (docs/method.md)."""
 
     weight: Annotated[float, Field(ge=0)] = 0.0
@@ -198,7 +164,7 @@ class ReplaySettings(_Settings):
         return self
 
 
-class TrainSettings(_Settings):
+class TrainSettings(Group):
     methods: Annotated[tuple[Method, ...], AtLeastOne, EachOnce] = ("d-opsd", "sft")
     """What is trained for the before-and-after table; the first is the one that is exported."""
     seed: Seed = 0
@@ -263,7 +229,7 @@ class TrainSettings(_Settings):
         return round(factor * self.max_steps)
 
 
-class EvaluationSettings(_Settings):
+class EvaluationSettings(Group):
     steps: Annotated[tuple[Positive, ...], AtLeastOne, EachOnce] = (1, 2, 4, 8, 32)
     few_steps: Positive | None = None
     """The number of steps that the headline table is about, one of ``steps``; ``None``: the family's own."""
@@ -271,6 +237,8 @@ class EvaluationSettings(_Settings):
     """What few steps are compared with, one of ``steps``; ``None``: the family's own. Beyond what a model was distilled
     for, more steps are no truth."""
     seed: Seed = 1234
+    protocol: Literal["ours", "published"] = "ours"
+    """``published``: the paper's prompts and seeds, of ``protocol.jsonl`` beside the data (docs/evaluation.md)."""
     batch_size: Positive = 32
     max_prompts: Positive = 100
     """Concept prompts with a known truth (held-out rows of the data set)."""
@@ -326,7 +294,7 @@ class EvaluationSettings(_Settings):
                 "more; add a larger number, or set registry.enabled to false")  # fmt: skip
 
 
-class ComputeSettings(_Settings):
+class ComputeSettings(Group):
     """Where training runs. None of it changes what is learnt (to float32 rounding, over the number of workers)."""
 
     launcher: Literal["ray", "local"] = "ray"
@@ -362,7 +330,7 @@ class ComputeSettings(_Settings):
         return self
 
 
-class ExportSettings(_Settings):
+class ExportSettings(Group):
     """The files that are given away. The adapter they are made from, in ``runs/NAME/adapters``, is float32."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -370,7 +338,7 @@ class ExportSettings(_Settings):
     base's own type is kept."""
 
 
-class RegistrySettings(_Settings):
+class RegistrySettings(Group):
     """When an adapter becomes the champion of its concept."""
 
     enabled: bool = True
@@ -389,107 +357,6 @@ class RegistrySettings(_Settings):
     """A base up to this size is stored with every version, so that the registry alone is enough; larger: its path."""
 
 
-class TrackingSettings(_Settings):
+class TrackingSettings(Group):
     experiment: str = "dopsd"
     enabled: bool = True
-
-
-class Settings(_Settings):
-    """All of ``params.yaml``. ``concepts`` lists the folders under ``data/concepts`` that the pipeline runs over."""
-
-    concepts: Annotated[tuple[Annotated[str, AfterValidator(concept_name)], ...], EachOnce]
-    model: ModelSettings
-    data: DataSettings
-    train: TrainSettings
-    evaluation: EvaluationSettings = EvaluationSettings()
-    compute: ComputeSettings = ComputeSettings()
-    export: ExportSettings = ExportSettings()
-    registry: RegistrySettings = RegistrySettings()
-    tracking: TrackingSettings = TrackingSettings()
-    overrides: Annotated[dict[str, Any], Field(exclude=True)] = {}
-    """What ``--set`` says of ``train``: it holds for every concept, over the concept's own."""
-
-    @model_validator(mode="after")
-    def _gate_has_more_steps(self) -> Settings:
-        if missing := self.evaluation.missing_for(
-            self.registry, self.evaluation.few_steps or min(self.evaluation.steps)
-        ):
-            raise ValueError(missing)
-        return self
-
-    @model_validator(mode="after")
-    def _weights_are_plain(self) -> Settings:
-        full, dora = self.train.tune == "full", self.train.lora.kind == "dora" and self.train.tune != "full"
-        rounded, sharded, group = self.model.quantization != "none", self.compute.sharded, self.model.offload == "group"
-        waiting, taken = self.train.teacher.weights == "cpu", rounded or group or sharded
-        plain = "leave model.quantization none, and model.offload none or model"
-        faults = {
-            f"train.tune: full trains the base's own weights; {plain}, compute.sharded false": full and taken,
-            f"train.lora.kind: dora measures the base's own weights; {plain}, compute.sharded false": dora and taken,
-            "train.teacher.weights: cpu is for train.tune: full; leave it out": waiting and not full,
-            "train.teacher.weights: cpu changes blocks; leave model.compile false": waiting and self.model.compile,
-            f"compute.sharded divides plain weights; {plain}": sharded and (rounded or group),
-        }
-        for fault in (said for said, wrong in faults.items() if wrong):
-            raise ValueError(fault)
-        return self
-
-    def of(self, concept: str, root: Path) -> Settings:
-        """These settings for one concept: its ``train.yaml`` over ``train``, and the general prompts read from their
-        file. Done twice it is the same. Raises :class:`SettingsError` for a name that is none and faults of a file."""
-        path = root / CONCEPTS / concept_name(concept) / OWN_SETTINGS
-        own = read_params(path) if path.is_file() else {}
-        merged = _merged(_merged(self.train.model_dump(), own), self.overrides)
-        try:  # whole: what a concept asks for may not go with the model's settings
-            train = TrainSettings.model_validate(merged)
-            return Settings.model_validate({**self.__dict__, "train": train, "evaluation": self._evaluation(root)})
-        except ValidationError as error:
-            raise SettingsError("\n".join(f"{path}: {_fault(fault)}" for fault in error.errors())) from None
-
-    def _evaluation(self, root: Path) -> EvaluationSettings:
-        """With the general prompts themselves in place of their file's name: results are made of them."""
-        if not isinstance(self.evaluation.kept_prompts, str):
-            return self.evaluation
-        prompts = read_prompts(root, self.evaluation.kept_prompts, "evaluation.kept_prompts")
-        return self.evaluation.model_copy(update={"kept_prompts": prompts})
-
-
-def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """``values`` with ``changes`` over them, group by group."""
-    merged = dict(values)
-    for key, change in changes.items():
-        before = merged.get(key)
-        merged[key] = _merged(before, change) if isinstance(before, dict) and isinstance(change, dict) else change
-    return merged
-
-
-def load_settings(path: Path, overrides: tuple[str, ...] = ()) -> Settings:
-    """Read and check ``path``; ``overrides`` are ``a.b=value`` with YAML values. Raises :class:`SettingsError` with one
-    line per fault."""
-    raw = read_params(path)
-    if not raw:
-        raise SettingsError(f"{path}: expected keys and values, found nothing")
-    given: dict[str, Any] = {}
-    for said in overrides:
-        override(given, said)
-        override(raw, said)
-    if "overrides" in raw:  # neither a file's nor a command line's to set
-        raise SettingsError(f"{path}: overrides: unknown setting; remove it or check the spelling")
-    forced = given.get("train")
-    try:
-        return Settings.model_validate(raw | {"overrides": forced if isinstance(forced, dict) else {}})
-    except ValidationError as error:
-        raise SettingsError("\n".join(f"{path}: {_fault(fault)}" for fault in error.errors())) from None
-
-
-def _fault(fault: Any) -> str:
-    key = ".".join(str(part) for part in fault["loc"]) or "settings"
-    if fault["type"] == "extra_forbidden":
-        instead = f"; {_REPLACED[key]} took its place" if key in _REPLACED else " or check the spelling"
-        return f"{key}: unknown setting; remove it{instead}"
-    if fault["type"] == "missing":
-        return f"{key}: missing; add it"
-    if fault["type"] == "value_error":  # ours, of several settings together: it says what was found
-        place = f"{key}: " if fault["loc"] else ""
-        return place + fault["msg"].removeprefix("Value error, ")
-    return f"{key}: {fault['msg']} (got {fault['input']!r})"[:400]

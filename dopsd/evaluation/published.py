@@ -1,0 +1,37 @@
+"""The published protocol's four numbers (docs/evaluation.md), of the splits that it asks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .compare import Cells
+from .draws import Key
+from .headline import Numbers
+from .prompts import CONCEPT, REWRITE
+from .scoring import Bootstrap
+
+_TARGETS = {"dino_d": ("target@dinov3", "target@dinov2"), "lpips_d": ("target@lpips",)}
+"""Distances to the training picture, of the rewrite alone: the first that there is."""
+_OVER_ALL = {"clip_s": "prompt", "judge": "judge"}
+"""Means over the rewrite and the four tests."""
+
+
+def published(cells: Cells, models: Sequence[str], few: int, bootstrap: Bootstrap) -> dict[str, Numbers]:
+    """Model to DINO-D, LPIPS-D, CLIP-S and the judge's grade, as far as their backbones were named."""
+    out = {}
+    for model in models:
+        numbers = Numbers()
+        rewrite, tests = (cells.get(Key(split, model, few)) for split in (REWRITE, CONCEPT))
+        if rewrite is not None:
+            for name, scores in _TARGETS.items():
+                if score := next((score for score in scores if score in rewrite.values), None):
+                    numbers.add(name, float(rewrite.values[score].mean()), bootstrap.means(rewrite.values[score]))
+        for name, score in _OVER_ALL.items():
+            found = [cell.values[score] for cell in (rewrite, tests) if cell is not None and score in cell.values]
+            if found:
+                values = np.concatenate(found)
+                numbers.add(name, float(values.mean()), bootstrap.means(values))
+        out[model] = numbers
+    return out
