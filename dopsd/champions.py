@@ -272,7 +272,7 @@ def _evaluate_again(
             subjects.append(Subject(rival.name, read_export(given, place / rival.name / "again.safetensors")))
         evaluate(
             load_base(its, root, use="draw"), table, holdout, world_of(settings, root), subjects, settings,
-            cache_of(root), place / "evaluation",
+            cache_of(root), place / "evaluation", root=root,
         )  # fmt: skip
     except (ModelError, AdapterError) as error:  # of another family, say, or whole weights and a rounded base
         words = " and ".join(rival.words for rival in rivals)

@@ -112,6 +112,7 @@ def encode(concept: str, settings: Settings, root: Path) -> None:
     run = run_folder(concept, root)
     base = open_base(settings.model, root)  # first of all: with its tokenizer here the texts are judged exactly
     table, holdout = _read_validated(concept, settings, root)
+    _check_evaluation(table, settings, root)  # now, and not when hours of training are over
     replay = settings.train.replay.prompts if settings.train.replay.weight > 0 else ()
     cache = cache_of(root)
     if note := base.differences():
@@ -178,11 +179,12 @@ def evaluate(concept: str, settings: Settings, root: Path) -> None:
 
     run = run_folder(concept, root)
     table, holdout = _read_validated(concept, settings, root)
+    _check_evaluation(table, settings, root)
     subjects, cache = subjects_in(run / "adapters"), cache_of(root)
     with workers(settings.model, settings.compute, root, "train") as helpers:
         evaluate_subjects(
             load_base(settings, root), table, holdout, world_of(settings, root), subjects, settings, cache,
-            run / "evaluation", workers=helpers,
+            run / "evaluation", workers=helpers, root=root,
         )  # fmt: skip
     _remember_encodings(run, "evaluate", cache)
     send(root, run, settings.tracking)
@@ -300,6 +302,17 @@ def _read_validated(concept: str, settings: Settings, root: Path) -> tuple[Conce
     if any(validated.get(key) != value for key, value in _hashes(table, holdout).items()):
         raise StageError(f"data/concepts/{concept} changed since it was validated; run `dopsd validate` again")
     return table, holdout
+
+
+def _check_evaluation(table: ConceptTable, settings: Settings, root: Path) -> None:
+    """Find, or fetch, what the evaluation will see with and ask. Raises ``BackboneError``, ``ModelError`` and
+    ``DataError``: a line each."""
+    from dopsd.evaluation.backbones import check_backbones
+    from dopsd.evaluation.prompts import published
+
+    check_backbones(settings.evaluation.backbones, root, settings.evaluation.rubric)
+    if settings.evaluation.protocol == "published":
+        published(table, settings)
 
 
 def _learnt_from(run: Path, settings: Settings, root: Path) -> tuple[Encoded, dict[str, Any]]:

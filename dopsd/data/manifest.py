@@ -128,12 +128,15 @@ def hash_content(rows: Iterable[tuple[str, Iterable[tuple[str, str]], Iterable[s
 
 
 def kind_hash(folder: Path) -> str | None:
-    """sha256 of ``concept.json``; ``None`` where there is none."""
-    path = folder / ABOUT
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """sha256 of ``concept.json``, and of the prompts of the published protocol where they are there; ``None`` where
+    neither is."""
+    found = [path for name in (ABOUT, PROTOCOL) if (path := folder / name).is_file()]
+    hashes = []
+    for path in found:
+        with path.open("rb") as file:
+            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+    both = len(hashes) > 1 or any(path.name == PROTOCOL for path in found)
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest() if both else next(iter(hashes), None)
 
 
 def read_table(folder: Path, name: str, any_folder: bool = False) -> pd.DataFrame:

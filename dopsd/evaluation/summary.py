@@ -19,7 +19,8 @@ from .headline import Asked
 from .naming import REFERENCES
 from .paired import PAIRED, write_paired
 from .probe import StyleProbe
-from .prompts import KEPT, KNOWN, NEAR, Kind, Prompt, rehearsed_of
+from .prompts import CONCEPT, KEPT, KNOWN, NEAR, Kind, Prompt, rehearsed_of
+from .published import published
 from .scoring import Bootstrap, Cell, Scorer, Values
 
 METRICS, PROMPTS = "metrics.json", "prompts.json"
@@ -85,7 +86,7 @@ def _metrics(found: Evaluated) -> dict[str, Any]:
     main = next((model for model in found.models if model not in REFERENCES), None)
     head = headline.headline(cells, found.models, real, asked, bootstrap, omitted)
     tables = {split: headline.split_numbers(cells, scorers, split, asked.few, bootstrap) for split in scorers}
-    counts = {f"{split}_prompts": len(found.splits.get(split, ())) for split in ("concept", KEPT, NEAR, KNOWN)}
+    counts = {f"{split}_prompts": len(found.splits.get(split, ())) for split in (CONCEPT, KEPT, NEAR, KNOWN)}
     return {
         "concept": found.concept,
         "kind": found.kind.kind,
@@ -97,6 +98,7 @@ def _metrics(found: Evaluated) -> dict[str, Any]:
         "most_steps": asked.many,
         "seed": evaluation.seed,
         "backbone": found.look.name,
+        "backbones": list(evaluation.backbones),
         "models": list(found.models),
         "style_score": headline.style_score(cells, asked.few),
         "real_likeness": round(float(real.mean()), 5) if len(real) else None,
@@ -107,6 +109,7 @@ def _metrics(found: Evaluated) -> dict[str, Any]:
             "rehearsed_prompts": rehearsed_of(found.settings),
             "candidates": scorers["concept"].candidates,
         },
+        "published": published_of(found, bootstrap),
         "headline": {model: numbers.values for model, numbers in head.items() if numbers.values},
         "scores": {split: {m: n.values for m, n in models.items()} for split, models in tables.items()},
         "probe": _probe_summary(found),
@@ -117,6 +120,17 @@ def _metrics(found: Evaluated) -> dict[str, Any]:
         "differences": differences(cells, found.models, asked.few, bootstrap),
         "against": against(paired, main, bootstrap) if main else {},
         "omitted": omitted,
+    }
+
+
+def published_of(found: Evaluated, bootstrap: Bootstrap) -> dict[str, Any]:
+    """Model to the published protocol's numbers, each with its interval; empty with another protocol."""
+    if found.settings.evaluation.protocol != "published":
+        return {}
+    numbers = published(found.cells, found.models, found.asked.few, bootstrap)
+    return {
+        model: {key: [value, *its.intervals[key]] for key, value in its.values.items()}
+        for model, its in numbers.items()
     }
 
 

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from dopsd.config import Settings
-from dopsd.config.groups import ModelSettings
+from dopsd.config.groups import EvaluationSettings, ModelSettings
 from dopsd.data.images import MULTIPLE
 from dopsd.versions import ENCODING_VERSION
 
@@ -34,6 +34,8 @@ FAMILIES = {
 }
 """Name in the settings to module and class."""
 
+PUBLISHED = ("dinov3", "clip", "lpips", "judge")
+"""The backbones of the published protocol, where the settings name none."""
 Use = Literal["train", "draw", "teach"]
 """What a base is opened for: training needs no encoders, drawing no VLM, teaching all of it."""
 _TRAINED: tuple[str, ...] = ("transformer", "vae", "scheduler")
@@ -77,12 +79,15 @@ def resolved(settings: Settings) -> Settings:
             raise ModelError(f"evaluation.{key} ({steps}) must be one of evaluation.steps")
     if missing := evaluation.missing_for(settings.registry, few):
         raise ModelError(missing)
+    backbones = evaluation.backbones
+    if evaluation.protocol == "published" and backbones == EvaluationSettings().backbones:
+        backbones = PUBLISHED
     # a teacher that only reads more has nothing to follow
     kind = settings.train.teacher.kind or ("frozen" if context == "enhanced-prompt" else "ema")
     teacher = settings.train.teacher.model_copy(update={"kind": kind})
     return settings.model_copy(update={
         "model": model.model_copy(update={"context": context}),
-        "evaluation": evaluation.model_copy(update={"few_steps": few, "many_steps": many}),
+        "evaluation": evaluation.model_copy(update={"few_steps": few, "many_steps": many, "backbones": backbones}),
         "train": settings.train.model_copy(update={"teacher": teacher}),
     })  # fmt: skip
 
