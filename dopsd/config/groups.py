@@ -344,12 +344,12 @@ class RegistrySettings(Group):
     enabled: bool = True
     min_learnt: Annotated[float, Field(ge=0)] | None = 0.0
     """Above this the 95 % interval must be of what a version learnt beyond the untuned base; ``None``: not asked."""
-    min_kept: Annotated[float, Field(le=1)] | None = 0.6
+    min_kept: Annotated[float, Field(le=1)] | None = 0.25
     """Least mean of what is kept of the base's own pictures: 1 the same picture, 0 as far as another seed's; ``None``:
     not asked."""
     max_few_step_loss: Annotated[float, Field(ge=0)] | None = 0.1
-    """How much more than the base a version may lose from many steps to few, in the score's own units; ``None``: not
-    asked."""
+    """How much more than the base a version may lose from many steps to few, as a share of what it learnt, and on
+    general prompts of what was kept; ``None``: not asked."""
     tolerance: Annotated[float, Field(ge=0)] | None = None
     """How far below champion and anchor any score may be and still count as not worse; ``None``: what chance does to
     the anchor itself, score by score (:mod:`dopsd.registry.gate`)."""

@@ -19,7 +19,7 @@ FEW_STEP = (-0.05, -0.15)
 """What few steps may show less of than many do, beside what the base itself loses."""
 SHARP = (0.9, 0.75)
 """The sharpness of few steps beside many, over the base's."""
-KEPT = (0.6, 0.3)
+KEPT = (0.6, 0.25)
 """Of the base's own pictures (docs/benchmarks.md: the known truth of twenty models stands beside it)."""
 CLEARLY_COPIED = 0.1
 """A share of samples that are copies which is worth a sentence."""

@@ -26,6 +26,7 @@ from dopsd.config.groups import RegistrySettings
 BASE = "the untuned base"
 LEAST_DELTA = 0.005
 """No smaller difference is measured, however equal two seeds came out."""
+_FEW_STEP = {"few_step", "few_step_kept"}
 LEAST_PROMPTS = 4
 """On fewer, a spread says nothing; the delta is then :data:`LEAST_DELTA`."""
 DELTA_WIDTHS = 2
@@ -135,14 +136,23 @@ def judge(
 
 
 def _floors(mine: Values, base: Values, about: About, settings: RegistrySettings) -> Iterator[Row]:
-    """Against the base. What is kept is judged by its mean: its floor is far from either end of the scale."""
+    """Against the base. Of what was lost the mean counts: over a dozen prompts an interval is wider than the floor."""
     if settings.min_learnt is not None and "learnt" in mine:
         yield _compare(BASE, "learnt", mine, base, about, -settings.min_learnt)
     if settings.min_kept is not None and "kept" in mine:
         row = _compare(BASE, "kept", mine, base, about, 1 - settings.min_kept)
         yield replace(row, ok=row.mine >= settings.min_kept)
-    if settings.max_few_step_loss is not None and "few_step" in mine:
-        yield _compare(BASE, "few_step", mine, base, about, settings.max_few_step_loss)
+    if settings.max_few_step_loss is not None:
+        for score in _FEW_STEP & mine.keys():
+            row = _compare(BASE, score, mine, base, about, settings.max_few_step_loss * _whole(score, mine, base))
+            yield replace(row, ok=row.difference.mean >= -row.delta)
+
+
+def _whole(score: str, mine: Values, base: Values) -> float:
+    """What a loss of few steps is a share of: of the concept what was learnt of it, else all that there was to keep."""
+    if score == "few_step" and "learnt" in mine and "learnt" in base:
+        return max(paired_difference(mine["learnt"]["first"], base["learnt"]["first"]).mean, 0.0)
+    return 1.0
 
 
 def _compare(rival: str, score: str, mine: Values, theirs: Values, about: About, delta: float) -> Row:
@@ -177,8 +187,8 @@ def _faults(table: Sequence[Row], about: About) -> Iterator[str]:
         elif row.score == "kept":
             yield f"the base's own pictures are lost: {label} {row.mine:.3f}, registry.min_kept is {1 - row.delta:g}"
         else:
-            yield (f"few steps may cost too much: {label} {between(row.difference)} beside the base, "
-                   f"registry.max_few_step_loss is {row.delta:g}")  # fmt: skip
+            yield (f"few steps may cost too much: {label} {between(row.difference)} beside the base, where "
+                   f"{row.delta:.3f} may be lost (registry.max_few_step_loss)")  # fmt: skip
     for rival in dict.fromkeys(row.rival for row in table if not row.ok and row.rival != BASE):
         worse = [
             f"{_label(row.score, about)} {row.mine:.3f} against {row.theirs:.3f}, {between(row.difference)}, "
