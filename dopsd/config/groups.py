@@ -234,8 +234,8 @@ class EvaluationSettings(Group):
     few_steps: Positive | None = None
     """The number of steps that the headline table is about, one of ``steps``; ``None``: the family's own."""
     many_steps: Positive | None = None
-    """What few steps are compared with, one of ``steps``; ``None``: the family's own. Beyond what a model was distilled
-    for, more steps are no truth."""
+    """What few steps are compared with, one of ``steps``; ``None``: the family's own, or the most of ``steps`` where
+    they lack it. Beyond what a model was distilled for, more steps are no truth."""
     seed: Seed = 1234
     protocol: Literal["ours", "published"] = "ours"
     """``published``: the paper's prompts and seeds, of ``protocol.jsonl`` beside the data (docs/evaluation.md)."""

@@ -73,10 +73,11 @@ def resolved(settings: Settings) -> Settings:
     if settings.train.lora.kind not in family.kinds:
         raise ModelError(f"train.lora.kind: diffusers loads no {settings.train.lora.kind} for {model.family}; there "
                          f"are {', '.join(family.kinds)}")  # fmt: skip
-    few, many = evaluation.few_steps or family.few_steps, evaluation.many_steps or family.many_steps
-    for key, steps in (("few_steps", few), ("many_steps", many)):
-        if steps not in evaluation.steps:
-            raise ModelError(f"evaluation.{key} ({steps}) must be one of evaluation.steps")
+    few = evaluation.few_steps or family.few_steps
+    if few not in evaluation.steps:
+        raise ModelError(f"evaluation.few_steps ({few}) must be one of evaluation.steps")
+    own = family.many_steps if family.many_steps in evaluation.steps else max(evaluation.steps)
+    many = evaluation.many_steps or own
     if missing := evaluation.missing_for(settings.registry, few):
         raise ModelError(missing)
     backbones = evaluation.backbones
