@@ -35,9 +35,23 @@ def color_of(model: str) -> str:
     return COLORS.get(model, "#444444")
 
 
+def main_model(metrics: Mapping[str, Any]) -> str | None:
+    """The model that an evaluation is about: the first tuned one."""
+    return next((model for model in metrics["models"] if model not in REFERENCES), None)
+
+
 def prompts_described(metrics: Mapping[str, Any]) -> str:
-    """Which prompts an evaluation asked: without held-out rows they are the captions that were trained on."""
-    return "prompts that were not trained on" if metrics.get("unseen", True) else "captions of the training pictures"
+    """How many prompts an evaluation asked, and which: without held-out rows they are captions that were trained on."""
+    count = metrics["counts"]["concept_prompts"]
+    if metrics.get("unseen", True):
+        return f"{count} prompts that were not trained on" if count > 1 else "1 prompt that was not trained on"
+    return f"{count} caption{'s' if count > 1 else ''} of the training pictures"
+
+
+def probe_right(metrics: Mapping[str, Any]) -> str:
+    """How often the probe is right, as it stands beside every score that rests on it; empty without a probe."""
+    accuracy = metrics.get("probe", {}).get("accuracy_clean")
+    return f"probe right in {100 * accuracy:.0f} %" if accuracy else ""
 
 
 def teacher_described(metrics: Mapping[str, Any]) -> tuple[str, str]:
