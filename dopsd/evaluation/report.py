@@ -53,6 +53,8 @@ _MORE_SHOWN = 24
 _COPIES_SHOWN = 4
 _SMALL = 128
 """Up to this side pictures are shown at twice their size, many of them in a row."""
+_STRIP = 160
+"""The height of a large preview."""
 _THUMBNAIL = 256
 """The side of what is there for completeness."""
 
@@ -139,7 +141,11 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"name": name_of, "color": color_of}
+    environment.filters |= {
+        "name": name_of,
+        "color": color_of,
+        "unbroken": lambda text: text.replace(" %", "\N{NO-BREAK SPACE}%"),
+    }
     environment.tests["reference"] = lambda model: model in REFERENCES
     return environment
 
@@ -192,7 +198,9 @@ class _Pictures:
         keys = [Key(split, "reference", 0), Key(split, "real", 0),
                 *(Key(split, model, self._few, noise) for model in self._models)]  # fmt: skip
         drawn = min(most, len(self._tiles.get(Key(split, "base", self._few, noise), {})))
-        rows = [(key.model, [self.one(key, row) for row in range(drawn)]) for key in keys if drawn and key in self._tiles]
+        rows = [
+            (key.model, [self.one(key, row) for row in range(drawn)]) for key in keys if drawn and key in self._tiles
+        ]
         return _Grid(self.index["prompts"].get(split, [])[:drawn], rows)
 
     def steps(self) -> _Grid:
@@ -203,7 +211,7 @@ class _Pictures:
         return _Grid(labels, [(model, pictures) for model, pictures in rows if all(pictures)])
 
     def pairs(self, split: str, noise: int, most: int, first: int = 0, side: int | None = None) -> list[dict[str, Any]]:
-        """Base and main model, prompt by prompt, what kept least first; ``most`` of them from the place ``first`` on."""
+        """Base and main model, prompt by prompt, what kept least first: ``most`` of them from place ``first`` on."""
         found = self._by_prompt.get(split, {}).get(self._main, {}).get(str(noise), {}).get("kept", [])
         order = sorted(range(len(found)), key=lambda row: found[row])[first : first + most]
         return [
@@ -320,13 +328,9 @@ def _previews(folder: Path) -> list[tuple[str, list[tuple[int, Markup]]]]:
 
 def _strip(path: Path) -> Markup:
     with Image.open(path) as image:
-        picture = image.convert("RGB")
-    small = picture.height <= _SMALL
-    if not small:
-        picture.thumbnail((picture.width, 160), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, **({"format": "PNG", "optimize": True} if small else {"format": "WEBP", "quality": 85}))
-    return _inlined("png" if small else "webp", buffer.getvalue())
+        if image.height > _SMALL:
+            return _smaller(image, round(image.width / image.height * _STRIP) if image.width > image.height else _STRIP)
+    return _inlined(path.suffix[1:], path.read_bytes())
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

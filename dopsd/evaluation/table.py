@@ -150,9 +150,7 @@ def rows_of(metrics: Mapping[str, Any], split: str) -> list[tuple[str, list[Entr
     return [(model, [_entry(metrics, split, model, column.key) for column in columns]) for model in models]
 
 
-def headline_rows(
-    metrics: Mapping[str, Any], keys: Sequence[str] = HEADLINE_COLUMNS
-) -> list[tuple[str, list[Entry]]]:
+def headline_rows(metrics: Mapping[str, Any], keys: Sequence[str] = HEADLINE_COLUMNS) -> list[tuple[str, list[Entry]]]:
     """(model, entries) of the tuned models, one entry for each of :func:`headline_columns`. The main model's are marked
     beside no change, the others' beside the main model's."""
     columns = headline_columns(metrics, keys)
@@ -248,7 +246,9 @@ def _by_score(columns: list[Column], rows: list[tuple[str, list[Entry]]]) -> Tab
     table.add_column("score")
     for model, entries in rows:
         # a column of no width of its own is narrowed into the words
-        width = max(len(word) for text in (name_of(model), *(e.text + e.mark for e in entries)) for word in text.split())
+        width = max(
+            len(word) for text in (name_of(model), *(e.text + e.mark for e in entries)) for word in text.split()
+        )
         style = "dim" if model in REFERENCES else "bold"
         table.add_column(name_of(model), width=width, justify="right", style=style)
     for column, *entries in zip(columns, *(entries for _, entries in rows), strict=True):

@@ -30,12 +30,15 @@ STATUS: dict[str, dict[Level, str]] = {
 """What is said of a level beside the number."""
 CLEARLY_COPIED = 0.1
 """A share of samples that are copies which is worth a sentence."""
+LESS_DIVERSE = 0.95
+"""How far two seeds' pictures are apart, over the base's, that is worth one."""
 
 
 @dataclass(frozen=True)
 class Answer:
     """One of the three. ``value`` and ``between``: the number and its 95 % interval. ``beside``: (label, text) of what
-    belongs to it. ``rivals``: (model, text, whether it is ``better`` or ``worse`` than the main model, ``same`` or not known)."""
+    belongs to it. ``rivals``: (model, text, whether it is ``better`` or ``worse`` than the main model, the ``same`` or
+    not known)."""
 
     key: str
     title: str
@@ -138,15 +141,19 @@ def _few_step(metrics: Mapping[str, Any], model: str) -> Answer:
         for other in _others(metrics, model)
         if (name := _worst(metrics, other)) is not None
     ]
-    less = "as much" if round(100 * value) == 0 else f"{_percent(abs(value))} {'less' if value < 0 else 'more'}"
-    what = {"few_step_new": "goes {} of the way to real pictures", "few_step_old": "keeps {} of the base's pictures"}[key]
+    less, than = "as much", "as"
+    if round(100 * value):
+        less, than = f"{_percent(abs(value))} {'less' if value < 0 else 'more'}", "than"
+    what = {"few_step_new": "goes {} of the way to real pictures", "few_step_old": "keeps {} of the base's pictures"}[
+        key
+    ]
     sentence = (
-        f"Where it loses most, {_ON[key]}, it {what.format(less)} in {few} steps {'as' if less == 'as much' else 'than'} "
-        f"in {many}, what the base itself loses taken off."
+        f"Where it loses most, {_ON[key]}, it {what.format(less)} in {few} step{'s' if few > 1 else ''} {than} in {many}"
+        ", what the base itself loses taken off."
     )
     if level == "unknown":
         sentence += " On so few prompts it may have lost much more."
-    elif value < 0 and high is not None and high >= 0 and less != "as much":
+    elif value < 0 and high is not None and high >= 0 and than == "than":
         sentence += " That may be chance."
     return Answer(
         "few_step", title, level, _signed(value), _between(low, high), sentence,
@@ -170,10 +177,10 @@ def _kept(metrics: Mapping[str, Any], model: str) -> Answer:
         reason = metrics.get("omitted", {}).get("kept", "it was not measured")
         return Answer("kept", title, "unknown", "–", "", f"Whether it kept the rest cannot be told: {reason}.")
     count = metrics["counts"]["kept_prompts"]
-    left = f"{left_of(value)} of the base's own pictures is left" if value > 0 else "nothing is left of the base's pictures"
+    left = left_of(value) if value > 0 else "nothing"
     sentence = (
-        f"On {count} general prompt{'s' if count > 1 else ''} {left}: 100 % is the same picture, 0 % one as different "
-        "as another seed makes it."
+        f"On {count} general prompt{'s' if count > 1 else ''} it keeps {left} of the base's own pictures: 100 % is the "
+        "same picture, 0 % one as different as another seed makes it."
     )
     level = _not_told(_level(value, KEPT), low, KEPT)
     if level == "unknown":
@@ -182,9 +189,8 @@ def _kept(metrics: Mapping[str, Any], model: str) -> Answer:
         (f"in {metrics['most_steps']} steps", "kept_many", left_of), ("near the concept", "kept_near", left_of),
         ("against the known truth, lowest score", "known_lowest", _percent),
     ) if (number := _number(metrics, model, key)[0]) is not None]  # fmt: skip
-    return Answer(
-        "kept", title, level, left_of(value), _between(low, high), sentence, tuple(beside), _rivals(metrics, model, "kept")
-    )  # fmt: skip
+    rivals = _rivals(metrics, model, "kept")
+    return Answer("kept", title, level, left_of(value), _between(low, high), sentence, tuple(beside), rivals)
 
 
 def _rivals(metrics: Mapping[str, Any], model: str, key: str) -> tuple[tuple[str, str, str], ...]:
@@ -214,8 +220,8 @@ def _on_teacher(metrics: Mapping[str, Any], model: str) -> list[str]:
         return []
     shown, text = teacher_described(metrics)
     return [
-        f"In {_style(metrics)} it goes {_percent(min(value, 1.0))} of the way from the untuned base to its teacher, which is "
-        f"{shown} every time; it draws from {text}.{'' if (low or 0) > 0 else ' That may be chance.'}"
+        f"In {_style(metrics)} it goes {_percent(min(value, 1.0))} of the way from the untuned base to its teacher, "
+        f"which is {shown} every time; it draws from {text}.{'' if (low or 0) > 0 else ' That may be chance.'}"
     ]
 
 
@@ -224,7 +230,7 @@ def _on_copies(metrics: Mapping[str, Any], model: str) -> list[str]:
     out = []
     if copied is not None and copied >= CLEARLY_COPIED:
         out.append(f"{_percent(copied)} of its pictures are copies of a training picture: it learnt some by heart.")
-    if diversity[0] is not None and diversity[2] is not None and diversity[2] < 1:
+    if diversity[0] is not None and diversity[0] <= LESS_DIVERSE and diversity[2] is not None and diversity[2] < 1:
         out.append(
             f"Two seeds give pictures that are {diversity[0]:.2f} times as far apart as the base's: less diverse."
         )
@@ -241,7 +247,9 @@ def _on_near(metrics: Mapping[str, Any], model: str) -> list[str]:
 
 def _style(metrics: Mapping[str, Any]) -> str:
     """What ``gap_closed_style`` is measured by."""
-    return f"style ({probe_right(metrics)})" if metrics["style_score"] == "style" else "likeness to the training pictures"
+    return (
+        f"style ({probe_right(metrics)})" if metrics["style_score"] == "style" else "likeness to the training pictures"
+    )
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
