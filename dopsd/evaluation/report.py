@@ -30,13 +30,13 @@ from .naming import REFERENCES, SCORES, color_of, main_model, name_of, prompts_d
 from .prompts import KEPT, KNOWN, NEAR
 from .summary import METRICS, PROMPTS
 from .table import (
-    LABELS,
     LEARNT_COLUMNS,
     LOST_COLUMNS,
     MARKS,
     columns_of,
     headline_columns,
     headline_rows,
+    labels_of,
     rows_of,
     titled,
 )
@@ -128,7 +128,7 @@ def write_report(evaluation: Path, training: Path, data: Mapping[str, Any], out:
         settings=_flat(pictures.index["settings"]),
         scores=SCORES,
         shown_scores={key for models in metrics["scores"].values() for found in models.values() for key in found},
-        labels=LABELS,
+        labels=labels_of(metrics),
         marks=MARKS,
     )  # fmt: skip
     with whole_file(out) as partial:

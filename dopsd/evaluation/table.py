@@ -74,14 +74,14 @@ class Entry:
 
     @property
     def mark(self) -> str:
-        """▲ better, ▼ worse, ≈ no difference that chance could not make, or nothing."""
+        """▲ better, ▼ worse, ≈ a difference that chance may have made or that is too small to speak of, or nothing."""
         return MARKS[self.change]
 
     @property
     def told(self) -> str:
         """The mark in words."""
         if self.change == "same":
-            return f"no difference from {self.beside} that chance could not make"
+            return f"no clear difference from {self.beside}"
         return f"{self.change} than {self.beside}, more than chance" if self.change else ""
 
     def _written(self, value: float) -> str:
@@ -110,8 +110,13 @@ def headline_columns(metrics: Mapping[str, Any], keys: Sequence[str] = HEADLINE_
     found = [key for key in keys if any(key in numbers for numbers in metrics["headline"].values())]
     if "learnt" in found and "likeness_gain" in found:
         found.remove("likeness_gain")  # the same, before it is measured by real pictures
-    names = LABELS if metrics["style_score"] == "style" else LABELS | {"gap_closed_style": "gap closed: likeness"}
+    names = labels_of(metrics)
     return [Column(key, titled(metrics, key, f"{names[key]} {_ABOVE.get(key, '↑')}"), MEANINGS[key]) for key in found]
+
+
+def labels_of(metrics: Mapping[str, Any]) -> Mapping[str, str]:
+    """What the headline numbers are called, by what style is measured by."""
+    return LABELS if metrics["style_score"] == "style" else LABELS | {"gap_closed_style": "gap closed: likeness"}
 
 
 def titled(metrics: Mapping[str, Any], key: str, title: str) -> str:
@@ -233,7 +238,7 @@ def headline_tables(metrics: Mapping[str, Any]) -> list[Table]:
         for first in range(0, len(rows), MODELS_ABREAST)
     ]
     tables[0].title = f"{metrics['concept']}: {few} step{'s' if few > 1 else ''}, {prompts_described(metrics)}"
-    marks = "▲ better and ▼ worse than the untuned base, ≈ may be chance; "
+    marks = "▲ better and ▼ worse than the untuned base, ≈ no clear difference; "
     if len(headline_rows(metrics)) > 1:
         marks += f"above, of the others: than {name_of(main or '')}; "
     general = f", {counts['kept_prompts']} general prompts" if counts["kept_prompts"] else ""

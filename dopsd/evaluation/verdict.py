@@ -148,8 +148,8 @@ def _few_step(metrics: Mapping[str, Any], model: str) -> Answer:
         key
     ]
     sentence = (
-        f"Where it loses most, {_ON[key]}, it {what.format(less)} in {few} step{'s' if few > 1 else ''} {than} in {many}"
-        ", what the base itself loses taken off."
+        f"Where it loses most, {_ON[key]}, it {what.format(less)} in {few} step{'s' if few > 1 else ''} {than} in "
+        f"{many}, what the base itself loses taken off."
     )
     if level == "unknown":
         sentence += " On so few prompts it may have lost much more."
