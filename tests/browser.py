@@ -11,6 +11,8 @@ from threading import Thread
 from typing import Any
 
 from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.actions.action_builder import ActionBuilder
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -63,6 +65,23 @@ class Browser:
     def click(self, text: str) -> None:
         """Click on what says just ``text``."""
         self._driver.find_element(By.XPATH, f"(//*[normalize-space(.)='{text}'])[last()]").click()
+
+    def look_as(self, width: int, height: int, dark: bool = False) -> None:
+        """From now on as a screen of that size (a phone's below 600 px), in a light or a dark colour scheme."""
+        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self._driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self._driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+
+    def press(self, key: str) -> None:
+        """Press one key of the keyboard."""
+        ActionChains(self._driver).send_keys(key).perform()
+
+    def click_at(self, x: int, y: int) -> None:
+        """Click on a place in the window."""
+        mouse = ActionBuilder(self._driver)
+        mouse.pointer_action.move_to_location(x, y).click()
+        mouse.perform()
 
     @property
     def text(self) -> str:

@@ -26,9 +26,8 @@ from dopsd.evaluation.suite import evaluate
 from dopsd.models import resolved
 from tests.seeing import write_eyes
 from tests.speaking import write_speaking_vlm
-from tests.test_evaluation_suite import write_adapter
 from tests.tiny import tiny_family
-from tests.tiny_evaluation import small_world, tiny_run_settings, write_concept
+from tests.tiny_evaluation import small_world, tiny_run_settings, write_adapter, write_concept
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +108,7 @@ def test_large_pictures_are_held_one_at_a_time(tmp_path: Path, monkeypatch: pyte
     many prompts and training pictures there are."""
     side, picture = 1024, 3 * 1024 * 1024
     folder, draw = tmp_path / "concept", np.random.default_rng(0)
-    for place, count in ((folder, 3), (folder / "holdout", 3)):
+    for place, count in ((folder, 4), (folder / "holdout", 3)):
         place.mkdir(parents=True)
         rows = []
         for number in range(count):
@@ -140,6 +139,6 @@ def test_large_pictures_are_held_one_at_a_time(tmp_path: Path, monkeypatch: pyte
         tracemalloc.stop()
     assert metrics["counts"]["concept_prompts"] == 3
     assert set(decoded) == {1}
-    drawn = len(decoded) + 6  # and those of the data set
+    drawn = len(decoded) + 7  # and those of the data set
     assert drawn > 25
     assert most < 10 * picture, f"{most / picture:.1f} pictures' worth, of {drawn}"

@@ -4,52 +4,33 @@ import csv
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dopsd.config import load_settings
-from dopsd.config.groups import LoraSettings, ReplaySettings
+from dopsd.config.groups import ReplaySettings
 from dopsd.data.cache import EncodingCache
 from dopsd.data.schema import validate_dataset
-from dopsd.distill.adapters import STUDENT, adapted_layers, add_adapters, save_adapter
 from dopsd.evaluation import prompts
 from dopsd.evaluation.metrics import laplacian_energy
 from dopsd.evaluation.paired import PAIRED, read_paired
 from dopsd.evaluation.probe import world_picture
-from dopsd.evaluation.report import ReportError, write_report
+from dopsd.evaluation.report import write_report
 from dopsd.evaluation.suite import EvaluationError, Subject, evaluate
 from dopsd.evaluation.table import headline_columns, headline_rows, headline_tables, table_as_text
 from dopsd.evaluation.verdict import answers, verdict
 from emoji_turbo.captions import concept_caption
 from emoji_turbo.pictures import World
 from tests.tiny import tiny_family
-from tests.tiny_evaluation import WORLD, small_world, tiny_run_settings, write_concept
-
-HOSTILE = '<script src="https://evil.example/x.js">alert(\'[V]\')</script> & "quotes"'
+from tests.tiny_evaluation import WORLD, small_world, tiny_run_settings, write_adapter, write_concept
 
 
 @pytest.fixture(scope="module")
 def world() -> World:
     return small_world()
-
-
-def write_adapter(path: Path, scale: float) -> Path:
-    """An adapter that changes the tiny family's pictures, or with ``scale`` 0 does nothing."""
-    transformer = tiny_family().transformer
-    pair = add_adapters(transformer, LoraSettings(rank=4), tiny_family().lora_targets, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for layer in adapted_layers(transformer, STUDENT).values():
-            weight = layer.lora_B[STUDENT].weight
-            weight.copy_(scale * torch.randn(weight.shape, generator=generator))
-    save_adapter(path, transformer, STUDENT, LoraSettings(rank=4))
-    pair.remove()
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +180,7 @@ def test_captions_that_were_trained_on_are_not_called_unseen(run, tmp_path, worl
     )  # fmt: skip
     page = write_report(tmp_path / "out", tmp_path / "none", {}, tmp_path / "report.html").read_text()
     for said in (page, headline_tables(metrics)[0].title):
-        assert "1 captions of the training pictures" in said
+        assert "1 caption of the training pictures" in said
         assert "not trained on" not in said
     assert "prompts that were not trained on" in headline_tables(run[1])[0].title, "it has a holdout"
 
@@ -295,7 +276,8 @@ def test_the_shipped_evaluation_asks_nothing_that_replay_would_learn(concept):
     [
         ({}, "D-OPSD learnt the new style. It stays good in 1 step and keeps what the base drew."),
         ({"learnt": (0.3, 0.2, 0.4)}, "D-OPSD learnt the new style in part. It stays good"),
-        ({"learnt": (0.8, -0.1, 1.7)}, "D-OPSD hardly learnt the new style. It stays good"),
+        ({"learnt": (0.8, -0.1, 1.7)}, "Whether D-OPSD learnt the new style cannot be told. It stays good"),
+        ({"learnt": (0.05, -0.1, 0.15)}, "D-OPSD hardly learnt the new style. It stays good"),
         ({"learnt": (0.03, 0.01, 0.05)}, "D-OPSD hardly learnt the new style. It stays good"),
         ({"learnt": None}, "Whether D-OPSD learnt the new style cannot be told. It stays good"),
         ({"few_step_old": (-0.4, -0.5, -0.3)}, "D-OPSD learnt the new style. It lost its 1 step, but keeps what"),
@@ -303,6 +285,8 @@ def test_the_shipped_evaluation_asks_nothing_that_replay_would_learn(concept):
         ({"few_step_sharpness": (0.5, 0.4, 0.6)}, "D-OPSD learnt the new style. It lost its 1 step, but keeps"),
         ({"few_step_new": (-0.2, -0.3, -0.1), "kept": (0.1, 0.0, 0.2)},
          "D-OPSD learnt the new style. It lost its 1 step and lost most of what the base drew."),
+        ({"few_step_old": (-0.01, -0.4, 0.4)}, "D-OPSD learnt the new style. It keeps what the base drew."),
+        ({"kept": (0.7, 0.1, 0.9)}, "D-OPSD learnt the new style. It stays good in 1 step."),
         ({"kept": (0.4, 0.3, 0.5)}, "D-OPSD learnt the new style. It stays good in 1 step, but changed much of what"),
     ],
 )  # fmt: skip
@@ -328,77 +312,6 @@ def test_nothing_above_one_is_said(run):
     assert not [text for text in said if re.search(r"\b(1[0-9]{3}|1[1-9][0-9]|[2-9][0-9]{2}) %", text)]
     cells = dict(zip((c.key for c in headline_columns(metrics)), dict(headline_rows(metrics))["d-opsd"], strict=True))
     assert {cells[key].text for key in beyond} == {"1.00"}
-
-
-# --- the page ---------------------------------------------------------------------------------------------------------
-
-
-class Page(HTMLParser):
-    """What a browser would load or run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.addresses: list[str] = []
-        self.tags: list[str] = []
-        self.handlers: list[str] = []
-        self.ids: list[str] = []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        for key, value in attrs:
-            if key.endswith(("src", "href", "srcset", "action", "poster")) or key == "data":
-                self.addresses.append(value or "")
-            if key.startswith("on"):
-                self.handlers.append(key)
-            if key == "id":
-                self.ids.append(value or "")
-
-
-def test_the_page_needs_nothing_else_and_escapes_captions(run, tmp_path):
-    folder = tmp_path / "evaluation"
-    source = run[0] / "evaluation"
-    (folder / "samples").mkdir(parents=True)
-    for path in source.rglob("*"):
-        if path.is_file():
-            target = folder / path.relative_to(source)
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(path.read_bytes())
-    index = json.loads((folder / "samples" / "index.json").read_text())
-    index["prompts"]["concept"][0] = index["captions"][0] = HOSTILE
-    index["settings"]["evaluation"]["prompts"] = [HOSTILE]
-    (folder / "samples" / "index.json").write_text(json.dumps(index))
-    metrics = json.loads((folder / "metrics.json").read_text())
-    (folder / "metrics.json").write_text(json.dumps(metrics | {"concept": HOSTILE}))
-    previews = tmp_path / "train" / "d-opsd" / "previews"
-    previews.mkdir(parents=True)
-    for step in range(0, 100, 10):
-        suffix = "png" if step < 50 else "webp"  # of runs before previews were WebP, and since
-        Image.new("RGB", (128, 64), "red").save(previews / f"student-{step:06d}.{suffix}")
-    log = "".join(json.dumps({"step": step, "train/loss": 1 / step}) + "\n" for step in range(1, 50))
-    (tmp_path / "train" / "d-opsd" / "log.jsonl").write_text(log + '{"step": 50, "trai')
-
-    out = write_report(folder, tmp_path / "train", {"content_hash": "ab" * 32}, tmp_path / "deep" / "report.html")
-    text = out.read_text()
-    page = Page()
-    page.feed(text)
-    assert page.addresses
-    assert all(
-        address.startswith(("data:image/png;base64,", "data:image/webp;base64,", "#")) for address in page.addresses
-    )
-    assert not {"script", "iframe", "link", "object", "embed", "form"} & set(page.tags)
-    assert not page.handlers
-    assert not re.search(r"url\((?!#)|@import", text)
-    assert len(page.ids) == len(set(page.ids))
-    assert "&lt;script src=&#34;https://evil.example/x.js&#34;&gt;" in text
-    assert text.count("<svg") >= 4
-    assert "step 0<" in text
-    assert "step 90" in text
-    assert "Through training" in text
-
-
-def test_a_missing_evaluation_says_which_stage_to_run(tmp_path):
-    with pytest.raises(ReportError, match="run stage evaluate first"):
-        write_report(tmp_path, tmp_path, {}, tmp_path / "report.html")
 
 
 def test_the_table_is_the_same_everywhere(run):

@@ -14,7 +14,7 @@ from dopsd.clean import Leftover, leftovers_table
 from dopsd.config import load_settings
 from dopsd.doctor import Finding, findings_table
 from dopsd.evaluation.naming import NAMES, SCORES
-from dopsd.evaluation.table import headline_tables
+from dopsd.evaluation.table import Entry, headline_columns, headline_rows, headline_tables
 from dopsd.gain_report import GainReport, Measured, Way, gain_table
 from dopsd.runs import Run, runs_table
 from emoji_turbo.check import Line
@@ -47,14 +47,19 @@ def metrics(models: tuple[str, ...], scores: tuple[str, ...], style: str = "styl
     tuned = [model for model in models if model not in ("base", "teacher")]
     headline = {
         "gap_closed_style": -1.02, "gap_closed_truth": 0.87, "known_lowest": 0.96, "learnt": 0.81, "kept": 0.72,
-        "few_step_new": -0.02, "few_step_old": -0.01, "copied": 0.0, "diversity": 1.31,
+        "few_step_new": -0.02, "few_step_old": -0.01, "copied": 0.0, "diversity": 1.31, "kept_many": 0.71,
+        "kept_near": -1.63, "kept_sharpness": 0.97,
     }  # fmt: skip
     return {
         "concept": "a-concept-with-a-long-name-of-its-own", "few_steps": 4, "models": list(models),
         "style_score": style, "counts": {"concept_prompts": 10, "kept_prompts": 30},
         "scores": {"concept": {model: dict(values) for model in shown}},
         "headline": {model: dict(headline) for model in tuned},
-        "intervals": {"headline": {}, "scores": {"concept": {model: {} for model in shown}}},
+        "intervals": {
+            "headline": {model: dict.fromkeys(headline, (-9, 9)) for model in tuned},
+            "scores": {"concept": {model: {} for model in shown}},
+        },
+        "differences": {"concept": {model: dict.fromkeys({*scores} - {"kid"}, (1, 1, 1)) for model in models[1:]}},
     }  # fmt: skip
 
 
@@ -121,6 +126,35 @@ def test_every_model_and_score_is_shown() -> None:
         "score", *(NAMES[model] for model in EVERY), "score", NAMES["decoded"], NAMES["real"],
     ]  # fmt: skip
     assert list(first.columns[0].cells) == list(second.columns[0].cells)
+
+
+def test_a_mark_says_what_is_more_than_chance() -> None:
+    """The main model's beside no change at all, the others' beside the main model's, where that is known."""
+    numbers = metrics(("base", "d-opsd", "sft"), ("style",))
+    values = {"learnt": 0.8, "few_step_new": -0.02, "few_step_old": -0.3, "copied": 0.2, "diversity": 0.7, "kept": 0.7,
+              "known_lowest": 1.01, "kept_sharpness": 1.4, "gap_closed_style": 0.3}  # fmt: skip
+    bounds = {"learnt": (0.7, 0.9), "few_step_new": (-0.03, -0.01), "few_step_old": (-0.4, -0.2), "copied": (0.1, 0.3),
+              "diversity": (0.6, 0.8), "kept": (0.6, 0.8), "known_lowest": (0.9, 1.1), "kept_sharpness": (1.3, 1.5),
+              "gap_closed_style": (-0.1, 0.7)}  # fmt: skip
+    for model in ("d-opsd", "sft"):
+        numbers["headline"][model] = values
+        numbers["intervals"]["headline"][model] = bounds
+    numbers["against"] = {"sft": {"learnt": (-0.1, -0.2, -0.01), "kept": (0.1, 0.01, 0.2), "few_step": (0, -0.1, 0.1)}}
+    keys = [column.key for column in headline_columns(numbers)]
+    marks = {model: dict(zip(keys, [e.mark for e in row], strict=True)) for model, row in headline_rows(numbers)}
+    assert marks["d-opsd"] == {
+        "learnt": "▲", "few_step_new": "≈", "few_step_old": "▼", "copied": "▼", "diversity": "▼", "kept": "",
+        "known_lowest": "≈", "kept_sharpness": "", "gap_closed_style": "≈",
+    }  # fmt: skip
+    assert marks["sft"] == dict.fromkeys(keys, "") | {"learnt": "▼", "kept": "▲", "few_step_new": "≈"}
+    assert "0.80▲" in printed(headline_tables(numbers), 80)
+    told = [entry.told for _, row in headline_rows(numbers) for entry in row[:1]]
+    assert told == ["better than no change, more than chance", "worse than D-OPSD, more than chance"]
+
+
+def test_a_zero_has_no_sign() -> None:
+    entry = Entry(-0.001, -0.004, 0.004, 2)
+    assert (entry.text, entry.between) == ("0.00", "0.00 to 0.00")
 
 
 def test_the_services_table_fits(tmp_path: Path) -> None:

@@ -8,12 +8,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dopsd.config import Settings
+from dopsd.config.groups import LoraSettings
 from dopsd.data.manifest import ConceptTable
 from dopsd.data.schema import validate_dataset
+from dopsd.distill.adapters import STUDENT, adapted_layers, add_adapters, save_adapter
 from dopsd.evaluation.probe import world_picture
 from emoji_turbo.captions import concept_caption
 from emoji_turbo.pictures import World
+from tests.tiny import tiny_family
 
 WORLD = Path(__file__).parent.parent / "data" / "base" / "emoji-turbo" / "world"
 HOLDOUT, TRAINING = 12, 4
@@ -61,3 +66,17 @@ def write_concept(
     if kind is not None:
         (folder / "concept.json").write_text(json.dumps(kind))
     return tables
+
+
+def write_adapter(path: Path, scale: float) -> Path:
+    """An adapter that changes the tiny family's pictures, or with ``scale`` 0 does nothing."""
+    transformer = tiny_family().transformer
+    pair = add_adapters(transformer, LoraSettings(rank=4), tiny_family().lora_targets, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in adapted_layers(transformer, STUDENT).values():
+            weight = layer.lora_B[STUDENT].weight
+            weight.copy_(scale * torch.randn(weight.shape, generator=generator))
+    save_adapter(path, transformer, STUDENT, LoraSettings(rank=4))
+    pair.remove()
+    return path

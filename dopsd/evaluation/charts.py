@@ -56,19 +56,17 @@ def steps_chart(curves: Mapping[str, Sequence[Point]], few: int, label: str, ref
     return _svg(figure, label)
 
 
-def line_chart(curves: Mapping[str, Sequence[Point]], label: str, xlabel: str, log: bool = False) -> Markup:
+def line_chart(curves: Mapping[str, Sequence[Point]], label: str, xlabel: str) -> Markup:
     """Plain lines, one per model."""
-    figure, axes = _axes(width=6.4)
+    figure, axes = _axes()
     for model, points in curves.items():
         axes.plot([p.x for p in points], [p.value for p in points], color=color_of(model), linewidth=1.8)
-    if log:
-        axes.set_yscale("log")
     axes.set_xlabel(xlabel)
     return _svg(figure, label)
 
 
-def _axes(width: float = 4.6) -> tuple[Figure, matplotlib.axes.Axes]:
-    figure = Figure(figsize=(width, 3.0), layout="constrained")
+def _axes() -> tuple[Figure, matplotlib.axes.Axes]:
+    figure = Figure(figsize=(4.6, 3.0), layout="constrained")
     axes = figure.add_subplot()
     axes.tick_params(colors=_INK, labelsize=10, length=0, pad=5)
     axes.xaxis.label.set_color(_INK)

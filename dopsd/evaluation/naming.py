@@ -5,7 +5,7 @@ and flows that only show numbers start in a moment.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 REFERENCES = ("base", "teacher", "decoded", "real", "reference")
@@ -35,9 +35,23 @@ def color_of(model: str) -> str:
     return COLORS.get(model, "#444444")
 
 
+def main_model(metrics: Mapping[str, Any]) -> str | None:
+    """The model that an evaluation is about: the first tuned one."""
+    return next((model for model in metrics["models"] if model not in REFERENCES), None)
+
+
 def prompts_described(metrics: Mapping[str, Any]) -> str:
-    """Which prompts an evaluation asked: without held-out rows they are the captions that were trained on."""
-    return "prompts that were not trained on" if metrics.get("unseen", True) else "captions of the training pictures"
+    """How many prompts an evaluation asked, and which: without held-out rows they are captions that were trained on."""
+    count = metrics["counts"]["concept_prompts"]
+    if metrics.get("unseen", True):
+        return f"{count} prompts that were not trained on" if count > 1 else "1 prompt that was not trained on"
+    return f"{count} caption{'s' if count > 1 else ''} of the training pictures"
+
+
+def probe_right(metrics: Mapping[str, Any]) -> str:
+    """How often the probe is right, as it stands beside every score that rests on it; empty without a probe."""
+    accuracy = metrics.get("probe", {}).get("accuracy_clean")
+    return f"probe right in {100 * accuracy:.0f} %" if accuracy else ""
 
 
 def teacher_described(metrics: Mapping[str, Any]) -> tuple[str, str]:
@@ -74,9 +88,11 @@ SCORES: dict[str, Score] = {
         Score("concept_top5", "right thing, five guesses", "higher", "share of prompts whose own picture is among the "
               "five nearest candidates"),
         Score("likeness", "likeness to the training pictures", "higher", "mean cosine of the features to those of the "
-              "training pictures, what all of the base's pictures share taken away"),
+              "training pictures, of a style with what the base's share taken away"),
         Score("kept", "kept", "higher", "1 is the base's own picture, 0 one as far from it as another noise makes it"),
         Score("copy", "copy", "lower", "structural similarity to the nearest training picture; 1 is the same picture"),
+        Score("target", "distance to the target", "lower", "of features or pixels, to the picture that was asked for"),
+        Score("judge", "judge's grade", "higher", "of a vision-language model by a written rubric, 1 to 4", 2),
         Score("prompt", "prompt following", "higher", "how well a text-image model finds the prompt in the picture"),
         Score("structure", "structure", "higher", "structural similarity to the true picture, at its best over shifts "
               "of up to 2 of 64 pixels"),
@@ -87,3 +103,10 @@ SCORES: dict[str, Score] = {
               "style", 4),
     )
 }  # fmt: skip
+
+
+def score_of(key: str) -> Score:
+    """How a score is shown, also one that another backbone gave (``kept@clip``)."""
+    name, _, backbone = key.partition("@")
+    score = SCORES[name]
+    return replace(score, key=key, label=f"{score.label} ({backbone})") if backbone else score

@@ -12,6 +12,8 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,23 @@ from dopsd.files import whole_file
 
 from .charts import Point, line_chart, steps_chart
 from .draws import Key
-from .grids import read_tiles
-from .naming import REFERENCES, SCORES, color_of, name_of, prompts_described, teacher_described
+from .grids import read_tiles, reduced
+from .naming import REFERENCES, SCORES, color_of, main_model, name_of, prompts_described, teacher_described
 from .prompts import KEPT, KNOWN, NEAR
 from .summary import METRICS, PROMPTS
-from .table import columns_of, headline_columns, headline_rows, rows_of
-from .verdict import answers, main_model, verdict
+from .table import (
+    LEARNT_COLUMNS,
+    LOST_COLUMNS,
+    MARKS,
+    columns_of,
+    headline_columns,
+    headline_rows,
+    labels_of,
+    published_table,
+    rows_of,
+    titled,
+)
+from .verdict import answers, left_of, verdict
 
 __all__ = ["ReportError", "write_report"]
 
@@ -36,11 +49,42 @@ _TEMPLATE = "report.html.j2"
 _CURVES = ("likeness", "style", "cosine", "concept_top1", "sharpness")
 _PREVIEW = re.compile(r"(student|teacher)-(\d+)\.(?:webp|png)")  # png: of runs before 30 November 2026
 _PREVIEWS_SHOWN = 6
-_PAIRS_SHOWN = 8
-_COLUMNS = 8
-"""Prompts of a grid."""
+_MORE_SHOWN = 24
+"""Of the pairs that are not the worst, and of the training pictures: a page has a size."""
+_COPIES_SHOWN = 4
+_SMALL = 128
+"""Up to this side pictures are shown at twice their size, many of them in a row."""
+_STRIP = 160
+"""The height of a large preview."""
+_THUMBNAIL = 256
+"""The side of what is there for completeness."""
 
-Grid = tuple[list[str], list[tuple[str, list[Markup | None]]]]
+
+@dataclass(frozen=True)
+class _Shown:
+    """A picture on the page. ``shape``: width over height."""
+
+    id: str
+    address: Markup
+    shape: float
+
+    @property
+    def wide(self) -> float:
+        """Its width as a multiple of a square's of the same area; very long ones are shown smaller."""
+        return float(min(max(self.shape**0.5, 0.5), 1.5))
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """``rows``: (model, pictures), one for each of ``prompts``. ``wide``: of each column, as of a picture."""
+
+    prompts: list[str]
+    rows: list[tuple[str, list[_Shown | None]]]
+
+    @property
+    def wide(self) -> list[float]:
+        columns = zip(*(pictures for _, pictures in self.rows), strict=True)
+        return [max((picture.wide for picture in column if picture), default=1.0) for column in columns]
 
 
 class ReportError(ValueError):
@@ -55,6 +99,7 @@ def write_report(evaluation: Path, training: Path, data: Mapping[str, Any], out:
     metrics = _read_json(evaluation / METRICS)
     pictures = _Pictures(evaluation, metrics)
     head, sentences = verdict(metrics)
+    shown = 8 if pictures.small else 6
     page = _environment().get_template(_TEMPLATE).render(
         metrics=metrics,
         prompts_line=prompts_described(metrics),
@@ -64,22 +109,29 @@ def write_report(evaluation: Path, training: Path, data: Mapping[str, Any], out:
         headline=head,
         sentences=sentences,
         answers=answers(metrics),
-        side=pictures.side(),
-        grids=[grid for noise in (0, 1) if (grid := pictures.grid("concept", noise, _COLUMNS))[1]],
-        known_grid=pictures.grid(KNOWN, 0, _COLUMNS),
-        lost=[pairs for noise in (0, 1) if (pairs := pictures.pairs(KEPT, noise))],
-        near=pictures.pairs(NEAR),
-        copies=pictures.copies(_PAIRS_SHOWN),
-        shown=_PAIRS_SHOWN,
-        headline_table=(headline_columns(metrics), headline_rows(metrics)),
+        small=pictures.small,
+        grids=[grid for noise in (0, 1) if (grid := pictures.grid("concept", noise, shown)).rows],
+        known_grid=pictures.grid(KNOWN, 0, shown),
+        lost=[pairs for noise in (0, 1) if (pairs := pictures.pairs(KEPT, noise, shown))],
+        more_lost=pictures.pairs(KEPT, 0, _MORE_SHOWN, first=shown, side=_THUMBNAIL),
+        near=pictures.pairs(NEAR, 0, shown),
+        copies=pictures.copies(_COPIES_SHOWN),
+        headlines={
+            name: (headline_columns(metrics, keys), headline_rows(metrics, keys))
+            for name, keys in (("learnt", LEARNT_COLUMNS), ("lost", LOST_COLUMNS))
+        },
         tables={split: (columns_of(metrics, split), rows_of(metrics, split)) for split in metrics["scores"]},
         charts=_charts(evaluation / "few_step.csv", metrics),
-        steps_rows=pictures.steps(),
+        steps_grid=pictures.steps(),
         index=pictures.index,
-        targets=pictures.targets(),
+        targets=pictures.targets(_MORE_SHOWN),
         training=_training(training, metrics),
         settings=_flat(pictures.index["settings"]),
+        published=published_table(metrics),
         scores=SCORES,
+        shown_scores={key for models in metrics["scores"].values() for found in models.values() for key in found},
+        labels=labels_of(metrics),
+        marks=MARKS,
     )  # fmt: skip
     with whole_file(out) as partial:
         partial.write_text(page, encoding="utf-8")
@@ -91,7 +143,11 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"name": name_of, "color": color_of}
+    environment.filters |= {
+        "name": name_of,
+        "color": color_of,
+        "unbroken": lambda text: text.replace(" %", "\N{NO-BREAK SPACE}%"),
+    }
     environment.tests["reference"] = lambda model: model in REFERENCES
     return environment
 
@@ -108,12 +164,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _address(path: Path) -> Markup:
-    """A picture's file as a ``data:`` address."""
-    kind = path.suffix.removeprefix(".")
-    return Markup(f"data:image/{kind};base64," + base64.b64encode(path.read_bytes()).decode())
-
-
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
@@ -125,61 +175,84 @@ class _Pictures:
         self._by_prompt = _read_json(evaluation / PROMPTS)
         self._tiles = read_tiles(evaluation / "samples", self.index)
         self._few, self._models = metrics["few_steps"], metrics["models"]
-        self._main = main_model(metrics)
+        self._main = main_model(metrics) or ""
+        self._ids = count()
 
-    def side(self) -> int:
-        """How wide a picture of a grid is shown, in pixels: small ones at twice their size."""
-        with Image.open(next(iter(next(iter(self._tiles.values())).values()))) as image:
-            return 112 if max(image.size) <= 128 else 208
+    @property
+    def small(self) -> bool:
+        """Whether the base draws pictures of few pixels."""
+        first = min(self._tiles[Key("concept", "base", self._few)].values())
+        with Image.open(first) as image:
+            return max(image.size) <= _SMALL
 
-    def one(self, key: Key, row: int) -> Markup | None:
-        """A picture's address, where it was kept."""
+    def one(self, key: Key, row: int, side: int | None = None) -> _Shown | None:
+        """A picture where it was kept, as it was or with no side above ``side``."""
         path = self._tiles.get(key, {}).get(row)
-        return None if path is None else _address(path)
+        if path is None:
+            return None
+        with Image.open(path) as image:
+            shape, large = image.width / image.height, side is not None and max(image.size) > side
+            address = _smaller(image, side) if large and side else _inlined(path.suffix[1:], path.read_bytes())
+        return _Shown(f"picture-{next(self._ids)}", address, shape)
 
-    def grid(self, split: str, noise: int, count: int) -> Grid:
-        """Prompts and rows (model, pictures) of one split; what was edited and the truth first."""
+    def grid(self, split: str, noise: int, most: int) -> _Grid:
+        """At most so many prompts of one split that were drawn from this seed; what was edited and the truth first."""
         keys = [Key(split, "reference", 0), Key(split, "real", 0),
                 *(Key(split, model, self._few, noise) for model in self._models)]  # fmt: skip
-        prompts = self.index["prompts"].get(split, [])[:count]
-        rows = [(key.model, [self.one(key, row) for row in range(len(prompts))]) for key in keys if key in self._tiles]
-        return prompts, rows
+        drawn = min(most, len(self._tiles.get(Key(split, "base", self._few, noise), {})))
+        rows = [
+            (key.model, [self.one(key, row) for row in range(drawn)]) for key in keys if drawn and key in self._tiles
+        ]
+        return _Grid(self.index["prompts"].get(split, [])[:drawn], rows)
 
-    def steps(self) -> tuple[list[int], list[tuple[str, list[Markup | None]]]]:
+    def steps(self) -> _Grid:
         """The first prompt at every number of steps, model by model."""
         steps = sorted({key.steps for key in self._tiles if key.split == "concept" and key.steps > 0})
-        rows = [(model, [self.one(Key("concept", model, number), 0) for number in steps]) for model in self._models]
-        return steps, [(model, pictures) for model, pictures in rows if all(pictures)]
+        rows = [(m, [self.one(Key("concept", m, k), 0, _THUMBNAIL) for k in steps]) for m in self._models]
+        labels = [f"{number} step{'s' if number > 1 else ''}" for number in steps]
+        return _Grid(labels, [(model, pictures) for model, pictures in rows if all(pictures)])
 
-    def pairs(self, split: str, noise: int = 0) -> list[dict[str, Any]]:
-        """Base and main model, prompt by prompt, what kept least first."""
-        found = self._by_prompt.get(split, {}).get(str(self._main), {}).get(str(noise), {}).get("kept", [])
-        order = sorted(range(len(found)), key=lambda row: found[row])
-        return [self._pair(split, noise, row, f"{100 * found[row]:.0f} %".replace("-", "−")) for row in order]
-
-    def copies(self, count: int) -> list[dict[str, Any]]:
-        """The main model's pictures that are most like a training picture, beside that one."""
-        found = self._by_prompt.get("concept", {}).get(str(self._main), {}).get("0", {})
-        copy, nearest = found.get("copy", []), found.get("nearest", [])
-        order = sorted(range(len(copy)), key=lambda row: -copy[row])[:count]
-        prompts = self.index["prompts"]["concept"]
+    def pairs(self, split: str, noise: int, most: int, first: int = 0, side: int | None = None) -> list[dict[str, Any]]:
+        """Base and main model, prompt by prompt, what kept least first: ``most`` of them from place ``first`` on."""
+        found = self._by_prompt.get(split, {}).get(self._main, {}).get(str(noise), {}).get("kept", [])
+        order = sorted(range(len(found)), key=lambda row: found[row])[first : first + most]
         return [
             {
-                "prompt": prompts[row], "value": f"{copy[row]:.2f}",
-                "before": self.one(Key("training", "real", 0), int(nearest[row])),
-                "after": self.one(Key("concept", str(self._main), self._few), row),
+                "prompt": self.index["prompts"][split][row], "value": left_of(found[row]),
+                "pictures": [self.one(Key(split, m, self._few, noise), row, side) for m in ("base", self._main)],
             }
             for row in order
         ]  # fmt: skip
 
-    def targets(self) -> list[Markup]:
-        """The training pictures."""
-        files = self._tiles.get(Key("training", "real", 0), {})
-        return [_address(files[row]) for row in sorted(files)]
+    def copies(self, most: int) -> list[dict[str, Any]]:
+        """The main model's pictures that are most like a training picture, beside that one."""
+        found = self._by_prompt.get("concept", {}).get(self._main, {}).get("0", {})
+        copy, nearest = found.get("copy", []), found.get("nearest", [])
+        return [
+            {
+                "prompt": self.index["prompts"]["concept"][row], "value": f"{copy[row]:.2f}",
+                "pictures": [self.one(Key("training", "real", 0), int(nearest[row])),
+                             self.one(Key("concept", self._main, self._few), row)],
+            }
+            for row in sorted(range(len(copy)), key=lambda row: -copy[row])[:most]
+        ]  # fmt: skip
 
-    def _pair(self, split: str, noise: int, row: int, value: str) -> dict[str, Any]:
-        before, after = (self.one(Key(split, model, self._few, noise), row) for model in ("base", str(self._main)))
-        return {"prompt": self.index["prompts"][split][row], "value": value, "before": before, "after": after}
+    def targets(self, most: int) -> list[_Shown | None]:
+        """The first training pictures."""
+        key = Key("training", "real", 0)
+        return [self.one(key, row, _THUMBNAIL) for row in sorted(self._tiles.get(key, {}))[:most]]
+
+
+def _inlined(kind: str, content: bytes) -> Markup:
+    """A picture's file as a ``data:`` address."""
+    return Markup(f"data:image/{kind};base64," + base64.b64encode(content).decode())
+
+
+def _smaller(image: Image.Image, side: int) -> Markup:
+    """A copy of a large picture, as a ``data:`` address."""
+    buffer = io.BytesIO()
+    reduced(image.convert("RGB"), side).save(buffer, "WEBP", quality=85)
+    return _inlined("webp", buffer.getvalue())
 
 
 # --- curves -----------------------------------------------------------------------------------------------------------
@@ -200,7 +273,7 @@ def _charts(path: Path, metrics: Mapping[str, Any]) -> list[tuple[str, str, Mark
             reference = 1.0 if SCORES[key].better == "one" else None
             label = f"{SCORES[key].label} over the number of steps"
             chart = steps_chart(ordered, metrics["few_steps"], label, reference)
-            charts.append((SCORES[key].label, SCORES[key].meaning, chart))
+            charts.append((titled(metrics, key, SCORES[key].label), SCORES[key].meaning, chart))
     return charts
 
 
@@ -257,12 +330,9 @@ def _previews(folder: Path) -> list[tuple[str, list[tuple[int, Markup]]]]:
 
 def _strip(path: Path) -> Markup:
     with Image.open(path) as image:
-        picture = image.convert("RGB")
-    if picture.height > 128:
-        picture.thumbnail((picture.width, 128), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return Markup("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())
+        if image.height > _SMALL:
+            return _smaller(image, round(image.width / image.height * _STRIP) if image.width > image.height else _STRIP)
+    return _inlined(path.suffix[1:], path.read_bytes())
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,10 +6,11 @@ The same thresholds for every run and base; nothing is said that was not measure
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from .naming import REFERENCES, name_of, teacher_described
+from .naming import REFERENCES, main_model, name_of, probe_right, teacher_described
+from .table import beside_main
 
 Level = Literal["good", "fair", "poor", "unknown"]
 
@@ -21,14 +22,23 @@ SHARP = (0.9, 0.75)
 """The sharpness of few steps beside many, over the base's."""
 KEPT = (0.6, 0.25)
 """Of the base's own pictures (docs/benchmarks.md: the known truth of twenty models stands beside it)."""
+STATUS: dict[str, dict[Level, str]] = {
+    "learnt": {"good": "✓ learnt", "fair": "○ in part", "poor": "✗ hardly"},
+    "few_step": {"good": "✓ still few-step", "fair": "○ less so", "poor": "✗ lost"},
+    "kept": {"good": "✓ kept", "fair": "○ much changed", "poor": "✗ lost"},
+}
+"""What is said of a level beside the number."""
 CLEARLY_COPIED = 0.1
 """A share of samples that are copies which is worth a sentence."""
+LESS_DIVERSE = 0.95
+"""How far two seeds' pictures are apart, over the base's, that is worth one."""
 
 
 @dataclass(frozen=True)
 class Answer:
     """One of the three. ``value`` and ``between``: the number and its 95 % interval. ``beside``: (label, text) of what
-    belongs to it. ``rivals``: (model, text, whether it is ``better`` or ``worse`` than the main model, or neither)."""
+    belongs to it. ``rivals``: (model, text, whether it is ``better`` or ``worse`` than the main model, the ``same`` or
+    not known)."""
 
     key: str
     title: str
@@ -37,12 +47,12 @@ class Answer:
     between: str
     sentence: str
     beside: tuple[tuple[str, str], ...] = ()
-    rivals: tuple[tuple[str, str, str], ...] = field(default=())
+    rivals: tuple[tuple[str, str, str], ...] = ()
 
-
-def main_model(metrics: Mapping[str, Any]) -> str | None:
-    """The model that the verdict is about: the first tuned one."""
-    return next((model for model in metrics["models"] if model not in REFERENCES), None)
+    @property
+    def status(self) -> str:
+        """The level in words."""
+        return STATUS[self.key].get(self.level, "? cannot be told")
 
 
 def answers(metrics: Mapping[str, Any]) -> list[Answer]:
@@ -86,23 +96,26 @@ def _learnt(metrics: Mapping[str, Any], model: str) -> Answer:
     half = {"style": "in style", "subject": "in what is drawn"}.get(metrics.get("kind") or "", "in likeness")
     beside = [
         (f"of the way to its teacher, {what}", _percent(min(number, 1.0)))
-        for what, key in (("style", "gap_closed_style"), ("truth", "gap_closed_truth"))
+        for what, key in ((_style(metrics), "gap_closed_style"), ("truth", "gap_closed_truth"))
         if (number := _number(metrics, model, key)[0]) is not None
     ]
     if value is None:
         reason = metrics.get("omitted", {}).get("learnt", "it was not measured")
         sentence = f"What it learnt cannot be told: {reason}. Judge by the pictures."
         return Answer("learnt", "Did it learn?", "unknown", "–", "", sentence, tuple(beside))
-    level: Level = "poor" if not (low or 0) > 0 else _level(value, LEARNT)
+    chance = not (low or 0) > 0
+    level: Level = _level(value, LEARNT)
+    if chance:  # nothing was shown; whether there is anything, only where the interval ends soon
+        level = "poor" if high is not None and high < LEARNT[1] else "unknown"
     sentence = (
         f"{half[0].upper()}{half[1:]}, its {metrics['few_steps']}-step pictures go {_percent(min(value, 1.0))} of the "
         f"way from the untuned base's to real pictures of the {metrics.get('kind') or 'concept'}."
     )
-    if level == "poor" and value > 0 and not (low or 0) > 0:
+    if chance and value > 0:
         sentence += " That may be chance."
     return Answer(
         "learnt", "Did it learn?", level, _percent(min(value, 1.0)), _between(low, high, 1.0), sentence, tuple(beside),
-        _rivals(metrics, model, "learnt", "learnt"),
+        _rivals(metrics, model, "learnt"),
     )  # fmt: skip
 
 
@@ -116,23 +129,32 @@ def _few_step(metrics: Mapping[str, Any], model: str) -> Answer:
     value, low, high = _number(metrics, model, key)
     sharp, _, sharp_high = _number(metrics, model, "few_step_sharpness")
     assert value is not None
-    level = _level(value, FEW_STEP)
-    if level != "good" and high is not None and high >= 0:
+    level = _not_told(_level(value, FEW_STEP), low, FEW_STEP)
+    if level in ("fair", "poor") and high is not None and high >= 0:
         level = "fair"  # may be chance
     if sharp is not None and (sharp_high is None or sharp_high < 1):
         level = _worse(level, _level(sharp, SHARP))
     beside = [(label, _signed(_number(metrics, model, name)[0])) for name, label in _ON.items()]
     beside += [("sharpness, beside the base's", f"{sharp:.2f}")] if sharp is not None else []
     rivals = [
-        (other, _signed(_number(metrics, other, name)[0]), _mark(metrics, other, _GUARDED[key]))
+        (other, _signed(_number(metrics, other, name)[0]), beside_main(metrics, other, name))
         for other in _others(metrics, model)
         if (name := _worst(metrics, other)) is not None
     ]
-    less = "as much as" if round(100 * value) == 0 else f"{_percent(abs(value))} {'less' if value < 0 else 'more'} than"
+    less, than = "as much", "as"
+    if round(100 * value):
+        less, than = f"{_percent(abs(value))} {'less' if value < 0 else 'more'}", "than"
+    what = {"few_step_new": "goes {} of the way to real pictures", "few_step_old": "keeps {} of the base's pictures"}[
+        key
+    ]
     sentence = (
-        f"With {few} steps it shows {less} with {many}, what the base itself loses taken off; this is where it loses "
-        f"most: {_ON[key]}."
+        f"Where it loses most, {_ON[key]}, it {what.format(less)} in {few} step{'s' if few > 1 else ''} {than} in "
+        f"{many}, what the base itself loses taken off."
     )
+    if level == "unknown":
+        sentence += " On so few prompts it may have lost much more."
+    elif value < 0 and high is not None and high >= 0 and than == "than":
+        sentence += " That may be chance."
     return Answer(
         "few_step", title, level, _signed(value), _between(low, high), sentence,
         tuple((label, text) for label, text in beside if text != "–"), tuple(rivals),
@@ -140,7 +162,6 @@ def _few_step(metrics: Mapping[str, Any], model: str) -> Answer:
 
 
 _ON = {"few_step_new": "on the concept", "few_step_old": "on general prompts"}
-_GUARDED = {"few_step_new": "few_step", "few_step_old": "few_step_kept"}
 
 
 def _worst(metrics: Mapping[str, Any], model: str) -> str | None:
@@ -150,31 +171,33 @@ def _worst(metrics: Mapping[str, Any], model: str) -> str | None:
 
 
 def _kept(metrics: Mapping[str, Any], model: str) -> Answer:
-    title = "What was lost?"
+    title = "Did it keep the rest?"
     value, low, high = _number(metrics, model, "kept")
     if value is None:
         reason = metrics.get("omitted", {}).get("kept", "it was not measured")
-        return Answer("kept", title, "unknown", "–", "", f"What was lost cannot be told: {reason}.")
+        return Answer("kept", title, "unknown", "–", "", f"Whether it kept the rest cannot be told: {reason}.")
     count = metrics["counts"]["kept_prompts"]
-    left = max(value, 0.0)
+    left = left_of(value) if value > 0 else "nothing"
     sentence = (
-        f"Of {count} general prompts it keeps {_percent(left)} of the base's own pictures: 100 % is the same picture, "
-        "0 % one as different as another noise makes it."
+        f"On {count} general prompt{'s' if count > 1 else ''} it keeps {left} of the base's own pictures: 100 % is the "
+        "same picture, 0 % one as different as another seed makes it."
     )
-    beside = [(label, _percent(number)) for label, key in (
-        (f"in {metrics['most_steps']} steps", "kept_many"), ("near the concept", "kept_near"),
-        ("against the known truth, lowest score", "known_lowest"),
+    level = _not_told(_level(value, KEPT), low, KEPT)
+    if level == "unknown":
+        sentence += " On so few prompts it may be much less."
+    beside = [(label, written(number)) for label, key, written in (
+        (f"in {metrics['most_steps']} steps", "kept_many", left_of), ("near the concept", "kept_near", left_of),
+        ("against the known truth, lowest score", "known_lowest", _percent),
     ) if (number := _number(metrics, model, key)[0]) is not None]  # fmt: skip
-    return Answer(
-        "kept", title, _level(value, KEPT), _percent(value), _between(low, high), sentence, tuple(beside),
-        _rivals(metrics, model, "kept", "kept"),
-    )  # fmt: skip
+    rivals = _rivals(metrics, model, "kept")
+    return Answer("kept", title, level, left_of(value), _between(low, high), sentence, tuple(beside), rivals)
 
 
-def _rivals(metrics: Mapping[str, Any], model: str, key: str, guarded: str) -> tuple[tuple[str, str, str], ...]:
+def _rivals(metrics: Mapping[str, Any], model: str, key: str) -> tuple[tuple[str, str, str], ...]:
     """Other tuned models' numbers, and how they stand to the main model's."""
+    written = left_of if key == "kept" else _percent
     return tuple(
-        (other, _percent(min(value, 1.0)), _mark(metrics, other, guarded))
+        (other, written(min(value, 1.0)), beside_main(metrics, other, key))
         for other in _others(metrics, model)
         if (value := _number(metrics, other, key)[0]) is not None
     )
@@ -182,12 +205,6 @@ def _rivals(metrics: Mapping[str, Any], model: str, key: str, guarded: str) -> t
 
 def _others(metrics: Mapping[str, Any], model: str) -> list[str]:
     return [other for other in metrics["models"] if other != model and other not in REFERENCES]
-
-
-def _mark(metrics: Mapping[str, Any], other: str, guarded: str) -> str:
-    """Whether the paired difference from the main model's is more than chance, and which way."""
-    _, low, high = metrics.get("against", {}).get(other, {}).get(guarded, (0.0, 0.0, 0.0))
-    return "better" if low > 0 else "worse" if high < 0 else ""
 
 
 # --- what else is worth a sentence ------------------------------------------------------------------------------------
@@ -202,10 +219,9 @@ def _on_teacher(metrics: Mapping[str, Any], model: str) -> list[str]:
     if value is None:
         return []
     shown, text = teacher_described(metrics)
-    what = "style" if metrics["style_score"] == "style" else "likeness to the training pictures"
     return [
-        f"In {what} it goes {_percent(min(value, 1.0))} of the way from the untuned base to its teacher, which is "
-        f"{shown} every time; it draws from {text}.{'' if (low or 0) > 0 else ' That may be chance.'}"
+        f"In {_style(metrics)} it goes {_percent(min(value, 1.0))} of the way from the untuned base to its teacher, "
+        f"which is {shown} every time; it draws from {text}.{'' if (low or 0) > 0 else ' That may be chance.'}"
     ]
 
 
@@ -214,9 +230,9 @@ def _on_copies(metrics: Mapping[str, Any], model: str) -> list[str]:
     out = []
     if copied is not None and copied >= CLEARLY_COPIED:
         out.append(f"{_percent(copied)} of its pictures are copies of a training picture: it learnt some by heart.")
-    if diversity[0] is not None and diversity[2] is not None and diversity[2] < 1:
+    if diversity[0] is not None and diversity[0] <= LESS_DIVERSE and diversity[2] is not None and diversity[2] < 1:
         out.append(
-            f"Two noises give pictures that are {diversity[0]:.2f} times as far apart as the base's: less diverse."
+            f"Two seeds give pictures that are {diversity[0]:.2f} times as far apart as the base's: less diverse."
         )
     return out
 
@@ -227,6 +243,13 @@ def _on_near(metrics: Mapping[str, Any], model: str) -> list[str]:
         return []
     return ["Asked for what the captions say without the placeholder, it draws something else than the base did: the "
             "concept has leaked into plain words."]  # fmt: skip
+
+
+def _style(metrics: Mapping[str, Any]) -> str:
+    """What ``gap_closed_style`` is measured by."""
+    return (
+        f"style ({probe_right(metrics)})" if metrics["style_score"] == "style" else "likeness to the training pictures"
+    )
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -243,6 +266,11 @@ def _level(value: float, thresholds: tuple[float, float]) -> Level:
     return "good" if value >= thresholds[0] else "fair" if value >= thresholds[1] else "poor"
 
 
+def _not_told(level: Level, low: float | None, thresholds: tuple[float, float]) -> Level:
+    """Good is nothing that may as well be poor."""
+    return "unknown" if level == "good" and low is not None and low < thresholds[1] else level
+
+
 def _worse(one: Level, other: Level) -> Level:
     order: tuple[Level, ...] = ("poor", "fair", "good", "unknown")
     return min(one, other, key=order.index)
@@ -250,6 +278,11 @@ def _worse(one: Level, other: Level) -> Level:
 
 def _percent(value: float) -> str:
     return f"{round(100 * value) + 0:.0f} %".replace("-", "−")
+
+
+def left_of(value: float) -> str:
+    """What was kept, in percent; nothing where it is further away than another seed's picture."""
+    return _percent(value) if value > 0 else "none"
 
 
 def _signed(value: float | None) -> str:
