@@ -58,13 +58,17 @@ def main() -> None:
     """Train what is missing, evaluate all, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the evaluation")
+    parser.add_argument("--table", action="store_true", help="print the table of what was measured before")
     given = parser.parse_args()
+    if given.table:
+        print("\n".join(table(json.loads(OUT.read_text(encoding="utf-8")))))
+        return
     adapters = {name: train(name) for name in MODELS}
     runs = [{"seed": seed, "models": evaluated(adapters, seed)} for seed in given.seeds]
     about = {
         "command": f"python benchmarks/kept.py --seeds {' '.join(map(str, given.seeds))}",
         "date": date.today().isoformat(), "machine": results._machine(),
-        "rank_correlation": {key: [correlation(run["models"], key) for run in runs] for key in KNOWN}, "runs": runs,
+        "rank_correlation": correlations(runs), "runs": runs,
     }  # fmt: skip
     OUT.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print("\n".join(table(about)))
@@ -89,26 +93,37 @@ def evaluated(adapters: dict[str, Path], seed: int) -> dict[str, dict[str, float
     return found
 
 
-def correlation(models: dict[str, dict[str, float]], key: str) -> float:
-    """Spearman's, of ``kept`` and what the truth says, over the models."""
+def correlations(runs: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """Spearman's, over the models, seed by seed: of what is measured without a truth, and what the truth says."""
     from scipy.stats import spearmanr
 
-    pairs = [(head["kept"], head[key]) for head in models.values()]
-    return round(float(spearmanr(*zip(*pairs, strict=True)).statistic), 4)
+    def of(models: dict[str, dict[str, float]], measured: str, known: str) -> float:
+        pairs = [(head[measured], head[known]) for head in models.values()]
+        return round(float(spearmanr(*zip(*pairs, strict=True)).statistic), 4)
+
+    return {
+        measured: {known: [of(run["models"], measured, known) for run in runs] for known in KNOWN}
+        for measured in ("kept", "kept_sharpness")
+    }
 
 
 def table(about: dict[str, Any]) -> list[str]:
     """All models by what they kept, mean over the seeds of the evaluation with the least and the most."""
-    keys = ("kept", "known_lowest", "known_cosine", "kept_near", "kept_sharpness", "learnt", "diversity")
+    keys = {"kept": "kept", "known_lowest": "known truth, lowest score", "kept_near": "kept near the concept",
+            "kept_sharpness": "sharpness kept", "learnt": "learnt"}  # fmt: skip
     rows = []
     for name in MODELS:
         values = [[run["models"][name].get(key) for run in about["runs"]] for key in keys]
         rows.append((name, values))
-    lines = ["| model | " + " | ".join(keys) + " |", "|---" * (len(keys) + 1) + "|"]
+    lines = ["| model | " + " | ".join(keys.values()) + " |", "|---" * (len(keys) + 1) + "|"]
     for name, values in sorted(rows, key=lambda row: -statistics.mean(row[1][0])):
         lines.append(f"| {name} | " + " | ".join(results._cell(each) for each in values) + " |")
-    marks = ", ".join(f"{key} {results._cell(values)}" for key, values in about["rank_correlation"].items())
-    return [*lines, "", f"Rank correlation of *kept* with what the truth says: {marks}."]
+    lines += ["", "| rank correlation with | " + " | ".join(key.removeprefix("known_") for key in KNOWN) + " |",
+              "|---" * (len(KNOWN) + 1) + "|"]  # fmt: skip
+    for measured, found in about["rank_correlation"].items():
+        name = "kept" if measured == "kept" else "sharpness kept"
+        lines.append(f"| {name} | " + " | ".join(results._cell(found[key]) for key in KNOWN) + " |")
+    return lines
 
 
 if __name__ == "__main__":
