@@ -18,6 +18,7 @@ from dopsd.identity import VersionIdentity, ground_of, plan_of, questions_of, ve
 from dopsd.models import ModelError, family_class, open_base, resolved
 from dopsd.models.base import Request
 from dopsd.models.reading import reader_of
+from dopsd.params import FEATURES
 from dopsd.project import StageError, cache_of, load_base, read_concept, read_result, run_folder, world_of
 from dopsd.registry import ANCHOR, CHAMPION, Anchor, Entry, Registry, RegistryAway, Verdict, judge
 from dopsd.registry.gate import measure_deltas
@@ -65,7 +66,7 @@ def is_registered(concept: str, settings: Settings, root: Path) -> bool:
 def register_version(concept: str, settings: Settings, root: Path) -> None:
     """Register the first method's adapter and judge it, on the same prompts and noise as champion and anchor; the
     outcome is kept in ``registered.json``. Settings: resolved, of the concept. Raises ``RegistryAway``."""
-    from dopsd.evaluation.backbones.judge import rubric_of
+    from dopsd.evaluation.backbones import seen_of
     from dopsd.origin import git_tags
     from dopsd.tracking import run_id
     from dopsd.train.start import start_hash
@@ -78,7 +79,7 @@ def register_version(concept: str, settings: Settings, root: Path) -> None:
     validated = read_result(run / "validated.json", "validate")
     base = open_base(settings.model, root)
     identity = version_identity(validated["content_hash"], settings, base, start_hash(settings.train, root, run))
-    plan = plan_of(settings, base, rubric=rubric_of(settings.evaluation, root))
+    plan = plan_of(settings, base, seen=seen_of(settings.evaluation, root))
     questions = _Questions(questions_of(plan, validated), ground_of(plan, validated))
     tags = git_tags(root) | {"dopsd.training": training, "dopsd.data.hash": validated["content_hash"],
                              "dopsd.base": base.source.shown}  # fmt: skip
@@ -256,10 +257,17 @@ def _evaluate_again(
 ) -> dict[str, Paired]:  # fmt: skip
     """What today's evaluation says of versions, on today's base or the one that was stored in ``base_folder``."""
     from dopsd.distill.targets import AdapterError
-    from dopsd.evaluation.suite import Subject, evaluate
+    from dopsd.evaluation.backbones import BackboneError
+    from dopsd.evaluation.suite import EvaluationError, Subject, evaluate
     from dopsd.given import read_export
 
     table, holdout = read_concept(concept, settings, root)
+    evaluation = settings.evaluation
+    asked = {  # what the gate compares, and no more: curves, distances and judges take most of the time
+        "steps": tuple(sorted({evaluation.few, evaluation.many})),
+        "backbones": tuple(name for name in evaluation.backbones if name.partition(":")[0] in FEATURES),
+    }
+    settings = settings.model_copy(update={"evaluation": evaluation.model_copy(update=asked)})
     its = settings
     if base_folder is not None:
         model = settings.model.model_copy(update={"path": str(base_folder), "revision": None})
@@ -274,7 +282,12 @@ def _evaluate_again(
             load_base(its, root, use="draw"), table, holdout, world_of(settings, root), subjects, settings,
             cache_of(root), place / "evaluation", root=root,
         )  # fmt: skip
-    except (ModelError, AdapterError) as error:  # of another family, say, or whole weights and a rounded base
+    except (
+        ModelError,
+        AdapterError,
+        BackboneError,
+        EvaluationError,
+    ) as error:  # of another family, say, or whole weights and a rounded base
         words = " and ".join(rival.words for rival in rivals)
         raise _NotComparable(f"{words}: cannot be drawn with these settings ({error})") from None
     return {rival.name: _scores_of(place / "evaluation" / PAIRED, rival.name) for rival in rivals}

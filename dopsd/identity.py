@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dopsd.config import Settings
 from dopsd.config.groups import EvaluationSettings, Method, TrainSettings
+from dopsd.params import NOTHING_SEEN, Seen
 from dopsd.versions import DATA_VERSION, ENCODING_VERSION, EXPORT_VERSION, METHOD_VERSION, SCORES_VERSION
 
 if TYPE_CHECKING:
@@ -26,15 +27,17 @@ Plan = dict[str, dict[str, Any]]
 
 _SHOWN = {"max_minutes", "checkpoint_steps", "preview_steps", "preview_prompts", "preview_count"}
 """Settings that do not change what is learnt at a step, and so may differ on resume."""
+_BESIDE_THE_GATE = {"steps", "batch_size", "known_prompts"}
+"""Settings of the evaluation that the gate's scores do not depend on."""
 _ADDED = {"optimizer": "adamw", "tune": "adapter"}
 """Settings that came later, with what was always so before: what was trained then is still what it is."""
 
 
-def plan_of(settings: Settings, base: Base, start: str = "", rubric: str = "") -> Plan:
+def plan_of(settings: Settings, base: Base, start: str = "", seen: Seen = NOTHING_SEEN) -> Plan:
     """Stage to what decides its result, beside the results of the stages before it; of resolved settings of one
     concept. Data counts by its content, which stage validate writes down. ``start``: hash of the file in
-    ``train.init_from`` (:func:`dopsd.train.start.start_hash`); ``rubric``: the text that a judge grades by
-    (:func:`dopsd.evaluation.backbones.judge.rubric_of`)."""
+    ``train.init_from`` (:func:`dopsd.train.start.start_hash`); ``seen``: what the evaluation sees with
+    (:func:`dopsd.evaluation.backbones.seen_of`)."""
     from dopsd.models import licence_of, references_rule
 
     model, data = settings.model, settings.data
@@ -60,7 +63,8 @@ def plan_of(settings: Settings, base: Base, start: str = "", rubric: str = "") -
         },
         "evaluate": {
             "version": [SCORES_VERSION, METHOD_VERSION, ENCODING_VERSION], "base": files,
-            "model": model.decides_learning(), "data": pictures, "evaluation": _asked(evaluation, rubric),
+            "model": model.decides_learning(), "data": {**pictures, "placeholder": data.placeholder},
+            "evaluation": _asked(evaluation, seen),
             "replayed": train.replay.prompts,  # of these nothing is asked, replay on or off
         },
         "register": {
@@ -74,13 +78,13 @@ def plan_of(settings: Settings, base: Base, start: str = "", rubric: str = "") -
     })  # fmt: skip
 
 
-def _asked(evaluation: EvaluationSettings, rubric: str) -> dict[str, Any]:
-    """The settings that decide scores. Backbones came later: what was scored by the first of them alone still is what
-    it is. A rubric counts by its text, where something grades by it."""
-    values = evaluation.model_dump(mode="json", exclude={"rubric"})
-    if evaluation.backbones == EvaluationSettings().backbones:
-        values.pop("backbones")
-    return {**values, **({"rubric": hash_of(rubric)} if rubric else {})}
+def _asked(evaluation: EvaluationSettings, seen: Seen) -> dict[str, Any]:
+    """The settings that decide scores. Backbones count by their weights, a rubric by its text, where there are any but
+    the first."""
+    values = evaluation.model_dump(mode="json", exclude={"rubric", "backbones"})
+    if seen.backbones:
+        values["backbones"] = seen.backbones
+    return {**values, **({"rubric": hash_of(seen.rubric)} if seen.rubric else {})}
 
 
 def common_parts(plan: Plan, encoded: Encoded, replayed: bool) -> dict[str, Any]:
@@ -186,8 +190,13 @@ def questions_of(plan: Plan, validated: Mapping[str, Any]) -> str:
 
 
 def ground_of(plan: Plan, validated: Mapping[str, Any]) -> str:
-    """Hash of the same without the pictures that were trained on: while it stays, so does the registry's anchor."""
-    return hash_of([plan["evaluate"], [validated[key] for key in ("holdout_hash", "kind_hash")]])
+    """Hash of what the registry's anchor stands on: while it stays, so does the anchor. Held-out pictures, seeds, base
+    and scores; not the pictures that were trained on, nor how many steps the curves have."""
+    asked, rehearsed = plan["evaluate"], set(plan["evaluate"]["replayed"])
+    evaluation = {key: value for key, value in asked["evaluation"].items() if key not in _BESIDE_THE_GATE}
+    left_out = sorted(rehearsed & set(evaluation.get("kept_prompts", ())))
+    parts = [asked["version"], asked["base"], asked["model"], asked["data"], evaluation, left_out]
+    return hash_of([parts, [validated[key] for key in ("holdout_hash", "kind_hash")]])
 
 
 def hash_of(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -50,6 +51,8 @@ def _known_backbones(names: tuple[str, ...]) -> tuple[str, ...]:
     kinds = [name.partition(":")[0] for name in names]
     if unknown := next((name for name, kind in zip(names, kinds, strict=True) if kind not in BACKBONES), None):
         raise ValueError(f"unknown backbone {unknown!r}; choose of {', '.join(BACKBONES)}")
+    if twice := next((kind for place, kind in enumerate(kinds) if kind in kinds[:place]), None):
+        raise ValueError(f"two of the kind {twice}, whose scores have its name; keep one")
     if not set(kinds) & set(FEATURES):
         raise ValueError(f"none gives features, which all else is measured by; name one of {', '.join(FEATURES)} too")
     return names
@@ -63,6 +66,17 @@ Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Rate = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Eyes = Annotated[tuple[str, ...], AtLeastOne, EachOnce, AfterValidator(_known_backbones)]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an evaluation sees with beside the embedded backbone: names with their weights, and a judge's rubric."""
+
+    backbones: tuple[str, ...] = ()
+    rubric: str = ""
+
+
+NOTHING_SEEN = Seen()
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

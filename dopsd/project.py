@@ -83,6 +83,7 @@ def read_concept(concept: str, settings: Settings, root: Path) -> tuple[ConceptT
     from dopsd.data.folders import HOLDOUT
     from dopsd.data.schema import validate_dataset
 
+    settings = settings.of(concept, root)
     folder, needs = concept_folder(concept, root), needs_of(settings, root)
     if needs.reader is not None:
         check_texts(settings, needs.reader, held_out=os.path.lexists(folder / HOLDOUT))

@@ -61,13 +61,13 @@ def _plan(concept: str, settings: Settings, root: Path) -> None:
 def _made_of(run: Path, settings: Settings, root: Path) -> dict[str, Any]:
     """What each stage's result would be made of today. Raises ``AdapterError``, before anything is loaded, where
     ``train.init_from`` is not what the settings train; a plan that was written has looked at it."""
-    from dopsd.evaluation.backbones.judge import rubric_of
+    from dopsd.evaluation.backbones import seen_of
     from dopsd.identity import plan_of
     from dopsd.models import open_base
     from dopsd.train.start import start_hash
 
-    start, rubric = start_hash(settings.train, root, run), rubric_of(settings.evaluation, root)
-    made = plan_of(settings, open_base(settings.model, root), start, rubric)
+    start, seen = start_hash(settings.train, root, run), seen_of(settings.evaluation, root)
+    made = plan_of(settings, open_base(settings.model, root), start, seen)
     if start and read_json(run / PLAN).get("train") != made["train"]:
         from dopsd.train.student import check_start
 
@@ -112,7 +112,7 @@ def encode(concept: str, settings: Settings, root: Path) -> None:
     run = run_folder(concept, root)
     base = open_base(settings.model, root)  # first of all: with its tokenizer here the texts are judged exactly
     table, holdout = _read_validated(concept, settings, root)
-    _check_evaluation(table, settings, root)  # now, and not when hours of training are over
+    _check_evaluation(table, holdout, settings, root)  # now, and not when hours of training are over
     replay = settings.train.replay.prompts if settings.train.replay.weight > 0 else ()
     cache = cache_of(root)
     if note := base.differences():
@@ -179,8 +179,8 @@ def evaluate(concept: str, settings: Settings, root: Path) -> None:
 
     run = run_folder(concept, root)
     table, holdout = _read_validated(concept, settings, root)
-    _check_evaluation(table, settings, root)
-    subjects, cache = subjects_in(run / "adapters"), cache_of(root)
+    _check_evaluation(table, holdout, settings, root)
+    subjects, cache = subjects_in(run / "adapters", settings.train.methods[0]), cache_of(root)
     with workers(settings.model, settings.compute, root, "train") as helpers:
         evaluate_subjects(
             load_base(settings, root), table, holdout, world_of(settings, root), subjects, settings, cache,
@@ -304,15 +304,22 @@ def _read_validated(concept: str, settings: Settings, root: Path) -> tuple[Conce
     return table, holdout
 
 
-def _check_evaluation(table: ConceptTable, settings: Settings, root: Path) -> None:
+def _check_evaluation(table: ConceptTable, holdout: ConceptTable | None, settings: Settings, root: Path) -> None:
     """Find, or fetch, what the evaluation will see with and ask. Raises ``BackboneError``, ``ModelError`` and
     ``DataError``: a line each."""
+    from dopsd.data.manifest import PROTOCOL, DataError, Fault
     from dopsd.evaluation.backbones import check_backbones
-    from dopsd.evaluation.prompts import published
+    from dopsd.evaluation.prompts import check_questions, published
+    from dopsd.models.reading import reader_of
 
     check_backbones(settings.evaluation.backbones, root, settings.evaluation.rubric)
+    check_questions(table, holdout, world_of(settings, root), settings)
     if settings.evaluation.protocol == "published":
-        published(table, settings)
+        reader, asked = reader_of(settings, root), published(table, settings)
+        texts = [prompt.text for prompts in asked.values() for prompt in prompts]
+        found = [Fault(PROTOCOL, None, text[:60], wrong) for text in texts if (wrong := reader.as_prompt(text))]
+        if found:
+            raise DataError(found)
 
 
 def _learnt_from(run: Path, settings: Settings, root: Path) -> tuple[Encoded, dict[str, Any]]:

@@ -59,11 +59,13 @@ def make_project(root: Path, concepts: Sequence[str] = ("blots",), **train: Any)
             "many_steps": 2,
             "max_prompts": 3,
             "curve_prompts": 2,
-            "kept_prompts": ["a red house", "two cats", "the sea"],
+            "kept_prompts": "data/prompts/three.txt",
         },
         "compute": {"launcher": "local"},
         "registry": ANYTHING_PASSES,
     }
+    (root / "data/prompts").mkdir()
+    (root / "data/prompts/three.txt").write_text("a red house\ntwo cats\nthe sea\n")
     for concept in concepts:
         (root / "data/concepts" / concept / "train.yaml").write_text(f"max_steps: {how['max_steps']}\n")
     (root / "params.yaml").write_text(yaml.safe_dump(settings))

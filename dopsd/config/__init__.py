@@ -64,7 +64,9 @@ class Settings(Group):
     @model_validator(mode="after")
     def _gate_has_more_steps(self) -> Settings:
         if missing := self.evaluation.missing_for(
-            self.registry, self.evaluation.few_steps or min(self.evaluation.steps)
+            self.registry,
+            self.evaluation.few_steps or min(self.evaluation.steps),
+            self.evaluation.many_steps or max(self.evaluation.steps),
         ):
             raise ValueError(missing)
         return self

@@ -286,12 +286,20 @@ class EvaluationSettings(Group):
                 raise ValueError(f"evaluation.{key} ({steps}) must be one of evaluation.steps")
         return self
 
-    def missing_for(self, registry: RegistrySettings, few: int) -> str:
-        """What the registry's gate lacks where ``few`` is the number of few steps: it compares with more of them."""
-        if not registry.enabled or registry.max_few_step_loss is None or max(self.steps) > few:
+    def missing_for(self, registry: RegistrySettings, few: int, many: int) -> str:
+        """What is missing for scores that the registry's gate asks for: more steps to compare ``few`` with, prompts
+        of which something is to be kept."""
+        if many < few:
+            return f"evaluation.many_steps ({many}) is below few_steps ({few}); it is what few steps are compared with"
+        if not registry.enabled:
             return ""
-        return (f"evaluation.steps {list(self.steps)} has none above {few}, and the registry compares {few} steps with "
-                "more; add a larger number, or set registry.enabled to false")  # fmt: skip
+        if registry.max_few_step_loss is not None and many == few:
+            return (f"evaluation.steps {list(self.steps)} has none above {few}, which the registry compares with; "
+                    "add a larger number (many_steps), or set registry.enabled to false")  # fmt: skip
+        if registry.min_kept is not None and self.kept_prompts == ():
+            return ("evaluation.kept_prompts is empty, and the registry asks what was kept; name some, or set "
+                    "registry.min_kept to null")  # fmt: skip
+        return ""
 
 
 class ComputeSettings(Group):

@@ -44,9 +44,10 @@ class Extras:
         asked = [self._splits[key.split][row] for row in rows]
         values: dict[str, Tensor] = {}
         if key.noise == 0 and key.steps in (self._few, self._many):
-            for number, text in enumerate(self._see.texts):
+            for text in self._see.texts:
                 score = text(images, [text_for_clip(prompt.text, *self._words) for prompt in asked])
-                values["prompt" if number == 0 else f"prompt@{kind_of(text.name)}"] = score
+                kind = kind_of(text.name)
+                values["reward" if kind == "reward" else f"prompt@{kind}" if "prompt" in values else "prompt"] = score
         if self._see.distances and key.split in (KEPT, NEAR):
             values |= self._from_base(key, rows, images)
         if self._see.distances and all(prompt.truth is not None for prompt in asked):
@@ -55,6 +56,16 @@ class Extras:
         if self._see.judges and self._judged(key):
             self._keep(key, rows, images)
         return {name: value.double().numpy() for name, value in values.items()}
+
+    def try_judges(self) -> None:
+        """Load every judge and ask it once, of a training picture: its faults are to be found before hours of drawing.
+        Raises ``BackboneError`` and ``ModelError``."""
+        for judge in self._see.judges:
+            picture = self._training[0].load()
+            judge([picture], [self._splits[CONCEPT][0].text], [picture])
+            release = getattr(judge, "release", None)
+            if release is not None:
+                release()
 
     def judge(self, cells: Mapping[Key, Cell]) -> dict[Key, dict[str, Values]]:
         """The judges' grades, 1 to 4, of the pictures that waited for them: a judge may be larger than all else."""
@@ -105,7 +116,8 @@ class Extras:
 def waiting_room(beside: Path) -> Iterator[Path]:
     """A folder on the disk of the results, for pictures that wait; gone afterwards."""
     beside.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{beside.name}.waiting-", dir=beside.parent) as folder:
+    # what a killed run left of it is swept as every half-written folder is
+    with tempfile.TemporaryDirectory(".partial", f"{beside.name}.waiting-", beside.parent) as folder:
         yield Path(folder)
 
 

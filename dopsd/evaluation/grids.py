@@ -113,13 +113,15 @@ class Gallery:
 
 
 def read_tiles(samples: Path, index: Mapping[str, Any]) -> dict[Key, dict[int, Path]]:
-    """The files of ``samples/``, by its ``index.json``; nothing outside of the folder is named."""
+    """The files of ``samples/``, by its ``index.json``. Raises ``ValueError`` for one that names anything else."""
     tiles: dict[Key, dict[int, Path]] = {}
     for entry in index["tiles"]:
         key = Key(str(entry["split"]), str(entry["model"]), int(entry["steps"]), int(entry["noise"]))
         files = {int(row): samples / name for row, name in entry["files"].items()}
         if not all(path.resolve().is_relative_to(samples.resolve()) for path in files.values()):
-            raise ValueError(f"{samples / 'index.json'}: names a file outside of {samples}")
+            raise ValueError(f"names a file outside of {samples}")
+        if not all(path.suffix in (".png", ".webp") for path in files.values()):
+            raise ValueError("names a file that is no picture of ours")
         tiles[key] = files
     return tiles
 

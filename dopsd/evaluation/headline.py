@@ -38,12 +38,13 @@ class Numbers:
         self.values: dict[str, float] = {}
         self.intervals: dict[str, list[float]] = {}
 
-    def add(self, key: str, value: float, resampled: Values | None) -> None:
-        """One number, rounded to what its interval can bear. NaN and infinity are left out."""
+    def add(self, key: str, value: float, resampled: Values | None, prompts: int = MIN_PROMPTS) -> None:
+        """One number of so many prompts, rounded to what its interval can bear. NaN and infinity are left out."""
         if not np.isfinite(value):
             return
         self.values[key] = round_(value)
-        if resampled is not None:
+        # of fewer prompts the resamples are too alike: one has no interval at all
+        if resampled is not None and prompts >= MIN_PROMPTS:
             self.intervals[key] = [round_(bound) for bound in interval(resampled)]
 
 
@@ -145,7 +146,7 @@ def _kept(numbers: Numbers, cells: Cells, model: str, asked: Asked, bootstrap: B
     ):
         values = kept_values(cells, split, model, steps)
         if values is not None:
-            numbers.add(name, float(values.mean()), bootstrap.means(values))
+            numbers.add(name, float(values.mean()), bootstrap.means(values), len(values))
 
 
 def kept_values(cells: Cells, split: str, model: str, steps: int) -> Values | None:
@@ -178,10 +179,11 @@ def _few_step(
     if not found:
         omitted["few_step"] = "evaluation.many_steps is no more than few_steps"
     if "old" in found:
-        numbers.add("few_step_old", float(found["old"].mean()), bootstrap.means(found["old"]))
+        numbers.add("few_step_old", float(found["old"].mean()), bootstrap.means(found["old"]), len(found["old"]))
     lead = _lead(cells[Key("concept", "base", asked.few)].values["likeness"], real, bootstrap)
     if "new" in found and lead is not None:
-        numbers.add("few_step_new", float(found["new"].mean()) / lead[0], bootstrap.means(found["new"]) / lead[0])
+        new = found["new"]
+        numbers.add("few_step_new", float(new.mean()) / lead[0], bootstrap.means(new) / lead[0], len(new))
     few, many = (Key("concept", model, steps) for steps in (asked.few, asked.many))
     its = [cells.get(key._replace(model="base")) for key in (few, many)]
     own = [cells.get(key) for key in (few, many)]
@@ -190,13 +192,15 @@ def _few_step(
         means = [bootstrap.means(values) for values in four]
         a, b, c, d = (values.mean() for values in four)
         if min(b, c, d) > 0:
-            numbers.add("few_step_sharpness", (a / b) / (c / d), _divide(means[0] * means[3], means[1] * means[2]))
+            numbers.add(
+                "few_step_sharpness", (a / b) / (c / d), _divide(means[0] * means[3], means[1] * means[2]), len(four[0])
+            )
 
 
 def _copied(numbers: Numbers, cells: Cells, model: str, few: int, bootstrap: Bootstrap) -> None:
-    """Which share of the samples is nearer to a training picture than any of the base's is."""
+    """Which share of the samples is a copy of a training picture, and nearer to it than the base's of that prompt."""
     base, tuned = (cells[Key("concept", name, few)].values["copy"] for name in ("base", model))
-    over = (tuned > max(float(base.max()), COPY)).astype(np.float64)
+    over = ((tuned > COPY) & (tuned > base)).astype(np.float64)
     numbers.add("copied", float(over.mean()), bootstrap.means(over))
 
 
@@ -246,7 +250,8 @@ def _ratio(
         return
     mine, its = tuned.values[score], base.values[score]
     if its.mean() > 0:
-        numbers.add(name, mine.mean() / its.mean(), _divide(bootstrap.means(mine), bootstrap.means(its)))
+        resampled = _divide(bootstrap.means(mine), bootstrap.means(its))
+        numbers.add(name, mine.mean() / its.mean(), resampled, len(mine))
 
 
 def _retention(numbers: Numbers, few: Cell, most: Cell | None, bootstrap: Bootstrap) -> None:

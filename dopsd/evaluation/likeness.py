@@ -18,6 +18,10 @@ Half = Literal["content", "style", "both"]
 HALVES: dict[str | None, Half] = {"style": "style", "subject": "content", None: "both"}
 """By a concept's kind, what of a picture is to be learnt."""
 
+LEAST_PICTURES = 6
+LEAST_DISTANCE = 1e-3
+"""Below it two pictures are one but for rounding."""
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -30,9 +34,10 @@ class Scale:
 
     @classmethod
     def of(cls, features: Tensor, content_dim: int) -> Scale:
-        """From features ``[N, D]`` of the base's pictures."""
-        deviation = features.std(0) if len(features) > 1 else torch.ones_like(features[0])
-        return cls(features.mean(0), deviation.clamp(min=1e-6), content_dim)
+        """From features ``[N, D]`` of the base's pictures; of fewer than six nobody knows what they share."""
+        if len(features) < LEAST_PICTURES:
+            return cls(torch.zeros_like(features[0]), torch.ones_like(features[0]), content_dim)
+        return cls(features.mean(0), features.std(0).clamp(min=1e-6), content_dim)
 
     def unit(self, features: Tensor, half: Half = "both") -> Tensor:
         """Unit vectors ``[N, d]`` of what two pictures are compared by."""
@@ -45,7 +50,7 @@ class Scale:
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         """One minus the cosine ``[N]`` of each row of ``a`` and ``b`` ``[N, D]``: 0 for the same picture."""
-        return 1 - (self.unit(a) * self.unit(b)).sum(1)
+        return (1 - (self.unit(a) * self.unit(b)).sum(1)).masked_fill((a == b).all(1), 0)
 
     def likeness(self, features: Tensor, reference: Tensor, half: Half) -> Tensor:
         """Mean cosine ``[N]`` of each row to the pictures of ``reference`` ``[M, D]``."""
@@ -67,4 +72,4 @@ def kept(distance: Tensor, seed_distance: Tensor) -> Tensor:
     A prompt's own counts where it is above the mean over prompts: of one that the base draws nearly alike from every
     noise, a difference that nobody sees would be called a loss.
     """
-    return 1 - distance / seed_distance.clamp(min=float(seed_distance.mean()) or 1e-6)
+    return 1 - distance / seed_distance.clamp(min=max(float(seed_distance.mean()), LEAST_DISTANCE))

@@ -45,6 +45,8 @@ def prompts_described(metrics: Mapping[str, Any]) -> str:
     count = metrics["counts"]["concept_prompts"]
     if metrics.get("unseen", True):
         return f"{count} prompts that were not trained on" if count > 1 else "1 prompt that was not trained on"
+    if metrics.get("trained_on", count) < count:
+        return f"{count} prompts, of which {metrics['trained_on']} are captions of training pictures"
     return f"{count} caption{'s' if count > 1 else ''} of the training pictures"
 
 
@@ -93,6 +95,7 @@ SCORES: dict[str, Score] = {
         Score("copy", "copy", "lower", "structural similarity to the nearest training picture; 1 is the same picture"),
         Score("target", "distance to the target", "lower", "of features or pixels, to the picture that was asked for"),
         Score("judge", "judge's grade", "higher", "of a vision-language model by a written rubric, 1 to 4", 2),
+        Score("reward", "reward", "higher", "of a model that was tuned on which pictures people preferred"),
         Score("prompt", "prompt following", "higher", "how well a text-image model finds the prompt in the picture"),
         Score("structure", "structure", "higher", "structural similarity to the true picture, at its best over shifts "
               "of up to 2 of 64 pixels"),

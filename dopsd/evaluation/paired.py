@@ -21,6 +21,12 @@ LARGEST, MOST_NAMES, MOST_PROMPTS = 16 * 2**20, 100, 100_000
 """Of a file in bytes; of scores and of models; of one list."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
+
+def is_name(text: str) -> bool:
+    """Whether a model or score may be called so."""
+    return _NAME.fullmatch(text) is not None
+
+
 Values = Mapping[str, Mapping[str, tuple[float, ...]]]
 """Score to ``first`` and, where they were drawn from a second noise, ``second``: one number per prompt."""
 

@@ -96,7 +96,7 @@ def train_probe(
     if len(train) < MIN_CONCEPTS:
         raise ValueError(
             f"style probe: {len(train)} concepts are left to train it on, at least {MIN_CONCEPTS} are needed; lower "
-            "evaluation.max_prompts or evaluation.kept_prompts"
+            "evaluation.max_prompts or evaluation.known_prompts"
         )
     clean, clean_y = _pictures(world, styles, train)
     copies = [("real pictures", clean, clean_y), ("degraded", [degrade(image, draw) for image in clean], clean_y)]

@@ -110,6 +110,15 @@ def read_kind(table: ConceptTable, world: World | None) -> Kind:
     return Kind(kind, style)
 
 
+def check_questions(
+    table: ConceptTable, holdout: ConceptTable | None, world: World | None, settings: Settings
+) -> None:  # fmt: skip
+    """Raise :class:`EvaluationError` for what the evaluation cannot ask of these data with these settings."""
+    read_kind(table, world)
+    if settings.evaluation.prompts and not (holdout and holdout.rows) and any(row.references for row in table.rows):
+        raise EvaluationError("evaluation.prompts: they have no pictures to edit; add holdout/ to the data set")
+
+
 def concept_prompts(
     table: ConceptTable, holdout: ConceptTable | None, world: World | None, kind: Kind, settings: Settings
 ) -> list[Prompt]:
@@ -117,8 +126,7 @@ def concept_prompts(
     side, limit, teachers = settings.data.resolution, settings.data.max_pixels, settings.model.teacher_variant
     extra = settings.evaluation.prompts
     if (holdout is None or not holdout.rows) and extra:
-        if any(row.references for row in table.rows):
-            raise EvaluationError("evaluation.prompts: they have no pictures to edit; add holdout/ to the data set")
+        check_questions(table, holdout, None, settings)
         return [Prompt(text, i, side, side) for i, text in enumerate(extra[: settings.evaluation.max_prompts])]
     known = table if holdout is None or not holdout.rows else holdout
     order = np.random.default_rng(settings.evaluation.seed).permutation(len(known.rows))

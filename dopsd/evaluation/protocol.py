@@ -147,6 +147,8 @@ def text_for_clip(text: str, placeholder: str, label: str = "") -> str:
         text = re.sub(rf"{mark}(?:\s+{re.escape(label)}\b)?", lambda _: label, text, flags=re.IGNORECASE)
     else:
         text = re.sub(rf"[,\s]*(?:\bin\s+(?:the\s+)?)?{mark}[ -]styles?\b", "", text, flags=re.IGNORECASE)
+        text = re.sub(rf"[,\s]*(?:\bin\s+(?:the\s+)?)?style\s+of\s+{mark}(?!\w)", "", text, flags=re.IGNORECASE)
+        text = re.sub(rf"{mark}'s\s+", "", text, flags=re.IGNORECASE)
         text = re.sub(rf"\s*{mark}", "", text, flags=re.IGNORECASE)
     return re.sub(r"\s+(?=[,.])", "", " ".join(text.split())).strip(" ,")
 

@@ -30,7 +30,7 @@ def published(cells: Cells, models: Sequence[str], few: int, bootstrap: Bootstra
                     numbers.add(name, float(rewrite.values[score].mean()), bootstrap.means(rewrite.values[score]))
         for name, score in _OVER_ALL.items():
             found = [cell.values[score] for cell in (rewrite, tests) if cell is not None and score in cell.values]
-            if found:
+            if len(found) == 2:  # over all five or not at all: the teacher rewrites nothing
                 values = np.concatenate(found)
                 numbers.add(name, float(values.mean()), bootstrap.means(values))
         out[model] = numbers

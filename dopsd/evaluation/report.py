@@ -173,7 +173,11 @@ class _Pictures:
     def __init__(self, evaluation: Path, metrics: Mapping[str, Any]) -> None:
         self.index = _read_json(evaluation / "samples" / "index.json")
         self._by_prompt = _read_json(evaluation / PROMPTS)
-        self._tiles = read_tiles(evaluation / "samples", self.index)
+        try:
+            self._tiles = read_tiles(evaluation / "samples", self.index)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            where = evaluation / "samples" / "index.json"
+            raise ReportError(f"{where}: no index of samples ({error}); run stage evaluate again") from None
         self._few, self._models = metrics["few_steps"], metrics["models"]
         self._main = main_model(metrics) or ""
         self._ids = count()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -24,15 +25,18 @@ from dopsd.data.manifest import ConceptTable
 from dopsd.data.pictures import Picture
 from dopsd.files import whole_folder
 from dopsd.models.base import Conditioning, Family
+from dopsd.models.sources import ModelError
 from dopsd.train.encode import encode_contexts, encode_prompts
 from dopsd.train.workers import Workers
 
 from . import prompts
-from .backbones import FeatureStore, load_backbones
+from .backbones import BackboneError, FeatureStore, load_backbones
 from .compare import compared, looks_of
 from .draws import Job, Key, Subject, draw_all, parts_of
 from .extras import Extras, waiting_room, with_values
 from .grids import Gallery
+from .naming import REFERENCES
+from .paired import is_name
 from .probe import StyleProbe, decoded, round_trip, train_probe
 from .prompts import CONCEPT, KEPT, KNOWN, NEAR, EvaluationError, Kind, Prompt
 from .scoring import Cell, Scorer, in_order
@@ -42,11 +46,15 @@ from .world import World
 __all__ = ["EvaluationError", "Subject", "evaluate"]
 
 
-def subjects_in(adapters: Path) -> list[Subject]:
-    """What is compared: the base, its teacher, and every adapter there is, D-OPSD's first."""
-    trained = sorted(adapters.glob("*.safetensors"), key=lambda path: (path.stem != "d-opsd", path.stem))
+def subjects_in(adapters: Path, first: str = "d-opsd") -> list[Subject]:
+    """What is compared: the base, its teacher, and every adapter there is, that of the method ``first`` first."""
+    trained = sorted(adapters.glob("*.safetensors"), key=lambda path: (path.stem != first, path.stem))
     if not trained:
         raise EvaluationError(f"{adapters}: no adapter there; run stage train first")
+    for path in trained:
+        if not is_name(path.stem) or path.stem in REFERENCES:
+            raise EvaluationError(f"{path}: an adapter's name is of a-z, 0-9, _ and -, and none of "
+                                  f"{', '.join(REFERENCES)}; rename it or move it away")  # fmt: skip
     return [Subject("base", None), Subject("teacher", None), *(Subject(path.stem, path) for path in trained)]
 
 
@@ -106,17 +114,24 @@ def evaluate(
         few, many = settings.evaluation.few, settings.evaluation.many
         words = (settings.data.placeholder, plan.kind.label)
         extras = Extras(backbones, plan.splits, plan.training, words, few, many, waiting)
+        extras.try_judges()
         cells |= _run(family, subjects, plan, scorers, extras, gallery, settings, workers)
+        backbones.release()
+        omitted = {}
         if backbones.judges:
             family.parts.release(family.parts.loaded())
-        for key, grades in extras.judge(cells).items():
-            cells[key] = with_values(cells[key], grades)
-        backbones.release()
+            try:
+                for key, grades in extras.judge(cells).items():
+                    cells[key] = with_values(cells[key], grades)
+            except (BackboneError, ModelError, torch.OutOfMemoryError) as error:  # all else is measured
+                omitted["judge"] = " ".join(str(error).split())[:300]
+                print(f"evaluate: no grades: {omitted['judge']}")
+            backbones.release()
         dims = {store.backbone.name: store.backbone.content_dim for store in stores}
         looks = looks_of(cells, scorers["concept"].training, dims, plan.kind.kind, few)
         found = Evaluated(
             table.name, plan.kind, family.teaching.context, plan.splits, plan.trained, names,
-            compared(cells, looks), looks[0], scorers, probe, settings,
+            compared(cells, looks), looks[0], scorers, probe, settings, omitted,
         )  # fmt: skip
         metrics = write_results(found, partial)
         gallery.write()

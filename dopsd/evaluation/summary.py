@@ -42,6 +42,7 @@ class Evaluated:
     scorers: Mapping[str, Scorer]
     probe: StyleProbe | None
     settings: Settings
+    omitted: Mapping[str, str]
 
     @property
     def asked(self) -> Asked:
@@ -72,9 +73,14 @@ def write_results(found: Evaluated, folder: Path) -> dict[str, Any]:
 def _metrics(found: Evaluated) -> dict[str, Any]:
     evaluation, asked, scorers, cells = found.settings.evaluation, found.asked, found.scorers, found.cells
     bootstrap = Bootstrap(evaluation.seed)
-    omitted = dict(scorers["concept"].omitted)
+    omitted = {**scorers["concept"].omitted, **found.omitted}
+    if evaluation.protocol == "published":
+        asks = "the published protocol asks for no held-out pictures"
+        omitted |= dict.fromkeys({"cosine", "structure", "mse", "kid"} & omitted.keys(), asks)
     if KEPT not in found.splits:
-        omitted["kept"] = "evaluation.kept_prompts is empty"
+        rehearsed = rehearsed_of(found.settings)
+        reason = f"all {rehearsed} general prompts are rehearsed by replay"
+        omitted["kept"] = reason if rehearsed else "evaluation.kept_prompts is empty"
     if KNOWN not in found.splits:
         omitted["known_lowest"] = "no world of known styles belongs to this base"
     if found.context == "edit" and "teacher" in found.models:
@@ -82,6 +88,7 @@ def _metrics(found: Evaluated) -> dict[str, Any]:
         omitted["gap_closed_style"] = omitted["gap_closed_truth"] = (
             "the teacher is asked to follow the picture that it is shown, its background and composition too"
         )
+    trained_on = sum(prompt.text in set(found.captions) for prompt in found.splits[CONCEPT])
     real, paired = found.real, paired_of(cells, found.models, asked)
     main = next((model for model in found.models if model not in REFERENCES), None)
     head = headline.headline(cells, found.models, real, asked, bootstrap, omitted)
@@ -92,7 +99,8 @@ def _metrics(found: Evaluated) -> dict[str, Any]:
         "kind": found.kind.kind,
         "style": found.kind.style,
         "context": found.context,
-        "unseen": not {prompt.text for prompt in found.splits["concept"]} & set(found.captions),
+        "trained_on": trained_on,
+        "unseen": not trained_on,
         "truth": all(prompt.truth is not None for prompt in found.splits["concept"]),
         "few_steps": asked.few,
         "most_steps": asked.many,
@@ -147,11 +155,14 @@ def _probe_summary(found: Evaluated) -> dict[str, Any]:
 
 def _by_prompt(found: Evaluated) -> dict[str, Any]:
     """Prompt by prompt, with few steps: what the report sorts by and shows beside the pictures."""
-    wanted = ("likeness", "kept", "copy", "nearest", "cosine", "style")
+    wanted = ("likeness", "kept", "copy", "cosine", "style")
     out: dict[str, Any] = {}
     for key, cell in found.cells.items():
         if key.steps in (0, found.asked.few):
-            values = {name: [float(f"{v:.4g}") for v in cell.values[name]] for name in wanted if name in cell.values}
+            values: dict[str, list[float]] = {
+                name: [float(f"{v:.4g}") for v in cell.values[name]] for name in wanted if name in cell.values
+            }
+            values["nearest"] = [int(place) for place in cell.values["nearest"]]
             out.setdefault(key.split, {}).setdefault(key.model, {})[str(key.noise)] = values
     return out
 

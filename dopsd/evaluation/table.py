@@ -11,11 +11,11 @@ from rich.table import Table
 
 from .naming import REFERENCES, main_model, name_of, probe_right, prompts_described, score_of
 
-COLUMNS = ("likeness", "style", "cosine", "concept_top1", "prompt", "judge", "sharpness", "copy", "kid")
+COLUMNS = ("likeness", "style", "cosine", "concept_top1", "prompt", "reward", "judge", "sharpness", "copy", "kid")
 """Scores of the concept's prompts that the table shows, where they exist."""
-KEPT_COLUMNS = ("kept", "prompt")
+KEPT_COLUMNS = ("kept", "prompt", "reward")
 KNOWN_COLUMNS = ("style", "cosine", "concept_top1", "structure", "sharpness", "mse")
-_OF_SPLIT = {"concept": COLUMNS, "rewrite": ("target", "prompt", "judge"), "kept": KEPT_COLUMNS, "near": KEPT_COLUMNS,
+_OF_SPLIT = {"concept": COLUMNS, "rewrite": (), "kept": KEPT_COLUMNS, "near": KEPT_COLUMNS,
              "known": KNOWN_COLUMNS}  # fmt: skip
 PUBLISHED = {"dino_d": "DINO-D ↓", "lpips_d": "LPIPS-D ↓", "clip_s": "CLIP-S ↑", "judge": "judge, 1 to 4 ↑"}
 LEARNT_COLUMNS = (

@@ -132,7 +132,9 @@ def _few_step(metrics: Mapping[str, Any], model: str) -> Answer:
     level = _not_told(_level(value, FEW_STEP), low, FEW_STEP)
     if level in ("fair", "poor") and high is not None and high >= 0:
         level = "fair"  # may be chance
+    blurred = False
     if sharp is not None and (sharp_high is None or sharp_high < 1):
+        blurred = _worse(level, _level(sharp, SHARP)) != level
         level = _worse(level, _level(sharp, SHARP))
     beside = [(label, _signed(_number(metrics, model, name)[0])) for name, label in _ON.items()]
     beside += [("sharpness, beside the base's", f"{sharp:.2f}")] if sharp is not None else []
@@ -147,14 +149,17 @@ def _few_step(metrics: Mapping[str, Any], model: str) -> Answer:
     what = {"few_step_new": "goes {} of the way to real pictures", "few_step_old": "keeps {} of the base's pictures"}[
         key
     ]
+    where = f"Where it loses most, {_ON[key]}" if value < 0 else f"{_ON[key][0].upper()}{_ON[key][1:]}"
     sentence = (
-        f"Where it loses most, {_ON[key]}, it {what.format(less)} in {few} step{'s' if few > 1 else ''} {than} in "
+        f"{where}, it {what.format(less)} in {few} step{'s' if few > 1 else ''} {than} in "
         f"{many}, what the base itself loses taken off."
     )
     if level == "unknown":
         sentence += " On so few prompts it may have lost much more."
     elif value < 0 and high is not None and high >= 0 and than == "than":
         sentence += " That may be chance."
+    if blurred and sharp is not None:
+        sentence += f" But few steps blur: they have {sharp:.2f} times the sharpness of many, beside the base's."
     return Answer(
         "few_step", title, level, _signed(value), _between(low, high), sentence,
         tuple((label, text) for label, text in beside if text != "–"), tuple(rivals),
@@ -238,8 +243,8 @@ def _on_copies(metrics: Mapping[str, Any], model: str) -> list[str]:
 
 
 def _on_near(metrics: Mapping[str, Any], model: str) -> list[str]:
-    value = _number(metrics, model, "kept_near")[0]
-    if value is None or value >= KEPT[1]:
+    _, _, high = _number(metrics, model, "kept_near")
+    if high is None or high >= KEPT[1]:
         return []
     return ["Asked for what the captions say without the placeholder, it draws something else than the base did: the "
             "concept has leaked into plain words."]  # fmt: skip

@@ -76,9 +76,9 @@ def resolved(settings: Settings) -> Settings:
     few = evaluation.few_steps or family.few_steps
     if few not in evaluation.steps:
         raise ModelError(f"evaluation.few_steps ({few}) must be one of evaluation.steps")
-    own = family.many_steps if family.many_steps in evaluation.steps else max(evaluation.steps)
-    many = evaluation.many_steps or own
-    if missing := evaluation.missing_for(settings.registry, few):
+    own = family.many_steps if family.many_steps in evaluation.steps and family.many_steps > few else 0
+    many = evaluation.many_steps or own or max(evaluation.steps)
+    if missing := evaluation.missing_for(settings.registry, few, many):
         raise ModelError(missing)
     backbones = evaluation.backbones
     if evaluation.protocol == "published" and backbones == EvaluationSettings().backbones:

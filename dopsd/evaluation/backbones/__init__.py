@@ -15,16 +15,18 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from dopsd.config.groups import EvaluationSettings
 from dopsd.models.folder import read_json
 from dopsd.models.loading import frozen
 from dopsd.models.whole import load_whole
+from dopsd.params import NOTHING_SEEN, Seen
 
 from . import efficientnet, lpips, vision
 from .base import Backbone as Backbone
 from .base import BackboneError as BackboneError
 from .base import Distance, Judge, TextScore
 from .base import kind_of as kind_of
-from .judge import VisionJudge, read_rubric
+from .judge import VisionJudge, read_rubric, rubric_of
 from .sources import KINDS, Found, find
 from .store import FeatureStore as FeatureStore
 from .store import picture_key as picture_key
@@ -58,6 +60,15 @@ def check_backbones(names: Sequence[str], root: Path = Path(), rubric: str | Non
     if any(one.kind == "judge" for one in found):
         read_rubric(rubric, root)
     return found
+
+
+def seen_of(evaluation: EvaluationSettings, root: Path) -> Seen:
+    """What an evaluation sees with, for its plan: nothing to say of the embedded backbone alone. Files of others are
+    found, or fetched. Raises as :func:`check_backbones`."""
+    if evaluation.backbones == (efficientnet.NAME,):
+        return NOTHING_SEEN
+    found = check_backbones(evaluation.backbones, root, evaluation.rubric)
+    return Seen(tuple(one.name for one in found), rubric_of(evaluation, root))
 
 
 def load_backbones(
