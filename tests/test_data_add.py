@@ -194,6 +194,8 @@ def test_what_was_added_is_said_by_folder_and_what_to_know_of_it_too(tmp_path, p
     """By the command, as a person sees it; stage validate says the same again."""
     settings = (Path(__file__).parents[1] / "params.yaml").read_text()
     (project / "params.yaml").write_text(settings.replace("[style-ink, style-3d, subject-wolf]", "[]"))
+    (project / "data/prompts").mkdir(parents=True)
+    (project / "data/prompts/emoji-turbo.txt").write_text("a cat, flat style\n")
     folder = tmp_path / "mine"
     for place, count, side in ((folder, 3, 64), (folder / "dogs", 2, 64), (folder / "holdout", 2, 48)):
         place.mkdir()

@@ -92,6 +92,8 @@ def test_what_is_asked_is_what_would_run(tmp_path: Path, monkeypatch: pytest.Mon
     file = params(tmp_path, "z-image-turbo", load_settings(ROOT / "recipes/z-image-turbo.yaml").model.path)
     own = tmp_path / "data/concepts/big/train.yaml"
     own.parent.mkdir(parents=True)
+    (tmp_path / "data/prompts").mkdir()
+    (tmp_path / "data/prompts/general.txt").write_text("a red house\n")
     own.write_text("lora: {rank: 8}\n", encoding="utf-8")
 
     def ask(*overrides: str, concept: str | None = None) -> None:

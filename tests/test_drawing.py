@@ -166,7 +166,7 @@ def test_a_batch_that_does_not_fit_is_drawn_in_halves_and_one_picture_is_one_cle
 
     tight = Cramped.of("transformer", 2)
     numbers = evaluated(tight)["scores"]
-    assert {count for _, count in tight.seen} == {4, 2}
+    assert {4, 2} <= {count for _, count in tight.seen}
     for key, value in evaluated(tiny.tiny_family())["scores"]["concept"]["base"].items():
         assert numbers["concept"]["base"][key] == pytest.approx(value, rel=1e-2, abs=1e-3)
     with pytest.raises(EvaluationError, match="64 x 64 pixels") as error:

@@ -11,14 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dopsd import identity, versions
 from dopsd.config import Settings, load_settings
+from dopsd.config.groups import EvaluationSettings
 from dopsd.data.encoded import Encoded
+from dopsd.evaluation.backbones import seen_of
 from dopsd.evaluation.backbones.judge import rubric_of
 from dopsd.models import open_base, resolved
+from dopsd.params import Seen
 from emoji_turbo import architecture
 from tests import tiny
+from tests.seeing import write_eyes
 from tests.tiny_project import make_project
 
 ROOT = Path(__file__).parent.parent
@@ -63,12 +68,44 @@ def test_a_rubric_counts_by_its_text_and_only_where_something_grades_by_it(tmp_p
     def evaluated(text: str, backbones: str) -> Any:
         (tmp_path / "rubric.txt").write_text(text)
         settings = resolved(load_settings(SHIPPED, (f"evaluation.rubric={tmp_path}/rubric.txt", backbones)))
-        rubric = rubric_of(settings.evaluation, ROOT)
-        return identity.plan_of(settings, open_base(settings.model, ROOT), rubric=rubric)["evaluate"]
+        seen = Seen(("judge:x#1",) if "judge" in backbones else (), rubric_of(settings.evaluation, ROOT))
+        return identity.plan_of(settings, open_base(settings.model, ROOT), seen=seen)["evaluate"]
 
     judged, unjudged = "evaluation.backbones=[efficientnet-lite0,judge]", "evaluation.backbones=[efficientnet-lite0]"
     assert evaluated("1 2 3 4", judged) == evaluated("1 2 3 4", judged) != evaluated("4 3 2 1", judged)
     assert evaluated("1 2 3 4", unjudged) == evaluated("4 3 2 1", unjudged)
+
+
+def test_backbones_count_by_their_weights(tmp_path: Path) -> None:
+    """Another folder of one name is another evaluation, to DVC and to the registry's gate."""
+    settings, validated = (
+        resolved(load_settings(SHIPPED)),
+        dict.fromkeys(("content_hash", "holdout_hash", "kind_hash"), "x"),
+    )
+    plans = [identity.plan_of(settings, open_base(settings.model, ROOT), seen=Seen((name,))) for name in ("a#1", "a#2")]
+    assert plans[0]["evaluate"] != plans[1]["evaluate"]
+    assert identity.ground_of(plans[0], validated) != identity.ground_of(plans[1], validated)
+    folders = write_eyes(tmp_path)
+    evaluation = EvaluationSettings(backbones=(f"dinov2:{folders['dinov2']}",))
+    before = seen_of(evaluation, tmp_path)
+    weights = folders["dinov2"] / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+    assert seen_of(evaluation, tmp_path) != before
+    assert seen_of(EvaluationSettings(), tmp_path) == Seen()
+
+
+@pytest.mark.parametrize(
+    ("change", "moves"),
+    [
+        ("evaluation.batch_size=3", False), ("evaluation.steps=[4,32]", False), ("evaluation.known_prompts=7", False),
+        ("train.replay.prompts=[a fox]", False), ("evaluation.seed=5", True), ("evaluation.many_steps=8", True),
+        ("evaluation.kept_count=7", True), ("train.replay.prompts=['a chicken, flat style']", True),
+    ],
+)  # fmt: skip
+def test_the_anchors_ground_moves_with_what_its_scores_are_of_alone(change: str, moves: bool) -> None:
+    validated = dict.fromkeys(("content_hash", "holdout_hash", "kind_hash"), "x")
+    before, after = (identity.ground_of(plan(load_settings(SHIPPED, more)), validated) for more in ((), (change,)))
+    assert (before != after) == moves
 
 
 def test_the_first_backbone_alone_is_what_was_before_there_were_others() -> None:
@@ -98,7 +135,6 @@ def changed(*overrides: str) -> set[str]:
         ("train.preview_count=2", {"encode"}),
         ("data.min_images=5", {"validate"}),
         ("evaluation.backbones=[efficientnet-lite0]", set()),
-        ("evaluation.backbones=[efficientnet-lite0,lpips]", {"evaluate"}),
         ("evaluation.rubric=some.txt", set()),
         ("data.max_pixels=5000000", {"validate"}),
         ("data.allow=[copies]", {"validate"}),

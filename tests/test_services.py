@@ -238,7 +238,7 @@ def test_both_web_pages_show_the_run(service: Stack) -> None:
         page.open(f"{prefect}/runs/flow-run/{flow_run}", "Completed", "tune blots")
         page.open(f"{prefect}/artifacts/artifact/{artifact['latest_id']}", "D-OPSD", "the version in MLflow", "its run")
         page.open(f"{experiment}/runs/{about.run_id}", "dopsd.flow_run.id", "dopsd-blots")
-        page.open(f"{experiment}/runs/{method.info.run_id}/model-metrics", "preview/student", "images_per_second")
+        page.open(f"{experiment}/runs/{method.info.run_id}/model-metrics", "preview/student")
         page.wait_for_pictures(2)
         page.open(f"{experiment}/runs/{method.info.run_id}/artifacts", "images")
 
