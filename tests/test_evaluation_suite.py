@@ -19,7 +19,7 @@ from dopsd.evaluation.metrics import laplacian_energy
 from dopsd.evaluation.paired import PAIRED, read_paired
 from dopsd.evaluation.probe import world_picture
 from dopsd.evaluation.report import write_report
-from dopsd.evaluation.suite import EvaluationError, Subject, evaluate
+from dopsd.evaluation.suite import EvaluationError, Subject, evaluate, subjects_in
 from dopsd.evaluation.table import headline_columns, headline_rows, headline_tables, table_as_text
 from dopsd.evaluation.verdict import answers, verdict
 from emoji_turbo.captions import concept_caption
@@ -298,6 +298,39 @@ def test_the_verdict_follows_the_numbers(run, numbers, said):
     metrics["headline"]["d-opsd"] = {key: value[0] for key, value in found.items()}
     metrics["intervals"]["headline"]["d-opsd"] = {key: list(value[1:]) for key, value in found.items()}
     assert verdict(metrics)[0].startswith(said)
+
+
+def test_what_has_no_interval_is_not_told(run):
+    """Of fewer than six prompts there is none: a bootstrap of one prompt has no width at all."""
+    metrics = json.loads(json.dumps(run[1]))
+    found = {"learnt": 0.9, "few_step_new": -0.5, "few_step_old": 0.0, "kept": 0.9, "kept_near": -1.0, "diversity": 0.4}
+    metrics["headline"]["d-opsd"], metrics["intervals"]["headline"]["d-opsd"] = found, {"learnt": [0.8, 1.0]}
+    assert verdict(metrics)[0] == "D-OPSD learnt the new style."
+    assert not [text for text in verdict(metrics)[1] if "leaked" in text or "less diverse" in text]
+
+
+def test_where_few_steps_blur_the_page_says_so(run):
+    metrics = json.loads(json.dumps(run[1]))
+    found = {"learnt": [0.9, 0.8, 1.0], "few_step_new": [0.03, 0.02, 0.04], "few_step_sharpness": [0.5, 0.4, 0.6]}
+    metrics["headline"]["d-opsd"] = {key: value[0] for key, value in found.items()}
+    metrics["intervals"]["headline"]["d-opsd"] = {key: value[1:] for key, value in found.items()}
+    head, sentences = verdict(metrics)
+    assert "lost its 1 step" in head
+    assert any("0.50 times the sharpness of many" in text for text in sentences)
+    assert not any("loses most" in text for text in sentences)
+
+
+@pytest.mark.parametrize("name", ["d-opsd 2", "SFT", "my.lora", "real"])
+def test_an_adapter_that_no_table_can_name_is_refused_before_anything_is_drawn(tmp_path, name):
+    (tmp_path / f"{name}.safetensors").touch()
+    with pytest.raises(EvaluationError, match=re.escape(f"{name}.safetensors: an adapter's name is of a-z")):
+        subjects_in(tmp_path)
+
+
+def test_the_registered_method_is_the_one_that_the_page_is_about(tmp_path):
+    for name in ("d-opsd", "off-policy", "sft"):
+        (tmp_path / f"{name}.safetensors").touch()
+    assert [s.name for s in subjects_in(tmp_path, "sft")] == ["base", "teacher", "sft", "d-opsd", "off-policy"]
 
 
 def test_nothing_above_one_is_said(run):

@@ -319,3 +319,23 @@ def test_a_picture_opens_large_and_closes_again(shown: tuple[Browser, str], widt
         assert tab.run(OPENED) == 1
         tab.click_at(*where)
         assert tab.run(OPENED) == 0, "nor does what lies below open"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index.update(tiles=[{}]),
+        lambda index: index["tiles"][0]["files"].update({"0": "../../../etc/passwd.png"}),
+        lambda index: index["tiles"][0]["files"].update({"0": 'a.png" onload="alert(1)'}),
+        lambda index: index.update(tiles=3),
+    ],
+)
+def test_an_index_that_is_none_is_one_line_and_no_page(evaluation, tmp_path, change):
+    folder = tmp_path / "evaluation"
+    shutil.copytree(evaluation, folder)
+    index = json.loads((folder / "samples/index.json").read_text())
+    change(index)
+    (folder / "samples/index.json").write_text(json.dumps(index))
+    with pytest.raises(ReportError, match=r"index\.json: no index of samples .*; run stage evaluate again"):
+        write_report(folder, tmp_path / "none", {}, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()

@@ -272,8 +272,10 @@ def _level(value: float, thresholds: tuple[float, float]) -> Level:
 
 
 def _not_told(level: Level, low: float | None, thresholds: tuple[float, float]) -> Level:
-    """Good is nothing that may as well be poor."""
-    return "unknown" if level == "good" and low is not None and low < thresholds[1] else level
+    """Good is nothing that may as well be poor; of fewer than six prompts, which have no interval, nothing is known."""
+    if low is None:
+        return "unknown"
+    return "unknown" if level == "good" and low < thresholds[1] else level
 
 
 def _worse(one: Level, other: Level) -> Level:
