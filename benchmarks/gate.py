@@ -205,7 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--noise", nargs=2, type=Path)
     given = parser.parse_args()
-    noise = measure(*given.noise) if given.noise else json.loads(OUT.read_text())["noise"]
+    noise = measure(*given.noise) if given.noise else json.loads(OUT.read_text(encoding="utf-8"))["noise"]
     found: dict[str, Any] = {
         "command": "python benchmarks/gate.py", "date": date.today().isoformat(), "nights": NIGHTS, "repeats": REPEATS,
         "noise": noise, "settings": SETTINGS.model_dump(mode="json"), "delta_widths": gate.DELTA_WIDTHS,

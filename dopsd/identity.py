@@ -194,7 +194,7 @@ def ground_of(plan: Plan, validated: Mapping[str, Any]) -> str:
     and scores; not the pictures that were trained on, nor how many steps the curves have."""
     asked, rehearsed = plan["evaluate"], set(plan["evaluate"]["replayed"])
     evaluation = {key: value for key, value in asked["evaluation"].items() if key not in _BESIDE_THE_GATE}
-    left_out = sorted(rehearsed & set(evaluation.get("kept_prompts", ())))
+    left_out = sorted(rehearsed.intersection(evaluation["kept_prompts"]))
     parts = [asked["version"], asked["base"], asked["model"], asked["data"], evaluation, left_out]
     return hash_of([parts, [validated[key] for key in ("holdout_hash", "kind_hash")]])
 

@@ -115,7 +115,7 @@ def check_texts(settings: Settings, reader: Reader, held_out: bool) -> None:
         "train.replay.prompts": train.replay.prompts if train.replay.weight > 0 else (),
         "train.preview_prompts": train.preview_prompts,
         "evaluation.prompts": () if held_out else settings.evaluation.prompts,
-        "evaluation.kept_prompts": settings.evaluation.kept_texts,
+        "evaluation.kept_prompts": () if isinstance(kept := settings.evaluation.kept_prompts, str) else kept,
     }
     for key, texts in prompts.items():
         for number, text in enumerate(texts, start=1):

@@ -260,7 +260,7 @@ def test_a_file_of_prompts_that_is_none_is_named_with_its_setting(
     if content is not None:
         (tmp_path / "mine.txt").write_bytes(content)
     with pytest.raises(SettingsError, match=r"evaluation\.kept_prompts: .*mine\.txt") as error:
-        load_settings(path).of("style-ink", tmp_path)
+        load_settings(path).of("style-ink", tmp_path).evaluation.kept_texts  # noqa: B018
     assert said in str(error.value)
 
 

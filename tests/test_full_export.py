@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from dopsd.config import load_settings
 from dopsd.distill.adapters import adapter_applied
 from dopsd.distill.weights import train_weights
-from dopsd.evaluation.suite import _draw_all, _Part
+from dopsd.evaluation.draws import Key, Part, draw_all
 from dopsd.export import CARD_FILE, WEIGHTS, ExportError, check_export, draw_student, export_trained
 from dopsd.given import read_export
 from dopsd.models import load_family
@@ -170,13 +170,14 @@ def test_trained_weights_are_not_sent_to_the_workers_that_draw(folders: dict[str
     path = pair.save(tmp_path / "student.safetensors")
     pair.remove()
     (told,) = family.encode_prompt([Request("a fox")])
-    parts = [_Part(name, file, 2, 64, 64, [0], [5], [told]) for name, file in (("base", None), ("d-opsd", path))]
+    asked = (("base", None), ("d-opsd", path))
+    parts = [Part(Key("concept", name, 2), file, 64, 64, [0], [5], [told]) for name, file in asked]
 
     class Closed:
         def map(self, *_: object) -> None:
             raise AssertionError("sent away")
 
-    (base,), (trained,) = _draw_all(family, parts, Closed())  # type: ignore[arg-type]
+    (_, (base,)), (_, (trained,)) = draw_all(family, parts, Closed())  # type: ignore[arg-type]
     assert _apart(base, trained) > 1
-    ((alone,),) = _draw_all(family, parts[1:], None)
+    ((_, (alone,)),) = draw_all(family, parts[1:], None)
     assert _apart(alone, trained) == 0

@@ -6,6 +6,7 @@ each key means is said in :mod:`dopsd.config.groups`.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -102,8 +103,10 @@ class Settings(Group):
 
     def _evaluation(self, root: Path) -> EvaluationSettings:
         """With the general prompts themselves in place of their file's name: results are made of them."""
-        if not isinstance(self.evaluation.kept_prompts, str):
-            return self.evaluation
+        if not isinstance(self.evaluation.kept_prompts, str) or not os.path.lexists(
+            root / self.evaluation.kept_prompts
+        ):
+            return self.evaluation  # whoever asks for what is not there says so
         prompts = read_prompts(root, self.evaluation.kept_prompts, "evaluation.kept_prompts")
         return self.evaluation.model_copy(update={"kept_prompts": prompts})
 

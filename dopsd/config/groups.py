@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from dopsd.params import AtLeastOne, Beta, EachOnce, Eyes, Pattern, Positive, Rate, Seed
+from dopsd.params import AtLeastOne, Beta, EachOnce, Eyes, Pattern, Positive, Rate, Seed, SettingsError
 
 Method = Literal["d-opsd", "sft", "sft-teacher", "off-policy"]
 Quantization = Literal["none", "int8", "fp8", "nf4"]
@@ -274,9 +274,11 @@ class EvaluationSettings(Group):
 
     @property
     def kept_texts(self) -> tuple[str, ...]:
-        """The general prompts, of a concept's own settings (:meth:`Settings.of`)."""
+        """The general prompts, of a concept's own settings (:meth:`Settings.of`). Raises :class:`SettingsError` where
+        their file was not there."""
         if isinstance(self.kept_prompts, str):
-            raise ValueError("evaluation.kept_prompts names a file that was not read")
+            raise SettingsError(f"evaluation.kept_prompts: {self.kept_prompts} is no file; name one with a prompt in "
+                                "each line, or list the prompts")  # fmt: skip
         return self.kept_prompts
 
     @model_validator(mode="after")

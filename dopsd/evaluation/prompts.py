@@ -115,6 +115,7 @@ def check_questions(
 ) -> None:  # fmt: skip
     """Raise :class:`EvaluationError` for what the evaluation cannot ask of these data with these settings."""
     read_kind(table, world)
+    rehearsed_of(settings)  # the general prompts are there
     if settings.evaluation.prompts and not (holdout and holdout.rows) and any(row.references for row in table.rows):
         raise EvaluationError("evaluation.prompts: they have no pictures to edit; add holdout/ to the data set")
 
