@@ -26,7 +26,7 @@ from dopsd.config.groups import RegistrySettings
 BASE = "the untuned base"
 LEAST_DELTA = 0.005
 """No smaller difference is measured, however equal two seeds came out."""
-_FEW_STEP = {"few_step", "few_step_kept"}
+_FEW_STEP = ("few_step", "few_step_kept")
 LEAST_PROMPTS = 4
 """On fewer, a spread says nothing; the delta is then :data:`LEAST_DELTA`."""
 DELTA_WIDTHS = 2
@@ -143,7 +143,7 @@ def _floors(mine: Values, base: Values, about: About, settings: RegistrySettings
         row = _compare(BASE, "kept", mine, base, about, 1 - settings.min_kept)
         yield replace(row, ok=row.mine >= settings.min_kept)
     if settings.max_few_step_loss is not None:
-        for score in _FEW_STEP & mine.keys():
+        for score in (score for score in _FEW_STEP if score in mine):
             row = _compare(BASE, score, mine, base, about, settings.max_few_step_loss * _whole(score, mine, base))
             yield replace(row, ok=row.difference.mean >= -row.delta)
 
