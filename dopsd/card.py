@@ -8,6 +8,7 @@ from dopsd.config import Settings
 from dopsd.config.groups import TrainSettings
 from dopsd.data.manifest import ConceptTable
 from dopsd.distill.kinds import NAMES
+from dopsd.evaluation.naming import prompts_described
 from dopsd.evaluation.table import table_as_text
 from dopsd.export import Card
 from dopsd.models import Base, family_class, licence_of, teaching_of
@@ -41,7 +42,7 @@ def card_of(
         prompt=request.caption,
         call={key: value for key, value in call.items() if key not in ("prompt", "image")},
         edits=bool(request.references),
-        unseen=metrics["unseen"],
+        prompts=prompts_described(metrics),
         images=len(table.rows),
         data_hash=table.content_hash,
         training={

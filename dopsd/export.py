@@ -81,8 +81,8 @@ class Card:
     """Whether that is an identifier which hubs know (``apache-2.0``), and not a licence's own name."""
     edits: bool = False
     """Whether a picture is edited, and not one made from text alone."""
-    unseen: bool = False
-    """Whether the rows are of prompts that were not trained on."""
+    prompts: str = "captions of the training pictures"
+    """How many prompts the rows are of, and which."""
 
 
 @dataclass(frozen=True)

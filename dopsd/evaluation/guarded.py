@@ -53,18 +53,17 @@ def _guarded(cells: Cells, model: str, asked: Asked) -> dict[str, dict[str, Valu
 
 
 def differences(
-    cells: Cells, models: Sequence[str], few: int, bootstrap: Bootstrap, over: str = "base"
+    cells: Cells, models: Sequence[str], few: int, bootstrap: Bootstrap
 ) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """Split, model and score to the mean paired difference from another model's (``over``), and its interval."""
+    """Split, model and score to the mean paired difference from the base's, and its interval."""
     out: dict[str, dict[str, dict[str, list[float]]]] = {}
     for key, cell in cells.items():
-        other = cells.get(key._replace(model=over))
-        if other is None or key.noise or key.steps != few or key.model not in models or key.model == over:
+        other = cells.get(key._replace(model="base"))
+        if other is None or key.noise or key.steps != few or key.model not in models or key.model == "base":
             continue
         for score in sorted(set(cell.values) & set(other.values) - {"nearest"}):
             apart = cell.values[score] - other.values[score]
-            mean = [float(apart.mean()), *interval(bootstrap.means(apart))]
-            out.setdefault(key.split, {}).setdefault(key.model, {})[score] = [round_(value) for value in mean]
+            out.setdefault(key.split, {}).setdefault(key.model, {})[score] = _with_interval(apart, bootstrap)
     return out
 
 
@@ -77,6 +76,10 @@ def against(paired: Paired, main: str, bootstrap: Bootstrap) -> dict[str, dict[s
             continue
         for score in sorted(set(scores) & set(mine)):
             apart = np.subtract(scores[score]["first"], mine[score]["first"])
-            mean = [float(apart.mean()), *interval(bootstrap.means(apart))]
-            out.setdefault(model, {})[score] = [round_(value) for value in mean]
+            out.setdefault(model, {})[score] = _with_interval(apart, bootstrap)
     return out
+
+
+def _with_interval(values: Values, bootstrap: Bootstrap) -> list[float]:
+    """Mean, and both ends of its interval."""
+    return [round_(value) for value in (values.mean(), *interval(bootstrap.means(values)))]

@@ -42,11 +42,11 @@ def main_model(metrics: Mapping[str, Any]) -> str | None:
 
 def prompts_described(metrics: Mapping[str, Any]) -> str:
     """How many prompts an evaluation asked, and which: without held-out rows they are captions that were trained on."""
-    count = metrics["counts"]["concept_prompts"]
-    if metrics.get("unseen", True):
+    count, trained_on = metrics["counts"]["concept_prompts"], metrics.get("trained_on", 0)
+    if not trained_on:
         return f"{count} prompts that were not trained on" if count > 1 else "1 prompt that was not trained on"
-    if metrics.get("trained_on", count) < count:
-        return f"{count} prompts, of which {metrics['trained_on']} are captions of training pictures"
+    if trained_on < count:
+        return f"{count} prompts, of which {trained_on} are captions of training pictures"
     return f"{count} caption{'s' if count > 1 else ''} of the training pictures"
 
 

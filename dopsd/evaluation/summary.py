@@ -16,8 +16,8 @@ from .compare import Look
 from .draws import Key
 from .guarded import against, differences, paired_of
 from .headline import Asked
-from .naming import REFERENCES
-from .paired import PAIRED, write_paired
+from .naming import main_model
+from .paired import PAIRED, Paired, write_paired
 from .probe import StyleProbe
 from .prompts import CONCEPT, KEPT, KNOWN, NEAR, Kind, Prompt, rehearsed_of
 from .published import published
@@ -61,16 +61,17 @@ class Evaluated:
 
 def write_results(found: Evaluated, folder: Path) -> dict[str, Any]:
     """Write ``metrics.json``, the tables and what was found of each prompt; returns the content of the first."""
-    metrics = _metrics(found)
+    paired = paired_of(found.cells, found.models, found.asked)
+    metrics = _metrics(found, paired)
     _write_csv(found, folder)
     (folder / METRICS).write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_paired(folder / PAIRED, paired_of(found.cells, found.models, found.asked))
+    write_paired(folder / PAIRED, paired)
     by_prompt = json.dumps(_by_prompt(found), ensure_ascii=False)
     (folder / PROMPTS).write_text(by_prompt + "\n", encoding="utf-8")
     return metrics
 
 
-def _metrics(found: Evaluated) -> dict[str, Any]:
+def _metrics(found: Evaluated, paired: Paired) -> dict[str, Any]:
     evaluation, asked, scorers, cells = found.settings.evaluation, found.asked, found.scorers, found.cells
     bootstrap = Bootstrap(evaluation.seed)
     omitted = {**scorers["concept"].omitted, **found.omitted}
@@ -88,9 +89,8 @@ def _metrics(found: Evaluated) -> dict[str, Any]:
         omitted["gap_closed_style"] = omitted["gap_closed_truth"] = (
             "the teacher is asked to follow the picture that it is shown, its background and composition too"
         )
-    trained_on = sum(prompt.text in set(found.captions) for prompt in found.splits[CONCEPT])
-    real, paired = found.real, paired_of(cells, found.models, asked)
-    main = next((model for model in found.models if model not in REFERENCES), None)
+    captions, real = set(found.captions), found.real
+    main = main_model({"models": found.models})
     head = headline.headline(cells, found.models, real, asked, bootstrap, omitted)
     tables = {split: headline.split_numbers(cells, scorers, split, asked.few, bootstrap) for split in scorers}
     counts = {f"{split}_prompts": len(found.splits.get(split, ())) for split in (CONCEPT, KEPT, NEAR, KNOWN)}
@@ -99,9 +99,8 @@ def _metrics(found: Evaluated) -> dict[str, Any]:
         "kind": found.kind.kind,
         "style": found.kind.style,
         "context": found.context,
-        "trained_on": trained_on,
-        "unseen": not trained_on,
-        "truth": all(prompt.truth is not None for prompt in found.splits["concept"]),
+        "trained_on": sum(prompt.text in captions for prompt in found.splits[CONCEPT]),
+        "truth": all(prompt.truth is not None for prompt in found.splits[CONCEPT]),
         "few_steps": asked.few,
         "most_steps": asked.many,
         "seed": evaluation.seed,
@@ -117,7 +116,7 @@ def _metrics(found: Evaluated) -> dict[str, Any]:
             "rehearsed_prompts": rehearsed_of(found.settings),
             "candidates": scorers["concept"].candidates,
         },
-        "published": published_of(found, bootstrap),
+        "published": _published(found, bootstrap),
         "headline": {model: numbers.values for model, numbers in head.items() if numbers.values},
         "scores": {split: {m: n.values for m, n in models.items()} for split, models in tables.items()},
         "probe": _probe_summary(found),
@@ -131,7 +130,7 @@ def _metrics(found: Evaluated) -> dict[str, Any]:
     }
 
 
-def published_of(found: Evaluated, bootstrap: Bootstrap) -> dict[str, Any]:
+def _published(found: Evaluated, bootstrap: Bootstrap) -> dict[str, Any]:
     """Model to the published protocol's numbers, each with its interval; empty with another protocol."""
     if found.settings.evaluation.protocol != "published":
         return {}
