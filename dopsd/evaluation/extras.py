@@ -63,9 +63,7 @@ class Extras:
         for judge in self._see.judges:
             picture = self._training[0].load()
             judge([picture], [self._splits[CONCEPT][0].text], [picture])
-            release = getattr(judge, "release", None)
-            if release is not None:
-                release()
+            judge.release()
 
     def judge(self, cells: Mapping[Key, Cell]) -> dict[Key, dict[str, Values]]:
         """The judges' grades, 1 to 4, of the pictures that waited for them: a judge may be larger than all else."""
@@ -92,9 +90,7 @@ class Extras:
             self._keep(key, rows, images)
             if key.noise == 0:
                 return {}
-        other = Key(key.split, "base", key.steps, 0 if base else key.noise)
-        if not self._place(other, rows[0]).is_file():
-            return {}
+        other = Key(key.split, "base", key.steps, 0 if base else key.noise)  # drawn before all others
         pictures = [self._kept(other, row) for row in rows]
         return {f"{FROM_BASE}@{kind_of(one.name)}": one(images, pictures) for one in self._see.distances}
 

@@ -58,6 +58,10 @@ class Judge(Protocol):
         """Of each picture, its prompt and its reference: ``float32 [N]`` on the CPU, 1 (worst) to 4."""
         ...
 
+    def release(self) -> None:
+        """Free its memory; asked again, it loads itself again."""
+        ...
+
 
 def kind_of(name: str) -> str:
     """What kind of backbone a name means: ``dinov2`` of ``dinov2:facebook/dinov2-small@main``."""
