@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from sklearn.metrics.pairwise import cosine_similarity
 
 from dopsd.data.pictures import Picture
 from dopsd.evaluation.backbones import load_backbone
@@ -78,6 +79,13 @@ def test_likeness_is_highest_for_real_pictures_falls_with_damage_and_is_lowest_f
     one = training[:1]
     assert scale.likeness(one, one, half).item() == pytest.approx(1, abs=1e-5)
     assert len(scale.likeness_among(one, half)) == 0
+
+
+def test_likeness_is_the_mean_cosine_to_the_set():
+    a, reference = (torch.randn(count, 9, generator=torch.Generator().manual_seed(count)) for count in (4, 6))
+    expected = cosine_similarity(a.numpy(), reference.numpy()).mean(1)
+    found = Scale(torch.ones(9), torch.ones(9), 9).likeness(a, reference, "content")
+    assert np.allclose(found.numpy(), expected, atol=1e-6)
 
 
 def test_a_copy_is_one_however_it_is_shifted_and_another_picture_is_none(tmp_path):

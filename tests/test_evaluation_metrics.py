@@ -27,12 +27,6 @@ def test_cosine_is_that_of_the_centred_rows():
     assert np.allclose(metrics.cosine(a, a).numpy(), 1, atol=1e-6)
 
 
-def test_set_similarity_is_the_mean_cosine_to_the_set():
-    a, reference, center = _rows(4, 9, 0), _rows(6, 9, 1), _rows(1, 9, 2)[0]
-    expected = cosine_similarity((a - center).numpy(), (reference - center).numpy()).mean(1)
-    assert np.allclose(metrics.set_similarity(a, reference, center).numpy(), expected, atol=1e-6)
-
-
 def test_rank_counts_the_candidates_that_are_nearer():
     candidates = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, 0.0]])
     samples = torch.tensor([[1.0, 0.1], [1.0, 0.1], [1.0, 0.1], [1.0, 0.1]])

@@ -36,13 +36,6 @@ def cosine(a: Tensor, b: Tensor, center: Tensor | None = None) -> Tensor:
     return F.cosine_similarity(a, b, dim=1)
 
 
-def set_similarity(features: Tensor, reference: Tensor, center: Tensor | None = None) -> Tensor:
-    """Mean cosine ``[N]`` of each row to the rows of ``reference`` ``[M, D]``."""
-    if center is not None:
-        features, reference = features - center, reference - center
-    return (F.normalize(features, dim=1) @ F.normalize(reference, dim=1).T).mean(1)
-
-
 def retrieval_rank(features: Tensor, candidates: Tensor, truth: Tensor, center: Tensor | None = None) -> Tensor:
     """How many candidates are strictly nearer (by cosine) than the right one: ``int64 [N]``, 0 is a hit.
 

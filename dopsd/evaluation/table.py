@@ -15,7 +15,7 @@ COLUMNS = ("likeness", "style", "cosine", "concept_top1", "prompt", "reward", "j
 """Scores of the concept's prompts that the table shows, where they exist."""
 KEPT_COLUMNS = ("kept", "prompt", "reward")
 KNOWN_COLUMNS = ("style", "cosine", "concept_top1", "structure", "sharpness", "mse")
-_OF_SPLIT = {"concept": COLUMNS, "rewrite": (), "kept": KEPT_COLUMNS, "near": KEPT_COLUMNS,
+_OF_SPLIT = {"concept": COLUMNS, "kept": KEPT_COLUMNS, "near": KEPT_COLUMNS,
              "known": KNOWN_COLUMNS}  # fmt: skip
 PUBLISHED = {"dino_d": "DINO-D ↓", "lpips_d": "LPIPS-D ↓", "clip_s": "CLIP-S ↑", "judge": "judge, 1 to 4 ↑"}
 LEARNT_COLUMNS = (
@@ -101,7 +101,7 @@ class Column:
 
 def columns_of(metrics: Mapping[str, Any], split: str) -> list[Column]:
     """The columns that this evaluation has numbers for."""
-    keys, rows = _OF_SPLIT[split], metrics["scores"].get(split, {}).values()
+    keys, rows = _OF_SPLIT.get(split, ()), metrics["scores"].get(split, {}).values()
     found = dict.fromkeys(name for scores in rows for name in scores)
     shown = [score_of(name) for key in keys for name in found if _shown_as(name, key, split)]
     return [Column(score.key, titled(metrics, score.key, f"{score.label} {_ARROWS[score.better]}"), score.meaning)
