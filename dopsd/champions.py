@@ -282,12 +282,8 @@ def _evaluate_again(
             load_base(its, root, use="draw"), table, holdout, world_of(settings, root), subjects, settings,
             cache_of(root), place / "evaluation", root=root,
         )  # fmt: skip
-    except (
-        ModelError,
-        AdapterError,
-        BackboneError,
-        EvaluationError,
-    ) as error:  # of another family, say, or whole weights and a rounded base
+    # of another family, say, or whole weights and a rounded base
+    except (ModelError, AdapterError, BackboneError, EvaluationError) as error:
         words = " and ".join(rival.words for rival in rivals)
         raise _NotComparable(f"{words}: cannot be drawn with these settings ({error})") from None
     return {rival.name: _scores_of(place / "evaluation" / PAIRED, rival.name) for rival in rivals}

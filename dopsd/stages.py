@@ -305,8 +305,8 @@ def _read_validated(concept: str, settings: Settings, root: Path) -> tuple[Conce
 
 
 def _check_evaluation(table: ConceptTable, holdout: ConceptTable | None, settings: Settings, root: Path) -> None:
-    """Find, or fetch, what the evaluation will see with and ask. Raises ``BackboneError``, ``ModelError`` and
-    ``DataError``: a line each."""
+    """Find, or fetch, what the evaluation will see with and ask. Raises ``BackboneError``, ``ModelError``,
+    ``EvaluationError``, ``SettingsError`` and ``DataError``: a line each."""
     from dopsd.data.manifest import PROTOCOL, DataError, Fault
     from dopsd.evaluation.backbones import check_backbones
     from dopsd.evaluation.prompts import check_questions, published

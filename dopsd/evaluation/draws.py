@@ -26,7 +26,7 @@ from dopsd.train.workers import Workers
 from .prompts import EvaluationError, Prompt
 
 _OTHER_NOISE = 500_000
-"""More than any number of a prompt."""
+"""From a prompt's number to that of its second noise: more than prompts of one split are apart."""
 
 
 @dataclass(frozen=True)

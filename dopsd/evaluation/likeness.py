@@ -19,6 +19,7 @@ HALVES: dict[str | None, Half] = {"style": "style", "subject": "content", None: 
 """By a concept's kind, what of a picture is to be learnt."""
 
 LEAST_PICTURES = 6
+"""Of fewer nobody knows what they share."""
 LEAST_DISTANCE = 1e-3
 """Below it two pictures are one but for rounding."""
 
@@ -34,7 +35,7 @@ class Scale:
 
     @classmethod
     def of(cls, features: Tensor, content_dim: int) -> Scale:
-        """From features ``[N, D]`` of the base's pictures; of fewer than six nobody knows what they share."""
+        """From features ``[N, D]`` of the base's pictures; of too few, one that takes nothing from them."""
         if len(features) < LEAST_PICTURES:
             return cls(torch.zeros_like(features[0]), torch.ones_like(features[0]), content_dim)
         return cls(features.mean(0), features.std(0).clamp(min=1e-6), content_dim)
