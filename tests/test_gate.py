@@ -83,6 +83,14 @@ def test_one_that_broke_something_is_no_first_champion(means: dict[str, float], 
     assert said in verdict.reason
 
 
+def test_floors_stand_in_one_order_whatever_the_process() -> None:
+    """A version's page and reason are the same text again: a set's order goes by the hash seed."""
+    about = ABOUT | {"few_step_kept": {"better": "higher", "label": "few steps, general"}}
+    mine, base = (its | {"few_step_kept": its["few_step"]} for its in (values(), values(**BASE)))
+    table = gate.judge(mine, base, about, {}, {}, SETTINGS).table
+    assert [row.score for row in table] == ["learnt", "kept", "few_step", "few_step_kept"]
+
+
 def test_it_passes_no_better_for_beating_a_champion_of_no_worth() -> None:
     poor = values(learnt=0.1, kept=0.1, few_step=-0.5)
     assert not judge(values(seed=3, kept=0.14, learnt=0.9), {"the champion": poor}).passed
