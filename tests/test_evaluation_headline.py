@@ -6,7 +6,10 @@ import torch
 
 from dopsd.evaluation import headline
 from dopsd.evaluation.draws import Key
+from dopsd.evaluation.guarded import against
 from dopsd.evaluation.headline import Asked
+from dopsd.evaluation.paired import Paired
+from dopsd.evaluation.published import published
 from dopsd.evaluation.scoring import Bootstrap, Cell
 from dopsd.evaluation.verdict import verdict
 
@@ -44,6 +47,31 @@ def test_headline_numbers_are_the_ratios_they_claim():
     low, high = numbers.intervals["gap_closed_style"]
     assert low == pytest.approx(0.75)
     assert high == pytest.approx(0.75)
+
+
+def test_the_published_means_have_intervals_over_pictures() -> None:
+    """Five grades of one picture are no five pictures: of grades that are all alike the interval is the pictures'."""
+    of_picture = np.array([0.1, 0.4, 0.2, 0.7, 0.3, 0.9, 0.5])
+    eye = torch.zeros(7, 1)
+    cells = {
+        Key("rewrite", "base", 4): Cell({"prompt": of_picture, "target@dinov3": of_picture}, {"eye": eye}),
+        Key("concept", "base", 4): Cell({"prompt": np.repeat(of_picture, 4)}, {"eye": eye.repeat(4, 1)}),
+    }
+    numbers = published(cells, ["base"], 4, Bootstrap(0))["base"]
+    assert numbers.values["clip_s"] == numbers.values["dino_d"] == pytest.approx(of_picture.mean(), abs=1e-5)
+    assert numbers.intervals["clip_s"] == numbers.intervals["dino_d"]
+    few = {key: value.first(5 if key.split == "rewrite" else 20) for key, value in cells.items()}
+    assert not published(few, ["base"], 4, Bootstrap(0))["base"].intervals, "of five pictures there is none"
+
+
+def test_marks_between_models_are_of_the_numbers_that_are_shown() -> None:
+    """Kept is the mean of both noises, so its difference is; of what is shown from the first alone it is of that."""
+    mine = {score: {"first": (0.8,) * 6, "second": (0.2,) * 6} for score in ("kept", "learnt")}
+    other = {score: {"first": (0.7,) * 6, "second": (0.6,) * 6} for score in ("kept", "learnt")}
+    about = {score: {"better": "higher", "label": score} for score in mine}
+    found = against(Paired(about, {"base": mine, "d-opsd": mine, "sft": other}, 4), "d-opsd", Bootstrap(0))["sft"]
+    assert found["kept"] == pytest.approx([0.15] * 3)
+    assert found["learnt"] == pytest.approx([-0.1] * 3)
 
 
 @pytest.mark.parametrize("seed", range(8))

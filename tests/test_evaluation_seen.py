@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ from dopsd.data.wording import Naming
 from dopsd.distill import drawing
 from dopsd.evaluation import prompts
 from dopsd.evaluation.draws import Job, Key, Subject, parts_of
+from dopsd.evaluation.extras import Extras
 from dopsd.evaluation.protocol import write_protocol
 from dopsd.evaluation.report import write_report
 from dopsd.evaluation.suite import evaluate
 from dopsd.models import resolved
+from dopsd.models.base import Family
+from dopsd.train.workers import Workers
 from tests.seeing import write_eyes
 from tests.speaking import write_speaking_vlm
 from tests.tiny import tiny_family
@@ -39,21 +43,42 @@ def eyes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return named | {"judge": f"judge:{root / 'three'}"}
 
 
-def _evaluate(root: Path, table: Any, holdout: Any, **changes: Any) -> dict[str, Any]:
+class InThisProcess(Workers):
+    """One worker that is this process, and knows whether it still holds its base."""
+
+    def __init__(self) -> None:
+        self.family: Family | None = tiny_family()
+
+    def map(self, function: Callable[[Family, Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        assert self.family is not None
+        yield from (function(self.family, item) for item in items)
+
+    def close(self) -> None:
+        self.family = None
+
+
+def _evaluate(root: Path, table: Any, holdout: Any, workers: Workers | None = None, **changes: Any) -> dict[str, Any]:
     subjects = [
         Subject("base", None), Subject("d-opsd", write_adapter(root / "a.safetensors", 0.5)),
         Subject("sft", write_adapter(root / "b.safetensors", 0.0)),
     ]  # fmt: skip
     return evaluate(
         tiny_family(), table, holdout, None, subjects, tiny_run_settings(max_prompts=6, **changes),
-        EncodingCache(root / "cache"), root / "evaluation",
+        EncodingCache(root / "cache"), root / "evaluation", workers,
     )  # fmt: skip
 
 
-def test_all_kinds_together(tmp_path: Path, eyes: dict[str, str]) -> None:
+def test_all_kinds_together(tmp_path: Path, eyes: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    workers, judge = InThisProcess(), Extras.judge
+
+    def look(self: Extras, cells: Any) -> Any:
+        assert workers.family is None, "a judge may need the room that workers hold"
+        return judge(self, cells)
+
+    monkeypatch.setattr(Extras, "judge", look)
     table, holdout = write_concept(tmp_path / "concept", small_world(), None)
     kinds = ("dinov2", "clip", "siglip", "lpips", "judge")
-    metrics = _evaluate(tmp_path, table, holdout, backbones=[eyes[kind] for kind in kinds])
+    metrics = _evaluate(tmp_path, table, holdout, workers, backbones=[eyes[kind] for kind in kinds])
     scores = metrics["scores"]
     assert metrics["backbone"].startswith("dinov2:")
     assert {"likeness", "likeness@clip", "likeness@siglip", "prompt", "prompt@siglip", "judge", "target@dinov2",

@@ -153,10 +153,18 @@ def test_what_is_further_away_than_another_seed_is_none_and_comes_first(evaluati
 def test_a_score_that_rests_on_the_probe_says_how_often_that_is_right(evaluation: Path, tmp_path: Path) -> None:
     numbers = told({"gap_closed_style": (0.9, 0.8, 1.0)}, probe={"accuracy_clean": 0.8612, "accuracy_degraded": 0.7,
                                                                 "styles": 5})  # fmt: skip
-    text = without_pictures(page_of(evaluation, tmp_path, metrics=numbers))
+
+    def old_styles(metrics: dict[str, Any]) -> None:
+        numbers(metrics)
+        own = {"known_style": 0.9, "known_cosine": 0.95, "known_lowest": 0.9}
+        metrics["headline"]["d-opsd"] |= own
+        metrics["intervals"]["headline"]["d-opsd"] |= {key: [0.8, 1.0] for key in own}
+
+    text = without_pictures(page_of(evaluation, tmp_path, metrics=old_styles))
     right = "(probe right in 86 %)"
     for words in (f"of the way to its teacher, style {right} 90 %", f"gap closed: style ↑ {right}", f"style ↑ {right}",
-                  f"In style {right} it goes 90 %", f"style {right} probability that a probe"):  # fmt: skip
+                  f"In style {right} it goes 90 %", f"style {right} probability that a probe",
+                  f"known truth, lowest: style {right} 90 %", f"old styles kept ↑ {right}"):  # fmt: skip
         assert words in text
 
 
@@ -167,7 +175,10 @@ def test_copies_are_shown_where_there_are_some_and_else_one_line_says_so(evaluat
     assert line in without_pictures(nothing)
     assert line not in without_pictures(some)
     part = some.split("Learnt by heart?")[1].split("</section>")[0]
-    assert part.count("<figure") == 4
+    shown, more = part.split("<details>")
+    assert shown.count("<figure") == 4
+    assert more.startswith("<summary>The next 6 of 10</summary>")
+    assert more.count("<figure") == 6, "every sample beside the training picture nearest to it"
     assert 'class="arrow"' not in part, "one is not what became of the other"
 
 

@@ -75,9 +75,15 @@ def against(paired: Paired, main: str, bootstrap: Bootstrap) -> dict[str, dict[s
         if model == main:
             continue
         for score in sorted(set(scores) & set(mine)):
-            apart = np.subtract(scores[score]["first"], mine[score]["first"])
+            apart = _shown(score, scores[score]) - _shown(score, mine[score])
             out.setdefault(model, {})[score] = _with_interval(apart, bootstrap)
     return out
+
+
+def _shown(score: str, noises: Mapping[str, tuple[float, ...]]) -> Values:
+    """What the headline's number is the mean of: of kept both noises, as it is drawn whole from each."""
+    first, second = noises["first"], noises.get("second", ())
+    return np.asarray(np.mean([first, second], 0) if score == "kept" and len(first) == len(second) else first)
 
 
 def _with_interval(values: Values, bootstrap: Bootstrap) -> list[float]:

@@ -14,12 +14,10 @@ import numpy as np
 
 from .compare import Cells
 from .draws import Key
-from .naming import REFERENCES
+from .naming import KNOWN_SCORES, REFERENCES
 from .prompts import KEPT, KNOWN, NEAR
 from .scoring import Bootstrap, Cell, Scorer, Values, interval
 
-KNOWN_SCORES = ("style", "cosine", "concept_top1", "concept_top5", "structure")
-"""Of these the lowest ratio is ``known_lowest``; all of them are better when higher."""
 RETAINED_SCORES = ("style", "likeness", "cosine", "sharpness")
 MIN_PROMPTS = 6
 """On fewer prompts chance alone too often puts a model between the base and its teacher."""

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 REFERENCES = ("base", "teacher", "decoded", "real", "reference")
 """Rows of the table that are not tuned models."""
+KNOWN_SCORES = ("style", "cosine", "concept_top1", "concept_top5", "structure")
+"""Of these the lowest ratio is ``known_lowest``; all of them are better when higher."""
 
 COLORS = {
     "reference": "#6b7280", "real": "#6b7280", "decoded": "#6b7280", "base": "#8a8a8a", "teacher": "#e69f00",
@@ -54,6 +56,13 @@ def probe_right(metrics: Mapping[str, Any]) -> str:
     """How often the probe is right, as it stands beside every score that rests on it; empty without a probe."""
     accuracy = metrics.get("probe", {}).get("accuracy_clean")
     return f"probe right in {100 * accuracy:.0f} %" if accuracy else ""
+
+
+def lowest_known(metrics: Mapping[str, Any], model: str) -> str | None:
+    """The score of old styles that a model lost most of, whose ratio ``known_lowest`` is."""
+    numbers = metrics["headline"].get(model, {})
+    found = [key for key in KNOWN_SCORES if f"known_{key}" in numbers]
+    return min(found, key=lambda key: numbers[f"known_{key}"], default=None)
 
 
 def teacher_described(metrics: Mapping[str, Any]) -> tuple[str, str]:

@@ -1,4 +1,7 @@
-"""The published protocol's four numbers (docs/evaluation.md), of the splits that it asks."""
+"""The published protocol's four numbers (docs/evaluation.md), of the splits that it asks.
+
+Intervals are over training pictures: what is asked of one picture is not independent.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from .compare import Cells
 from .draws import Key
 from .headline import Numbers
 from .prompts import CONCEPT, REWRITE
+from .protocol import TESTS
 from .scoring import Bootstrap
 
 _TARGETS = {"dino_d": ("target@dinov3", "target@dinov2"), "lpips_d": ("target@lpips",)}
@@ -27,11 +31,13 @@ def published(cells: Cells, models: Sequence[str], few: int, bootstrap: Bootstra
         if rewrite is not None:
             for name, scores in _TARGETS.items():
                 if score := next((score for score in scores if score in rewrite.values), None):
-                    numbers.add(name, float(rewrite.values[score].mean()), bootstrap.means(rewrite.values[score]))
+                    values = rewrite.values[score]
+                    numbers.add(name, float(values.mean()), bootstrap.means(values), len(values))
         for name, score in _OVER_ALL.items():
             found = [cell.values[score] for cell in (rewrite, tests) if cell is not None and score in cell.values]
             if len(found) == 2:  # over all five or not at all: the teacher rewrites nothing
-                values = np.concatenate(found)
-                numbers.add(name, float(values.mean()), bootstrap.means(values))
+                first, others = found
+                of_picture = np.column_stack([first, others.reshape(len(first), TESTS)]).mean(1)
+                numbers.add(name, float(of_picture.mean()), bootstrap.means(of_picture), len(first))
         out[model] = numbers
     return out

@@ -116,6 +116,7 @@ def write_report(evaluation: Path, training: Path, data: Mapping[str, Any], out:
         more_lost=pictures.pairs(KEPT, 0, _MORE_SHOWN, first=shown, side=_THUMBNAIL),
         near=pictures.pairs(NEAR, 0, shown),
         copies=pictures.copies(_COPIES_SHOWN),
+        more_copies=pictures.copies(_MORE_SHOWN, first=_COPIES_SHOWN, side=_THUMBNAIL),
         headlines={
             name: (headline_columns(metrics, keys), headline_rows(metrics, keys))
             for name, keys in (("learnt", LEARNT_COLUMNS), ("lost", LOST_COLUMNS))
@@ -228,17 +229,18 @@ class _Pictures:
             for row in order
         ]  # fmt: skip
 
-    def copies(self, most: int) -> list[dict[str, Any]]:
-        """The main model's pictures that are most like a training picture, beside that one."""
+    def copies(self, most: int, first: int = 0, side: int | None = None) -> list[dict[str, Any]]:
+        """The main model's pictures beside the training picture nearest to each, the most alike first: ``most`` of them
+        from place ``first`` on."""
         found = self._by_prompt.get("concept", {}).get(self._main, {}).get("0", {})
         copy, nearest = found.get("copy", []), found.get("nearest", [])
         return [
             {
                 "prompt": self.index["prompts"]["concept"][row], "value": f"{copy[row]:.2f}",
-                "pictures": [self.one(Key("training", "real", 0), int(nearest[row])),
-                             self.one(Key("concept", self._main, self._few), row)],
+                "pictures": [self.one(Key("training", "real", 0), int(nearest[row]), side),
+                             self.one(Key("concept", self._main, self._few), row, side)],
             }
-            for row in sorted(range(len(copy)), key=lambda row: -copy[row])[:most]
+            for row in sorted(range(len(copy)), key=lambda row: -copy[row])[first : first + most]
         ]  # fmt: skip
 
     def targets(self, most: int) -> list[_Shown | None]:

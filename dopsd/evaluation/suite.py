@@ -88,7 +88,8 @@ def evaluate(
     ``world``: the truth for every prompt, which only the embedded base has; scores that need what is not there are left
     out and named under ``omitted``. ``cache`` also keeps real pictures' features. ``workers`` draw, where there are
     some. ``root``: what folders in the settings are relative to. The family's encoders are released once everything is
-    encoded, and all of it before a judge looks. Raises :class:`EvaluationError`, and ``BackboneError``.
+    encoded, and all of it before a judge looks; ``workers`` are closed then. Raises :class:`EvaluationError`, and
+    ``BackboneError``.
     """
     names = [subject.name for subject in subjects]
     if "base" not in names or len(set(names)) < len(names):
@@ -120,6 +121,8 @@ def evaluate(
         omitted = {}
         if backbones.judges:
             family.parts.release(family.parts.loaded())
+            if workers is not None:  # they hold the base too
+                workers.close()
             try:
                 for key, grades in extras.judge(cells).items():
                     cells[key] = with_values(cells[key], grades)

@@ -131,12 +131,12 @@ def _metrics(found: Evaluated, paired: Paired) -> dict[str, Any]:
 
 
 def _published(found: Evaluated, bootstrap: Bootstrap) -> dict[str, Any]:
-    """Model to the published protocol's numbers, each with its interval; empty with another protocol."""
+    """Model to the published protocol's numbers, with an interval where there is one; empty with another protocol."""
     if found.settings.evaluation.protocol != "published":
         return {}
     numbers = published(found.cells, found.models, found.asked.few, bootstrap)
     return {
-        model: {key: [value, *its.intervals[key]] for key, value in its.values.items()}
+        model: {key: [value, *its.intervals.get(key, ())] for key, value in its.values.items()}
         for model, its in numbers.items()
     }
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from .naming import REFERENCES, main_model, name_of, probe_right, prompts_described, score_of
+from .naming import REFERENCES, lowest_known, main_model, name_of, probe_right, prompts_described, score_of
 
 COLUMNS = ("likeness", "style", "cosine", "concept_top1", "prompt", "reward", "judge", "sharpness", "copy", "kid")
 """Scores of the concept's prompts that the table shows, where they exist."""
@@ -132,7 +132,11 @@ def labels_of(metrics: Mapping[str, Any]) -> Mapping[str, str]:
 
 def titled(metrics: Mapping[str, Any], key: str, title: str) -> str:
     """A score's title; what rests on the probe says how often that is right."""
-    rests = key in ("style", "style_hit") or (key == "gap_closed_style" and metrics["style_score"] == "style")
+    rests = (
+        key in ("style", "style_hit")
+        or (key == "gap_closed_style" and metrics["style_score"] == "style")
+        or (key == "known_lowest" and any(lowest_known(metrics, model) == "style" for model in metrics["models"]))
+    )
     return f"{title} ({probe_right(metrics)})" if rests and probe_right(metrics) else title
 
 

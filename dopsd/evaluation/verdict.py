@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .naming import REFERENCES, main_model, name_of, probe_right, teacher_described
+from .naming import REFERENCES, SCORES, lowest_known, main_model, name_of, probe_right, teacher_described
 from .table import beside_main
 
 Level = Literal["good", "fair", "poor", "unknown"]
@@ -192,10 +192,17 @@ def _kept(metrics: Mapping[str, Any], model: str) -> Answer:
         sentence += " On so few prompts it may be much less."
     beside = [(label, written(number)) for label, key, written in (
         (f"in {metrics['most_steps']} steps", "kept_many", left_of), ("near the concept", "kept_near", left_of),
-        ("against the known truth, lowest score", "known_lowest", _percent),
+        (_known_label(metrics, model), "known_lowest", _percent),
     ) if (number := _number(metrics, model, key)[0]) is not None]  # fmt: skip
     rivals = _rivals(metrics, model, "kept")
     return Answer("kept", title, level, left_of(value), _between(low, high), sentence, tuple(beside), rivals)
+
+
+def _known_label(metrics: Mapping[str, Any], model: str) -> str:
+    """Which score of the old styles it lost most of, and what that rests on."""
+    lowest = lowest_known(metrics, model)
+    right = f" ({probe_right(metrics)})" if lowest == "style" and probe_right(metrics) else ""
+    return f"known truth, lowest: {SCORES[lowest].label}{right}" if lowest else "known truth, lowest score"
 
 
 def _rivals(metrics: Mapping[str, Any], model: str, key: str) -> tuple[tuple[str, str, str], ...]:

@@ -51,13 +51,15 @@ class Workers:
         yield from ActorPool(self._actors).map(lambda actor, item: actor.do.remote(function, item), list(items))
 
     def close(self) -> None:
-        """End the actors and give their places back."""
+        """End the actors and give their places back; nothing the second time."""
         import ray
         from ray.util.placement_group import remove_placement_group
 
-        for actor in self._actors:
-            ray.kill(actor)
-        remove_placement_group(self._places)
+        if self._actors:
+            for actor in self._actors:
+                ray.kill(actor)
+            remove_placement_group(self._places)
+        self._actors = []
 
 
 def _room_for(requested: Mapping[str, float]) -> int:
