@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 State = Literal["fine", "note", "fault"]
 _COLOURS: dict[State, str] = {"fine": "green", "note": "yellow", "fault": "red"}
+_TRAINING_PICTURES = 20
+"""Of a concept that nobody has looked at."""
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "mlflow", "dvc")
 
 
@@ -60,9 +62,12 @@ def what_is_needed(
     """Lines on memory, disk and time of a base of true size, on that card or (``None``) this machine's; nothing where
     the settings or the base are at fault, which is a finding already. ``concept``: with the settings of its own.
     Raises ``SettingsError`` where those are at fault."""
+    from dopsd.evaluation.backbones.sources import device_bytes
+    from dopsd.evaluation.draws import drawn_at_most
     from dopsd.models import ModelError, resolved
     from dopsd.sizing.plan import plan_for
-    from dopsd.sizing.show import report
+    from dopsd.sizing.show import Evaluation, report
+    from dopsd.train.schedule import milestones
 
     try:
         settings = load_settings(params, tuple(overrides))
@@ -74,7 +79,10 @@ def what_is_needed(
         settings = resolved(settings)
         yield ""
         plan = plan_for(settings, root)
-        yield from report(settings, plan, card or (card_here() if plan else None))
+        tuned = sum(len(milestones(settings.train, method)) for method in settings.train.methods)
+        drawn = drawn_at_most(settings.evaluation, tuned, _TRAINING_PICTURES)
+        evaluation = Evaluation(*drawn, *device_bytes(settings.evaluation.backbones))
+        yield from report(settings, plan, card or (card_here() if plan else None), evaluation)
     except (SettingsError, ModelError):
         return
 

@@ -20,7 +20,7 @@ from dopsd.data.schema import validate_dataset
 from dopsd.data.wording import Naming
 from dopsd.distill import drawing
 from dopsd.evaluation import prompts
-from dopsd.evaluation.draws import Job, Key, Subject, parts_of
+from dopsd.evaluation.draws import Job, Key, Subject, drawn_at_most, parts_of
 from dopsd.evaluation.extras import Extras
 from dopsd.evaluation.protocol import write_protocol
 from dopsd.evaluation.report import write_report
@@ -153,7 +153,7 @@ def test_large_pictures_are_held_one_at_a_time(tmp_path: Path, monkeypatch: pyte
 
     drawing_pictures = drawing.pictures
     monkeypatch.setattr(drawing, "pictures", pictures)
-    subjects = [Subject("base", None), Subject("sft", write_adapter(tmp_path / "a", 0.5))]
+    subjects = [Subject("base", None), Subject("teacher", None), Subject("sft", write_adapter(tmp_path / "a", 0.5))]
     tracemalloc.start()  # of Python and of Pillow's and NumPy's pictures, not of torch's networks
     try:
         metrics = evaluate(
@@ -164,6 +164,8 @@ def test_large_pictures_are_held_one_at_a_time(tmp_path: Path, monkeypatch: pyte
         tracemalloc.stop()
     assert metrics["counts"]["concept_prompts"] == 3
     assert set(decoded) == {1}
+    asked = settings.evaluation.model_copy(update={"max_prompts": 3})
+    assert len(decoded) == drawn_at_most(asked, tuned=1, training=4)[0], "what doctor says beforehand"
     drawn = len(decoded) + 7  # and those of the data set
     assert drawn > 25
     assert most < 10 * picture, f"{most / picture:.1f} pictures' worth, of {drawn}"

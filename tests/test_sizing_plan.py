@@ -13,7 +13,7 @@ import torch
 from benchmarks import memory
 from dopsd.sizing.cards import CARDS, CardError, card_of
 from dopsd.sizing.plan import Choice, Plan, Stage, advice, checkpointing_that_fits
-from dopsd.sizing.show import needs, proposals
+from dopsd.sizing.show import Evaluation, needs, proposals
 from tests.published_configs import PARAMETERS
 from tests.sized import GIB, ROOT, plan, settings, small
 
@@ -130,12 +130,16 @@ def test_hours_follow_the_card_and_the_work() -> None:
 
 def test_what_is_said_fits_80_columns_and_can_be_pasted() -> None:
     made, choice, card = plan("z-image-turbo"), Choice("every", accumulation=4), card_of("16")
-    lines = [*needs(made, choice, card), *proposals(made, choice, card)]
+    evaluation = Evaluation(468, 3288, 0.9e9, 17.5e9)
+    lines = [*needs(made, choice, card, evaluation), *proposals(made, choice, card)]
     assert [part for line in lines for part in line.splitlines() if len(part) > 80] == []
     text = "\n".join(lines)
     assert re.search(r"^train {41,}1\d\.\d GB   of 17\.2: too much$", text, re.MULTILINE)
     assert "  transformer                                   12.3 GB" in text
     assert "    model:\n      quantization: int8\n" in text
+    assert re.search(r"^the backbones beside evaluate +0\.9 GB$", text, re.MULTILINE)
+    assert re.search(r"^evaluate's judge, when all else is gone +17\.5 GB   of 17\.2: too much$", text, re.MULTILINE)
+    assert re.search(r"^an evaluation, 468 pictures at most +\d\.\d h$", text, re.MULTILINE)
     roomy = "\n".join(proposals(made, choice, card_of("H100")))
     assert "Faster" in roomy
     assert "gradient_checkpointing: none" in roomy

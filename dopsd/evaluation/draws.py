@@ -17,13 +17,15 @@ from typing import NamedTuple
 import torch
 from PIL.Image import Image
 
+from dopsd.config.groups import EvaluationSettings
 from dopsd.distill.adapters import adapter_applied
 from dopsd.distill.drawing import batch_of, draw
 from dopsd.distill.weights import holds_weights
 from dopsd.models.base import Conditioning, Family
 from dopsd.train.workers import Workers
 
-from .prompts import EvaluationError, Prompt
+from .prompts import CONCEPT, KEPT, NEAR, NEAR_PROMPTS, REWRITE, EvaluationError, Prompt
+from .protocol import TESTS
 
 _OTHER_NOISE = 500_000
 """From a prompt's number to that of its second noise: more than prompts of one split are apart."""
@@ -67,6 +69,43 @@ class Part:
     rows: list[int]
     seeds: list[int]
     conditioning: list[Conditioning]
+
+
+def wanted(split: str, model: str, count: int, asked: EvaluationSettings) -> Iterator[tuple[int, int, int]]:
+    """(steps, noise, how many) of a model's pictures of a split with ``count`` prompts. With few steps all, with others
+    the curve's. Of a second noise: the concept's, for diversity, and the general prompts, whose distance between two
+    noises is the base's own measure of far."""
+    few, many, curve = asked.few, asked.many, min(asked.curve_prompts, count)
+    if split == CONCEPT:
+        yield from ((steps, 0, count if steps == few else curve) for steps in asked.steps)
+    elif model == "teacher":
+        return
+    else:
+        yield few, 0, count
+    if model != "teacher" and split == CONCEPT:
+        yield few, 1, curve
+    if split == KEPT or (split == NEAR and model == "base"):
+        yield few, 1, count
+    if split == KEPT and many != few:
+        yield many, 0, curve
+        if model == "base":
+            yield many, 1, curve
+
+
+def drawn_at_most(evaluation: EvaluationSettings, tuned: int, training: int) -> tuple[int, int]:
+    """Pictures, and steps towards them, of an evaluation of base, teacher and ``tuned`` models of a base without a
+    world; ``training``: how many training pictures there are, by which the published protocol asks."""
+    ours, general = evaluation.protocol == "ours", evaluation.kept_prompts
+    kept = evaluation.kept_count if isinstance(general, str) else min(evaluation.kept_count, len(general))
+    counts = {CONCEPT: evaluation.max_prompts if ours else TESTS * training, REWRITE: 0 if ours else training,
+              KEPT: kept, NEAR: min(NEAR_PROMPTS, training)}  # fmt: skip
+    drawn = [
+        (number, steps * number)
+        for model in ("base", "teacher", *["tuned"] * tuned)
+        for split, count in counts.items()
+        for steps, _, number in wanted(split, model, count, evaluation)
+    ]
+    return sum(pictures for pictures, _ in drawn), sum(steps for _, steps in drawn)
 
 
 def by_size(prompts: Sequence[Prompt]) -> dict[tuple[int, int], list[int]]:

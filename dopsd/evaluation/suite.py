@@ -32,7 +32,7 @@ from dopsd.train.workers import Workers
 from . import prompts
 from .backbones import BackboneError, FeatureStore, load_backbones
 from .compare import compared, looks_of
-from .draws import Job, Key, Subject, draw_all, parts_of
+from .draws import Job, Key, Subject, draw_all, parts_of, wanted
 from .extras import Extras, waiting_room, with_values
 from .grids import Gallery
 from .naming import REFERENCES
@@ -189,33 +189,11 @@ def _probe(
 
 
 def _jobs(subjects: Sequence[Subject], plan: _Plan, settings: Settings) -> Iterator[Job]:
-    """Every model's pictures. With few steps all prompts, with others the curve's. Of a second noise: the concept's,
-    for diversity, and the general prompts, whose distance between two noises is the base's own measure of far."""
-    few, many, curve = settings.evaluation.few, settings.evaluation.many, settings.evaluation.curve_prompts
-
-    def wanted(split: str, model: str) -> Iterator[tuple[int, int, int]]:
-        """(steps, noise, how many prompts)."""
-        count = len(plan.splits[split])
-        if split == CONCEPT:
-            yield from ((steps, 0, count if steps == few else curve) for steps in settings.evaluation.steps)
-        else:
-            yield few, 0, count
-        if model != "teacher" and split == CONCEPT:
-            yield few, 1, curve
-        if split == KEPT or (split == NEAR and model == "base"):
-            yield few, 1, count
-        if split == KEPT and many != few:
-            yield many, 0, curve
-            if model == "base":
-                yield many, 1, curve
-
+    """Every model's pictures, the base's first."""
     for subject in sorted(subjects, key=lambda subject: subject.name != "base"):
         for split, asked in plan.splits.items():
-            teacher = subject.name == "teacher"
-            if teacher and split != CONCEPT:
-                continue
-            conditioning = plan.conditioning["teacher" if teacher else split]
-            for steps, noise, count in wanted(split, subject.name):
+            conditioning = plan.conditioning["teacher" if subject.name == "teacher" else split]
+            for steps, noise, count in wanted(split, subject.name, len(asked), settings.evaluation):
                 key = Key(split, subject.name, steps, noise)
                 yield Job(key, subject.adapter, asked[:count], conditioning[:count])
 

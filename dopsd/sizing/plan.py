@@ -309,6 +309,12 @@ class Plan:
             seconds += 4.0 * self.work.adapter / _HOST_LINK  # the teacher, for each of its answers
         return seconds * self._rollouts * choice.accumulation * 1000 / 3600
 
+    def drawing_hours(self, pictures: int, steps: int, choice: Choice, card: Card) -> float:
+        """Of so many pictures, drawn in so many steps together: counted as :meth:`hours` is."""
+        runs = self.runs(choice)
+        cost = runs.sample * steps + runs.decode * pictures
+        return (cost.operations / (card.teraflops * 1e12) + cost.moved / (card.terabytes * 1e12)) / 3600
+
     # --- what fits ------------------------------------------------------------------------------------------------
 
     def fits(self, choice: Choice, card_bytes: float) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import yaml
 from tqdm import tqdm
@@ -15,7 +16,18 @@ _SMALL_ROW = 5e7
 """Rows of fewer bytes are left out."""
 
 
-def report(settings: Settings, plan: Plan | None, card: Card | None) -> Iterator[str]:
+@dataclass(frozen=True)
+class Evaluation:
+    """What one draws at the most, in so many steps together, and bytes that its backbones hold: those that look while
+    it draws, and a judge that comes when all else is gone."""
+
+    pictures: int
+    steps: int
+    backbones: float = 0.0
+    judge: float = 0.0
+
+
+def report(settings: Settings, plan: Plan | None, card: Card | None, evaluation: Evaluation) -> Iterator[str]:
     """Lines, of resolved settings and their plan; what takes seconds is counted between them."""
     if plan is None:
         yield "What these settings need: little, or this base's configuration is not here to count."
@@ -29,17 +41,18 @@ def report(settings: Settings, plan: Plan | None, card: Card | None) -> Iterator
     yield _settings_line(plan, choice)
     if settings.compute.sharded:
         yield "The base is counted whole; each of the workers holds its share of the blocks."
-    yield from needs(plan, choice, card)
+    yield from needs(plan, choice, card, evaluation)
     if card is not None:
         yield from proposals(plan, choice, card)
 
 
-def needs(plan: Plan, choice: Choice, card: Card | None) -> Iterator[str]:
+def needs(plan: Plan, choice: Choice, card: Card | None, evaluation: Evaluation) -> Iterator[str]:
     """Memory stage by stage, host, disk, time."""
     for stage in plan.stages(choice):
         yield ""
         yield _headline(stage, card)
         yield from (f"  {name:<44}{_gb(size)}" for name, size in stage.rows.items() if size >= _SMALL_ROW)
+    yield from _looking(evaluation, card)
     yield ""
     yield f"{'host memory, at the most':<46}{_gb(plan.host(choice))}"
     yield f"{'disk':<46}{_gb(sum(plan.disk().values()))}"
@@ -47,6 +60,20 @@ def needs(plan: Plan, choice: Choice, card: Card | None) -> Iterator[str]:
     if card is not None:
         hours = plan.hours(choice, card)
         yield f"{'a thousand steps (within a half)':<46}{hours:6.1f} h on this card"
+        hours = plan.drawing_hours(evaluation.pictures, evaluation.steps, choice, card)
+        yield f"{f'an evaluation, {evaluation.pictures:,} pictures at most':<46}{hours:6.1f} h"
+    else:
+        yield f"an evaluation draws {evaluation.pictures:,} pictures at most, in {evaluation.steps:,} steps"
+
+
+def _looking(evaluation: Evaluation, card: Card | None) -> Iterator[str]:
+    """What an evaluation's backbones hold, about: their activations are not counted."""
+    if evaluation.backbones >= _SMALL_ROW:
+        yield ""
+        yield f"{'the backbones beside evaluate':<46}{_gb(evaluation.backbones)}"
+    if evaluation.judge:
+        yield ""
+        yield _headline(Stage("evaluate's judge, when all else is gone", {"its weights": evaluation.judge}), card)
 
 
 def proposals(plan: Plan, choice: Choice, card: Card) -> Iterator[str]:

@@ -28,26 +28,36 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 
 @dataclass(frozen=True)
 class Kind:
-    """``default``: its name on the hub. ``types``: what ``model_type`` may be; ``cls``: transformers' class."""
+    """``default``: its name on the hub, ``billions`` its parameters. ``types``: what ``model_type`` may be; ``cls``:
+    transformers' class."""
 
     default: str
+    billions: float
     types: tuple[str, ...] = ()
     cls: str = ""
     tokenizer: bool = False
 
 
 KINDS: dict[str, Kind] = {
-    "dinov2": Kind("facebook/dinov2-small", ("dinov2", "dinov2_with_registers"), "AutoModel"),
-    "dinov3": Kind("facebook/dinov3-vits16plus-pretrain-lvd1689m", ("dinov3_vit",), "DINOv3ViTModel"),
-    "clip": Kind("openai/clip-vit-large-patch14", ("clip",), "CLIPModel", tokenizer=True),
-    "siglip": Kind("google/siglip2-base-patch16-224", ("siglip",), "SiglipModel", tokenizer=True),
-    "reward": Kind("yuvalkirstain/PickScore_v1", ("clip",), "CLIPModel", tokenizer=True),
-    "lpips": Kind("timm/vgg16.tv_in1k"),
-    "judge": Kind("Qwen/Qwen3-VL-8B-Instruct"),
+    "dinov2": Kind("facebook/dinov2-small", 0.022, ("dinov2", "dinov2_with_registers"), "AutoModel"),
+    "dinov3": Kind("facebook/dinov3-vits16plus-pretrain-lvd1689m", 0.029, ("dinov3_vit",), "DINOv3ViTModel"),
+    "clip": Kind("openai/clip-vit-large-patch14", 0.428, ("clip",), "CLIPModel", tokenizer=True),
+    "siglip": Kind("google/siglip2-base-patch16-224", 0.375, ("siglip",), "SiglipModel", tokenizer=True),
+    "reward": Kind("yuvalkirstain/PickScore_v1", 0.986, ("clip",), "CLIPModel", tokenizer=True),
+    "lpips": Kind("timm/vgg16.tv_in1k", 0.015),
+    "judge": Kind("Qwen/Qwen3-VL-8B-Instruct", 8.767),
 }
 """Those that have files of their own."""
 NAMES = (efficientnet.NAME, *KINDS)
 """All; the first comes with the environment. Settings know them as ``dopsd.params.BACKBONES``."""
+
+
+def device_bytes(names: Sequence[str]) -> tuple[float, float]:
+    """What backbones take on a GPU while pictures are drawn, and what a judge takes when all else is gone; of other
+    weights than the default ones nobody knows before they are here, and they are counted as those."""
+    kinds = [kind_of(name) for name in names if kind_of(name) in KINDS]
+    sizes = {kind: 2e9 * KINDS[kind].billions for kind in kinds}
+    return sum(size for kind, size in sizes.items() if kind != "judge"), sizes.get("judge", 0.0)
 
 
 @dataclass(frozen=True)
