@@ -10,7 +10,7 @@ ENCODING_VERSION = 2
 """Of what captions and pictures are encoded into."""
 METHOD_VERSION = 1
 """Of what is learnt from the same encodings: the models' answers, roll-outs, losses, optimizer."""
-SCORES_VERSION = 2
+SCORES_VERSION = 3
 """Of what is drawn and how it is scored."""
 EXPORT_VERSION = 4
 """Of the exported files, the model card and what is stored in the registry."""

@@ -93,7 +93,7 @@ class _Judge:
 
     def real(self, style: str) -> list[Image.Image]:
         """The true pictures of the evaluated concepts, in a style or a technique."""
-        from dopsd.evaluation.probe import world_picture
+        from dopsd.evaluation.world import world_picture
 
         if style in TECHNIQUES:
             plain = (self.world.pictures[DEFAULT_STYLE][i].float() / 255 for i in self.evaluated)

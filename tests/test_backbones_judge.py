@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,21 @@ def test_an_answer_without_a_grade_names_picture_and_answer(models: Path, tmp_pa
     (judge,) = load_backbones([f"judge:{models / 'owl'}"], CPU, tmp_path).judges
     with pytest.raises(BackboneError) as caught:
         judge([picture(0)], ["a [V] wolf"], [picture(1)])
-    one_line(caught.value, "picture 1 of 1 ('a [V] wolf')", "'an owl sits'", "judge:owl#")
+    one_line(caught.value, "the picture of 'a [V] wolf' got no grade", "asked twice", "'an owl sits'", "judge:owl#")
+
+
+def test_an_answer_without_a_grade_is_asked_again_for_a_digit(models: Path, tmp_path: Path) -> None:
+    (judge,) = load_backbones([f"judge:{models / 'owl'}"], CPU, tmp_path).judges
+    asked: list[str] = []
+
+    def answer(pictures: Any, question: str) -> str:
+        asked.append(question)
+        return "I give it a 3 because 2 details differ" if len(asked) == 1 else "3"
+
+    judge._ask = answer  # type: ignore[attr-defined]
+    assert judge([picture(0)], ["a [V] wolf"], [picture(1)]).tolist() == [3]
+    assert asked[1].startswith(asked[0])
+    assert asked[1].endswith("one digit, 1, 2, 3 or 4, and nothing else.")
 
 
 def test_several_pictures_stand_in_the_turn_in_their_order(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from dopsd.evaluation import backbones
 from dopsd.evaluation.backbones import FeatureStore, efficientnet, load_backbone, picture_key
-from dopsd.evaluation.probe import degrade, train_probe, world_picture
+from dopsd.evaluation.probe import degrade, train_probe
+from dopsd.evaluation.world import world_picture
 from emoji_turbo.pictures import World
 
 WORLD = Path(__file__).parent.parent / "data" / "base" / "emoji-turbo" / "world"

@@ -6,7 +6,7 @@ import torch
 
 from dopsd.evaluation import headline
 from dopsd.evaluation.draws import Key
-from dopsd.evaluation.guarded import against
+from dopsd.evaluation.guarded import against, differences, paired_of
 from dopsd.evaluation.headline import Asked
 from dopsd.evaluation.paired import Paired
 from dopsd.evaluation.published import published
@@ -18,7 +18,7 @@ def cell(**values: list[float]) -> Cell:
     """Two prompts' scores, three times over: six are the fewest on which a gap is measured."""
     count = 3 * len(next(iter(values.values())))
     repeated = {key: np.tile(np.array(value), 3) for key, value in values.items()}
-    never = {key: np.zeros(count) for key in ("likeness", "copy") if key not in values}
+    never = {key: np.zeros(count) for key in ("likeness", "copy", "copy_bar") if key not in values}
     return Cell(never | repeated, {"eye": torch.zeros(count, 1)})
 
 
@@ -64,6 +64,48 @@ def test_the_published_means_have_intervals_over_pictures() -> None:
     assert not published(few, ["base"], 4, Bootstrap(0))["base"].intervals, "of five pictures there is none"
 
 
+@pytest.mark.parametrize("count", [1, 2, 5, 6])
+def test_of_few_prompts_no_interval_and_no_mark_is_given(count: int) -> None:
+    """By chance alone two equal models were marked half the time on two prompts, and always on one."""
+    draw, eye = np.random.default_rng(0), torch.zeros(count, 1)
+
+    def drawn() -> Cell:
+        values = {key: draw.normal(0.5, 0.1, count) for key in ("likeness", "sharpness", "style")}
+        return Cell(values | {"copy": np.zeros(count), "copy_bar": np.ones(count)}, {"eye": eye})
+
+    models = ["base", "d-opsd", "sft"]
+    cells = {Key("concept", model, steps): drawn() for model in models for steps in (4, 8)}
+    asked, bootstrap, real = Asked(4, 8, count), Bootstrap(0), draw.normal(0.9, 0.01, 6)
+    found = headline.headline(cells, models, real, asked, bootstrap, {})
+    scores = [headline.scores_of(cell, None, bootstrap) for cell in cells.values()]
+    intervals = [numbers.intervals for numbers in (*found.values(), *scores)]
+    paired = paired_of(cells, models, real, asked)
+    told = differences(cells, models, 4, bootstrap), against(paired, "d-opsd", bootstrap)
+    assert any(intervals) == any(told) == (count >= 6)
+    assert found["d-opsd"].values
+
+
+def test_what_is_liker_than_real_pictures_is_no_bar_for_others() -> None:
+    """One average picture for every prompt is liker to the training pictures than real ones are."""
+    draw, eye = np.random.default_rng(0), torch.zeros(12, 1)
+    likeness = {"base": 0.1, "d-opsd": 0.28, "average": 0.588}
+    values = {model: level + draw.normal(0, 0.02, 12) for model, level in likeness.items()}
+    cells = {Key("concept", model, 4): Cell({"likeness": its}, {"eye": eye}) for model, its in values.items()}
+    cells |= {
+        Key("concept", model, 4, 1): Cell({"likeness": its + 0.01}, {"eye": eye}) for model, its in values.items()
+    }
+    real = np.array([0.25, 0.3, 0.35])
+    found = paired_of(cells, list(likeness), real, Asked(4, 4, 12)).models
+    means = {model: np.mean(its["learnt"]["first"]) for model, its in found.items()}
+    assert means["average"] == pytest.approx(0.3, abs=1e-4)
+    for model in ("base", "d-opsd"):
+        assert found[model]["learnt"]["first"] == pytest.approx(values[model], rel=1e-4), "below it nothing is changed"
+    apart = np.subtract(found["average"]["learnt"]["first"], values["average"])
+    assert np.allclose(apart, apart[0], atol=1e-4), "prompt by prompt it is the same model"
+    again = np.subtract(found["average"]["learnt"]["second"], found["average"]["learnt"]["first"])
+    assert np.allclose(again, 0.01, atol=1e-4)
+
+
 def test_marks_between_models_are_of_the_numbers_that_are_shown() -> None:
     """Kept is the mean of both noises, so its difference is; of what is shown from the first alone it is of that."""
     mine = {score: {"first": (0.8,) * 6, "second": (0.2,) * 6} for score in ("kept", "learnt")}
@@ -81,7 +123,7 @@ def test_noise_is_no_success(seed):
 
     def chance(count: int) -> Cell:
         values = {"likeness": 0.25 + 0.01 * draw.standard_normal(count), "copy": np.zeros(count),
-                  "sharpness": np.ones(count)}  # fmt: skip
+                  "copy_bar": np.ones(count), "sharpness": np.ones(count)}  # fmt: skip
         return Cell(values, {"eye": torch.zeros(count, 1)})
 
     for count in (2, 5, 40):

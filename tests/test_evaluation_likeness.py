@@ -16,9 +16,9 @@ from dopsd.evaluation.compare import compared, looks_of
 from dopsd.evaluation.copies import Copies
 from dopsd.evaluation.draws import Key
 from dopsd.evaluation.headline import Asked, few_step_values, headline, kept_values
-from dopsd.evaluation.likeness import Scale, kept
-from dopsd.evaluation.probe import world_picture
+from dopsd.evaluation.likeness import Scale, as_independent, kept
 from dopsd.evaluation.scoring import Bootstrap, Cell
+from dopsd.evaluation.world import world_picture
 from tests.tiny_evaluation import small_world
 
 KNOWN = [("noto", i) for i in range(12)]
@@ -96,14 +96,66 @@ def test_a_copy_is_one_however_it_is_shifted_and_another_picture_is_none(tmp_pat
     copies = Copies(training, features(pictures("ink", 0, 6)))
     shifted = [Image.fromarray(np.roll(np.asarray(p), 1, axis=1)) for p in pictures("ink", 0, 6)]
     for images, least in ((pictures("ink", 0, 6), 0.999), (shifted, 0.95)):
-        nearest, copy = copies.of(images, features(images))
-        assert nearest.tolist() == list(range(6))
-        assert copy.min() > least
+        found = copies.of(images, features(images))
+        assert found["nearest"].tolist() == list(range(6))
+        assert found["copy"].min() > least
+        assert (found["copy"] > found["copy_bar"]).all()
     wide = [p.resize((128, 64)) for p in pictures("ink", 0, 6)]
-    assert copies.of(wide, features(pictures("ink", 0, 6)))[1].min() > 0.9, "of another shape it is a copy too"
+    assert copies.of(wide, features(pictures("ink", 0, 6)))["copy"].min() > 0.9, "of another shape it is a copy too"
     others = pictures("ink", 12, 12)
-    assert copies.of(others, features(others))[1].max() < 0.9
-    assert copies.of(noise(3), features(noise(3)))[1].max() < 0.2
+    assert copies.of(others, features(others))["copy"].max() < 0.9
+    assert copies.of(noise(3), features(noise(3)))["copy"].max() < 0.2
+
+
+def test_things_on_a_plain_ground_are_no_copies_of_each_other(tmp_path):
+    """Where all is white, all is alike: that is true of the training pictures among each other too."""
+
+    def icon(seed: int) -> Image.Image:
+        small = np.random.default_rng(seed).integers(0, 255, (5, 5, 3), dtype=np.uint8)
+        ground = Image.new("RGB", (256, 256), "white")
+        ground.paste(Image.fromarray(small).resize((80, 80), Image.Resampling.NEAREST), (88, 88))
+        return ground
+
+    training = []
+    for number in range(8):
+        icon(number).save(tmp_path / f"{number}.png")
+        training.append(Picture(tmp_path / f"{number}.png", 10**6))
+    their = torch.eye(8)
+    copies, others = Copies(training, their), [icon(100 + number) for number in range(8)]
+    strange = copies.of(others, their)
+    assert strange["copy"].min() > 0.6, "structure alone would call every one of them a copy"
+    assert not (strange["copy"] > strange["copy_bar"]).any()
+    own = copies.of([icon(number) for number in range(8)], their)
+    assert (own["copy"] > own["copy_bar"]).all()
+
+
+@pytest.mark.parametrize("count", [4, 12])
+def test_intervals_know_that_leave_one_out_values_share_their_pictures(count):
+    """The spread of their mean over many sets of pictures, against what independent values would have."""
+    draw = torch.Generator().manual_seed(0)
+    scale, means, told = Scale(torch.zeros(6), torch.ones(6), 6), [], []
+    for _ in range(600):
+        among = scale.likeness_among(1 + torch.randn(count, 6, generator=draw), "content")
+        means.append(float(among.mean()))
+        told.append(float(as_independent(among).var()) / count)
+    assert np.mean(told) == pytest.approx(np.var(means), rel=0.35 if count < 6 else 0.2)
+
+
+def test_a_scale_of_few_general_prompts_is_of_all_that_the_base_drew():
+    """Else all is alike that one base drew, and a model that kept nothing seems to have kept it all."""
+    draw = torch.Generator().manual_seed(0)
+    general, concept = 5 + torch.randn(3, 4, generator=draw), 5 + torch.randn(9, 4, generator=draw)
+    cells = {
+        Key("kept", "base", 4): cell(features=general),
+        Key("concept", "base", 4): cell(features=concept),
+        Key("concept", "base", 8): cell(features=100 * concept),
+        Key("concept", "sft", 4): cell(features=-concept),
+    }
+    looks = looks_of(cells, {"eye": concept}, {"eye": 2}, None, 4)  # fmt: skip
+    assert torch.allclose(looks[0].scale.center, torch.cat([general, concept]).mean(0))
+    cells[Key("kept", "base", 4)] = cell(features=concept[:6])
+    looks = looks_of(cells, {"eye": concept}, {"eye": 2}, None, 4)
+    assert torch.allclose(looks[0].scale.center, concept[:6].mean(0)), "six are enough"
 
 
 def cell(values=None, **features_of) -> Cell:
@@ -134,11 +186,10 @@ def test_kept_compares_the_same_noise_and_measures_by_the_bases_own_two():
 
 
 def test_few_step_takes_off_what_the_base_loses_itself():
-    empty = torch.zeros(6, 1)
+    empty, about = torch.zeros(6, 1), {"copy": [0.0] * 6, "copy_bar": [1.0] * 6, "sharpness": [1.0] * 6}
     values = {("base", 4): 0.2, ("base", 32): 0.3, ("sft", 4): 0.5, ("sft", 32): 0.8}
     cells = {
-        Key("concept", model, steps): cell({"likeness": [value] * 6, "copy": [0.0] * 6, "sharpness": [1.0] * 6},
-                                           features=empty)
+        Key("concept", model, steps): cell(about | {"likeness": [value] * 6}, features=empty)
         for (model, steps), value in values.items()
     }  # fmt: skip
     asked = Asked(4, 32, 4)
@@ -154,7 +205,7 @@ def test_few_step_takes_off_what_the_base_loses_itself():
 def test_what_the_base_can_do_already_is_nothing_to_learn():
     """Real pictures no liker to the training pictures than the base's: the way between them is chance."""
     draw, empty = np.random.default_rng(0), torch.zeros(12, 1)
-    about = {"copy": [0.0] * 12, "sharpness": [1.0] * 12}
+    about = {"copy": [0.0] * 12, "copy_bar": [1.0] * 12, "sharpness": [1.0] * 12}
     cells = {
         Key("concept", model, 4): cell(about | {"likeness": 0.5 + 0.1 * draw.standard_normal(12)}, features=empty)
         for model in ("base", "sft")

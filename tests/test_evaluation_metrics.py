@@ -5,6 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from scipy import stats
 from scipy.ndimage import laplace, uniform_filter
 from sklearn.metrics.pairwise import cosine_similarity, polynomial_kernel
 
@@ -106,6 +108,16 @@ def test_structure_is_the_best_ssim_over_all_shifts_and_forgives_no_more_than_tw
     assert float(metrics.structure(a, a.roll(5, 3))[0]) < 0.5
 
 
+@pytest.mark.parametrize("size", [(2000, 300), (300, 2000), (4000, 500)])
+def test_a_banner_has_a_structure_too(size):
+    banner = Image.fromarray(np.random.default_rng(0).integers(0, 255, (5, 40, 3), dtype=np.uint8)).resize(size)
+    small = metrics.stack([banner], metrics.STRUCTURE_SIZE)
+    assert max(small.shape[2:]) == 64
+    assert min(small.shape[2:]) == 16
+    assert float(metrics.structure(small, small)[0]) == pytest.approx(1, abs=1e-5)
+    assert metrics.stack([banner.resize((128, 64))], 64).shape[2:] == (32, 64), "of others the shape is kept"
+
+
 def test_pixel_mse():
     a = torch.zeros(2, 3, 4, 4)
     b = torch.stack([torch.full((3, 4, 4), 0.5), torch.zeros(3, 4, 4)])
@@ -117,6 +129,10 @@ def test_bootstrap_covers_the_mean_and_pairs_models():
     low, high = interval(Bootstrap(3).means(values))
     assert low < values.mean() < high
     assert high - low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(400), rel=0.15)
+    for count in (6, 12, 40):
+        few = values[:count]
+        by_t = stats.t.interval(0.95, count - 1, few.mean(), stats.sem(few))
+        assert interval(Bootstrap(3).means(few)) == pytest.approx(by_t, abs=0.12 * (by_t[1] - by_t[0])), count
     bootstrap = Bootstrap(3)
     # a constant shift between two models has no uncertainty when the same prompts are drawn for both
     assert np.allclose(bootstrap.means(values + 0.25) - bootstrap.means(values), 0.25)

@@ -17,11 +17,11 @@ from dopsd.data.schema import validate_dataset
 from dopsd.evaluation import prompts
 from dopsd.evaluation.metrics import laplacian_energy
 from dopsd.evaluation.paired import PAIRED, read_paired
-from dopsd.evaluation.probe import world_picture
 from dopsd.evaluation.report import write_report
 from dopsd.evaluation.suite import EvaluationError, Subject, evaluate, subjects_in
 from dopsd.evaluation.table import headline_columns, headline_rows, headline_tables, table_as_text
 from dopsd.evaluation.verdict import answers, verdict
+from dopsd.evaluation.world import world_picture
 from emoji_turbo.captions import concept_caption
 from emoji_turbo.pictures import World
 from tests.tiny import tiny_family

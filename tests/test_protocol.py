@@ -210,7 +210,8 @@ def test_whatever_a_file_holds_the_answer_is_prompts_or_faults(content: bytes) -
     [
         ("a [V] dog on a beach", "dog", "a dog on a beach"),
         ("a [v] on a beach", "dog", "a dog on a beach"),
-        ("[V] dogs run", "dog", "dog dogs run"),
+        ("two [V] dogs run", "dog", "two dogs run"),
+        ("two [V] boxes", "box", "two boxes"),
         ("a fox in [V] style", "", "a fox"),
         ("a fox, in [V] style, at night", "", "a fox, at night"),
         ("a fox, [V] style.", "", "a fox."),

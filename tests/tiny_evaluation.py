@@ -15,7 +15,7 @@ from dopsd.config.groups import LoraSettings
 from dopsd.data.manifest import ConceptTable
 from dopsd.data.schema import validate_dataset
 from dopsd.distill.adapters import STUDENT, adapted_layers, add_adapters, save_adapter
-from dopsd.evaluation.probe import world_picture
+from dopsd.evaluation.world import world_picture
 from emoji_turbo.captions import concept_caption
 from emoji_turbo.pictures import World
 from tests.tiny import tiny_family

@@ -16,7 +16,7 @@ from torch import Tensor
 from .backbones import kind_of
 from .draws import Key
 from .extras import FROM_BASE
-from .likeness import HALVES, Half, Scale, kept
+from .likeness import HALVES, LEAST_PICTURES, Half, Scale, kept
 from .prompts import KEPT, NEAR
 from .scoring import Cell, Values
 
@@ -38,12 +38,15 @@ def looks_of(
     cells: Cells, training: Mapping[str, Tensor], dims: Mapping[str, int], kind: str | None, few: int
 ) -> list[Look]:
     """Every backbone's, the first one's without a suffix; their scale is the base's few-step pictures of general
-    prompts (of the concept's, where there are none). ``dims``: how many of its features say what is drawn."""
-    own = cells.get(Key(KEPT, "base", few)) or cells[Key("concept", "base", few)]
+    prompts, and of all others too where those are few. ``dims``: how many of its features say what is drawn."""
+    general = cells.get(Key(KEPT, "base", few))
+    own = [cell for key, cell in cells.items() if (key.model, key.steps, key.noise) == ("base", few, 0)]
+    if general is not None and len(general) >= LEAST_PICTURES:
+        own = [general]
     return [
         Look(
             name,
-            Scale.of(own.features[name], dims[name]),
+            Scale.of(torch.cat([cell.features[name] for cell in own]), dims[name]),
             features,
             HALVES[kind],
             f"@{kind_of(name)}" if number else "",

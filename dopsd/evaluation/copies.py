@@ -1,4 +1,8 @@
-"""Was a training picture learnt by heart: the nearest one to each sample, and how much of it the sample is."""
+"""Was a training picture learnt by heart: the nearest one to each sample, and how much of it the sample is.
+
+Pictures on a plain ground are alike wherever they are plain: a copy lacks less than half of what the other training
+picture nearest to the same one lacks.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,9 @@ from dopsd.data.pictures import Picture
 
 from . import metrics
 
+COPY = 0.6
+"""Structural similarity below which nothing counts as a copy."""
+
 
 class Copies:
     """Compares samples with the training pictures. ``features`` ``[M, D]`` are theirs."""
@@ -20,12 +27,18 @@ class Copies:
     def __init__(self, training: Sequence[Picture], features: Tensor) -> None:
         self._small = torch.cat([_small([picture.load()]) for picture in training])
         self._features = F.normalize(features, dim=1)
+        self._bars = torch.full((len(training),), COPY)
+        if len(training) > 1:
+            others = (self._features @ self._features.T).fill_diagonal_(-2).argmax(1)
+            self._bars = (0.5 + 0.5 * metrics.structure(self._small, self._small[others])).clamp(min=COPY)
 
-    def of(self, images: Sequence[Image.Image], features: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest training picture of each sample by its features, ``int64 [N]``, and how much of a copy of it the
-        sample is ``[N]``: structural similarity at its best over small shifts, 1 for the same picture."""
+    def of(self, images: Sequence[Image.Image], features: Tensor) -> dict[str, Tensor]:
+        """Of each sample ``[N]``: ``nearest``, the training picture nearest by its features; ``copy``, how much of a
+        copy of it the sample is (structural similarity at its best over small shifts, 1 for the same picture); and
+        ``copy_bar``, above which it is one."""
         nearest = (F.normalize(features, dim=1) @ self._features.T).argmax(1)
-        return nearest, metrics.structure(_small(images), self._small[nearest])
+        copy = metrics.structure(_small(images), self._small[nearest])
+        return {"nearest": nearest, "copy": copy, "copy_bar": self._bars[nearest]}
 
 
 def _small(images: Sequence[Image.Image]) -> Tensor:

@@ -45,7 +45,7 @@ class Extras:
         values: dict[str, Tensor] = {}
         if key.noise == 0 and key.steps in (self._few, self._many):
             for text in self._see.texts:
-                score = text(images, [text_for_clip(prompt.text, *self._words) for prompt in asked])
+                score = text(images, [text_for_clip(prompt.text, *self._words) or prompt.text for prompt in asked])
                 kind = kind_of(text.name)
                 values["reward" if kind == "reward" else f"prompt@{kind}" if "prompt" in values else "prompt"] = score
         if self._see.distances and key.split in (KEPT, NEAR):

@@ -8,11 +8,11 @@ import numpy as np
 
 from .compare import Cells
 from .draws import Key
-from .headline import Asked, few_step_values, round_
+from .headline import MIN_REAL, Asked, few_step_values, round_
 from .naming import REFERENCES
 from .paired import Paired
-from .prompts import KEPT
-from .scoring import Bootstrap, Values, interval
+from .prompts import KEPT, MIN_PROMPTS
+from .scoring import NO_SCORES, Bootstrap, Values, interval
 
 LABELS = {
     "learnt": "likeness to the training pictures",
@@ -26,9 +26,18 @@ _DRAWN = {"learnt": ("concept", "likeness"), "kept": (KEPT, "kept"), "prompt": (
 _FEW_STEP = {"new": "few_step", "old": "few_step_kept"}
 
 
-def paired_of(cells: Cells, models: Sequence[str], asked: Asked) -> Paired:
-    """What a version is judged by, of the base and all tuned models; all of it is better when higher."""
+def paired_of(cells: Cells, models: Sequence[str], real: Values, asked: Asked) -> Paired:
+    """What a version is judged by, of the base and all tuned models; all of it is better when higher.
+
+    ``real``: how like the training pictures real ones are. What a model is liker than that on the whole is taken off
+    all its prompts: being like pictures beyond what pictures of the concept are is no merit, but caricature or a copy,
+    and would be a bar that no honest challenger reaches.
+    """
     found = {model: _guarded(cells, model, asked) for model in models if model == "base" or model not in REFERENCES}
+    if len(real) >= MIN_REAL:
+        for its in found.values():
+            beyond = max(float(its["learnt"]["first"].mean() - real.mean()), 0.0)
+            its["learnt"] = {noise: values - beyond for noise, values in its["learnt"].items()}
     scores = {name: {"better": "higher", "label": LABELS[name]} for name in found["base"]}
     values = {
         model: {
@@ -55,20 +64,22 @@ def _guarded(cells: Cells, model: str, asked: Asked) -> dict[str, dict[str, Valu
 def differences(
     cells: Cells, models: Sequence[str], few: int, bootstrap: Bootstrap
 ) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """Split, model and score to the mean paired difference from the base's, and its interval."""
+    """Split, model and score to the mean paired difference from the base's, and its interval; of fewer than
+    :data:`MIN_PROMPTS` prompts nothing is said."""
     out: dict[str, dict[str, dict[str, list[float]]]] = {}
     for key, cell in cells.items():
         other = cells.get(key._replace(model="base"))
         if other is None or key.noise or key.steps != few or key.model not in models or key.model == "base":
             continue
-        for score in sorted(set(cell.values) & set(other.values) - {"nearest"}):
+        for score in sorted(set(cell.values) & set(other.values) - NO_SCORES):
             apart = cell.values[score] - other.values[score]
-            out.setdefault(key.split, {}).setdefault(key.model, {})[score] = _with_interval(apart, bootstrap)
+            if len(apart) >= MIN_PROMPTS:
+                out.setdefault(key.split, {}).setdefault(key.model, {})[score] = _with_interval(apart, bootstrap)
     return out
 
 
 def against(paired: Paired, main: str, bootstrap: Bootstrap) -> dict[str, dict[str, list[float]]]:
-    """Model and guarded score to the mean paired difference from the main model's, and its interval."""
+    """The same of the guarded scores, from the main model's."""
     out: dict[str, dict[str, list[float]]] = {}
     mine: Mapping[str, Mapping[str, tuple[float, ...]]] = paired.models.get(main, {})
     for model, scores in paired.models.items():
@@ -76,7 +87,8 @@ def against(paired: Paired, main: str, bootstrap: Bootstrap) -> dict[str, dict[s
             continue
         for score in sorted(set(scores) & set(mine)):
             apart = _shown(score, scores[score]) - _shown(score, mine[score])
-            out.setdefault(model, {})[score] = _with_interval(apart, bootstrap)
+            if len(apart) >= MIN_PROMPTS:
+                out.setdefault(model, {})[score] = _with_interval(apart, bootstrap)
     return out
 
 

@@ -15,16 +15,12 @@ import numpy as np
 from .compare import Cells
 from .draws import Key
 from .naming import KNOWN_SCORES, REFERENCES
-from .prompts import KEPT, KNOWN, NEAR
-from .scoring import Bootstrap, Cell, Scorer, Values, interval
+from .prompts import KEPT, KNOWN, MIN_PROMPTS, NEAR
+from .scoring import NO_SCORES, Bootstrap, Cell, Scorer, Values, interval
 
 RETAINED_SCORES = ("style", "likeness", "cosine", "sharpness")
-MIN_PROMPTS = 6
-"""On fewer prompts chance alone too often puts a model between the base and its teacher."""
 MIN_REAL = 3
 """Of fewer real pictures nobody knows how like each other they are."""
-COPY = 0.6
-"""Structural similarity from which on a sample may count as a copy of a training picture."""
 _LEAST = 0.05
 """Below this a score is nothing that could be retained: a ratio of two such values would be noise."""
 
@@ -36,7 +32,7 @@ class Numbers:
         self.values: dict[str, float] = {}
         self.intervals: dict[str, list[float]] = {}
 
-    def add(self, key: str, value: float, resampled: Values | None, prompts: int = MIN_PROMPTS) -> None:
+    def add(self, key: str, value: float, resampled: Values | None, prompts: int) -> None:
         """One number of so many prompts, rounded to what its interval can bear. NaN and infinity are left out."""
         if not np.isfinite(value):
             return
@@ -50,11 +46,11 @@ def scores_of(cell: Cell, kid: float | None, bootstrap: Bootstrap) -> Numbers:
     """Mean and interval of every score of a cell. The distribution's distance belongs to the set: no interval."""
     numbers = Numbers()
     for key, values in cell.values.items():
-        if key == "nearest":  # a place, no score
+        if key in NO_SCORES:
             continue
-        numbers.add(key, float(values.mean()), bootstrap.means(values))
+        numbers.add(key, float(values.mean()), bootstrap.means(values), len(values))
     if kid is not None:
-        numbers.add("kid", kid, None)
+        numbers.add("kid", kid, None, len(cell))
     return numbers
 
 
@@ -119,12 +115,12 @@ def _learnt(
     """How far from the base's likeness to that of real pictures the tuned model's goes, from the same noise."""
     base, tuned = (cells[Key("concept", name, asked.few)].values["likeness"] for name in ("base", model))
     gain = tuned - base
-    numbers.add("likeness_gain", float(gain.mean()), bootstrap.means(gain))
+    numbers.add("likeness_gain", float(gain.mean()), bootstrap.means(gain), len(gain))
     lead = _lead(base, real, bootstrap)
     if lead is None:
         omitted["learnt"] = _no_lead(base, real)
         return
-    numbers.add("learnt", float(gain.mean()) / lead[0], _divide(bootstrap.means(gain), lead[1]))
+    numbers.add("learnt", float(gain.mean()) / lead[0], _divide(bootstrap.means(gain), lead[1]), len(gain))
 
 
 def _no_lead(base: Values, real: Values) -> str:
@@ -181,7 +177,7 @@ def _few_step(
     lead = _lead(cells[Key("concept", "base", asked.few)].values["likeness"], real, bootstrap)
     if "new" in found and lead is not None:
         new = found["new"]
-        numbers.add("few_step_new", float(new.mean()) / lead[0], bootstrap.means(new) / lead[0], len(new))
+        numbers.add("few_step_new", float(new.mean()) / lead[0], _divide(bootstrap.means(new), lead[1]), len(new))
     few, many = (Key("concept", model, steps) for steps in (asked.few, asked.many))
     its = [cells.get(key._replace(model="base")) for key in (few, many)]
     own = [cells.get(key) for key in (few, many)]
@@ -197,9 +193,9 @@ def _few_step(
 
 def _copied(numbers: Numbers, cells: Cells, model: str, few: int, bootstrap: Bootstrap) -> None:
     """Which share of the samples is a copy of a training picture, and nearer to it than the base's of that prompt."""
-    base, tuned = (cells[Key("concept", name, few)].values["copy"] for name in ("base", model))
-    over = ((tuned > COPY) & (tuned > base)).astype(np.float64)
-    numbers.add("copied", float(over.mean()), bootstrap.means(over))
+    base, tuned = (cells[Key("concept", name, few)].values for name in ("base", model))
+    over = ((tuned["copy"] > tuned["copy_bar"]) & (tuned["copy"] > base["copy"])).astype(np.float64)
+    numbers.add("copied", float(over.mean()), bootstrap.means(over), len(over))
 
 
 def _gap(numbers: Numbers, cells: Cells, model: str, few: int, bootstrap: Bootstrap, omitted: dict[str, str]) -> None:
@@ -224,7 +220,8 @@ def _gap(numbers: Numbers, cells: Cells, model: str, few: int, bootstrap: Bootst
         if b.mean() - a.mean() <= 1e-6 or not least > 0:
             omitted[name] = f"the teacher is not measurably better than the base in {key}: there is no gap to close"
             continue
-        numbers.add(name, (c.mean() - a.mean()) / (b.mean() - a.mean()), _divide(mine - low, high - low))
+        share = (c.mean() - a.mean()) / (b.mean() - a.mean())
+        numbers.add(name, share, _divide(mine - low, high - low), len(a))
 
 
 def _known(numbers: Numbers, cells: Cells, model: str, few: int, bootstrap: Bootstrap) -> None:
@@ -236,7 +233,8 @@ def _known(numbers: Numbers, cells: Cells, model: str, few: int, bootstrap: Boot
     if ratios:
         lowest = min(ratios, key=lambda key: ratios[key])
         numbers.values["known_lowest"] = ratios[lowest]
-        numbers.intervals["known_lowest"] = numbers.intervals[f"known_{lowest}"]
+        if f"known_{lowest}" in numbers.intervals:
+            numbers.intervals["known_lowest"] = numbers.intervals[f"known_{lowest}"]
 
 
 def _ratio(
@@ -259,7 +257,7 @@ def _retention(numbers: Numbers, few: Cell, most: Cell | None, bootstrap: Bootst
     for key in RETAINED_SCORES:
         if key in few.values and key in most.values and most.values[key].mean() > _LEAST:
             resampled = _divide(bootstrap.means(few.values[key]), bootstrap.means(most.values[key]))
-            numbers.add(f"retention_{key}", few.values[key].mean() / most.values[key].mean(), resampled)
+            numbers.add(f"retention_{key}", few.values[key].mean() / most.values[key].mean(), resampled, len(few))
 
 
 def _divide(a: Values, b: Values) -> Values:

@@ -65,6 +65,12 @@ class Scale:
         return ((unit @ unit.T).sum(1) - 1) / (len(unit) - 1)
 
 
+def as_independent(among: Tensor) -> Tensor:
+    """:meth:`Scale.likeness_among` with twice its deviations: its values share their pictures, so their mean (a
+    U-statistic of two) deviates twice as much as that of independent ones, which is how intervals take them."""
+    return 2 * among - among.mean() if len(among) else among
+
+
 def kept(distance: Tensor, seed_distance: Tensor) -> Tensor:
     """What was kept of each prompt ``[N]``: 1 for the base's own picture, 0 for one as far from it as another noise
     makes it, less for one that is further.

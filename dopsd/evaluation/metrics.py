@@ -17,15 +17,19 @@ from torch import Tensor
 STRUCTURE_SIZE = 64
 """Side in pixels at which :func:`structure` compares; larger pictures are reduced to it."""
 STRUCTURE_SHIFT = 2
+_LEAST_SIDE = 16
+"""Of a picture that is reduced: a banner keeps enough rows to be compared."""
 
 
 def stack(images: Sequence[Image.Image], side: int | None = None) -> Tensor:
-    """RGB images of one size as ``[N, 3, H, W]`` in [0, 1]; ``side`` reduces the longer side to it (area average)."""
+    """RGB images of one size as ``[N, 3, H, W]`` in [0, 1]; ``side`` reduces the longer side to it (area average), the
+    shorter one to no less than a quarter of 64."""
     pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
     x = pixels.permute(0, 3, 1, 2).float() / 255
-    longest = max(x.shape[2:])
-    if side is not None and longest > side:
-        x = F.interpolate(x, scale_factor=side / longest, mode="area")
+    height, width = x.shape[2:]
+    if side is not None and max(height, width) > side:
+        size = [max(each * side // max(height, width), min(each, _LEAST_SIDE)) for each in (height, width)]
+        x = F.interpolate(x, size=size, mode="area")
     return x
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from ..distill.drawing import batch_of, pictures
 from ..models.base import Family
 from .backbones import FeatureStore
-from .world import World
+from .prompts import EvaluationError
+from .world import World, world_picture
 
 MIN_CONCEPTS = 10
 MAX_CONCEPTS = 160
@@ -85,8 +86,8 @@ def train_probe(
 
     Every training picture comes clean and once degraded; ``through`` (:func:`round_trip`) adds a third copy of every
     second one. At most :data:`MAX_CONCEPTS` concepts are trained on, drawn by ``seed``; where fewer than ten are
-    evaluated, others that are not trained on are measured too. Raises ``ValueError`` where fewer than ten are
-    left to train on.
+    evaluated, others that are not trained on are measured too. Raises :class:`EvaluationError` where fewer
+    than ten are left to train on.
     """
     styles = tuple(world.pictures)
     draw = np.random.default_rng(seed)
@@ -94,7 +95,7 @@ def train_probe(
     extra = max(0, MIN_CONCEPTS - len(set(evaluated)))
     held, train = sorted({*evaluated, *rest[:extra]}), sorted(rest[extra:][:MAX_CONCEPTS])
     if len(train) < MIN_CONCEPTS:
-        raise ValueError(
+        raise EvaluationError(
             f"style probe: {len(train)} concepts are left to train it on, at least {MIN_CONCEPTS} are needed; lower "
             "evaluation.max_prompts or evaluation.known_prompts"
         )
@@ -114,11 +115,6 @@ def train_probe(
         hits = probe.hits(features.style(features(images)), [styles[i] for i in labels])
         probe.accuracy[name] = float(hits.mean())
     return probe
-
-
-def world_picture(world: World, style: str, index: int) -> Image.Image:
-    """One picture of the world as RGB."""
-    return Image.fromarray(world.pictures[style][index].permute(1, 2, 0).numpy())
 
 
 def _pictures(world: World, styles: Sequence[str], concepts: Sequence[int]) -> tuple[list[Image.Image], np.ndarray]:

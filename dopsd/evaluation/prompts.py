@@ -25,9 +25,8 @@ from dopsd.data.pictures import Picture, bucket_of, references_of
 from dopsd.train.encode import EncodingRequest
 
 from .backbones import picture_key
-from .probe import world_picture
 from .protocol import class_of, published_prompts, seed_of, text_for_clip
-from .world import World
+from .world import World, world_picture
 
 
 class EvaluationError(ValueError):
@@ -78,6 +77,8 @@ class Prompt:
 CONCEPT, REWRITE = "concept", "rewrite"
 KEPT, NEAR, KNOWN = "kept", "near", "known"
 """The splits that nothing is to be learnt of."""
+MIN_PROMPTS = 6
+"""On fewer prompts chance alone too often puts a model between the base and its teacher: no interval is given."""
 NEAR_PROMPTS = 20
 """At most so many prompts near the concept."""
 _MAX_KIND_BYTES = 64 << 10
@@ -115,9 +116,30 @@ def check_questions(
 ) -> None:  # fmt: skip
     """Raise :class:`EvaluationError` for what the evaluation cannot ask of these data with these settings."""
     read_kind(table, world)
-    rehearsed_of(settings)  # the general prompts are there
+    _check_for_the_gate(table, holdout, settings)
     if settings.evaluation.prompts and not (holdout and holdout.rows) and any(row.references for row in table.rows):
         raise EvaluationError("evaluation.prompts: they have no pictures to edit; add holdout/ to the data set")
+
+
+def _check_for_the_gate(table: ConceptTable, holdout: ConceptTable | None, settings: Settings) -> None:
+    """A night's training is not to end at a registry that can never let it in."""
+    evaluation, registry = settings.evaluation, settings.registry
+    general, rehearsed = len(evaluation.kept_texts), rehearsed_of(settings)
+    left = min(evaluation.kept_count, general - rehearsed)
+    if registry.enabled and registry.min_kept is not None and left < MIN_PROMPTS:
+        raise EvaluationError(
+            f"evaluation.kept_prompts: {left} general prompts are left to ask ({general}, less {rehearsed} that "
+            f"train.replay.prompts rehearses; at most kept_count, {evaluation.kept_count}), and the registry judges by "
+            f"{MIN_PROMPTS} at least; add some, or set registry.min_kept to null"
+        )
+    rows = len(holdout.rows) if holdout else 0
+    asked = min(evaluation.max_prompts, rows or len(evaluation.prompts) or len(table.rows))
+    if registry.enabled and evaluation.protocol == "ours" and asked < 2:
+        raise EvaluationError(
+            "evaluation: one prompt of the concept is asked, of which no difference can be told from chance, and the "
+            "registry would refuse every version; add held-out pictures or evaluation.prompts (docs/evaluation.md), or "
+            "set registry.enabled to false"
+        )
 
 
 def concept_prompts(

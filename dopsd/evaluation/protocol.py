@@ -144,7 +144,8 @@ def text_for_clip(text: str, placeholder: str, label: str = "") -> str:
     dog"); without one "in [V] style", or the placeholder alone, is left out."""
     mark = re.escape(placeholder)
     if label:
-        text = re.sub(rf"{mark}(?:\s+{re.escape(label)}\b)?", lambda _: label, text, flags=re.IGNORECASE)
+        said = re.compile(rf"{mark}(?:\s+({re.escape(label)}(?:e?s)?)\b)?", re.IGNORECASE)
+        text = said.sub(lambda found: found[1] or label, text)
     else:
         text = re.sub(rf"[,\s]*(?:\bin\s+(?:the\s+)?)?{mark}[ -]styles?\b", "", text, flags=re.IGNORECASE)
         text = re.sub(rf"[,\s]*(?:\bin\s+(?:the\s+)?)?style\s+of\s+{mark}(?!\w)", "", text, flags=re.IGNORECASE)

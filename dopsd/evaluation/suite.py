@@ -39,7 +39,7 @@ from .naming import REFERENCES
 from .paired import is_name
 from .probe import StyleProbe, decoded, round_trip, train_probe
 from .prompts import CONCEPT, KEPT, KNOWN, NEAR, EvaluationError, Kind, Prompt
-from .scoring import Cell, Scorer, in_order
+from .scoring import Cell, Scorer, Training, in_order
 from .summary import Evaluated, write_results
 from .world import World
 
@@ -97,13 +97,13 @@ def evaluate(
     plan = _plan(family, table, holdout, world, settings, cache, with_teacher="teacher" in names)
     if "teacher" not in plan.conditioning:
         subjects = [subject for subject in subjects if subject.name != "teacher"]
+    family.parts.release(("text_encoder", "vision"))  # before backbones come; the autoencoder is asked once more
     backbones = load_backbones(settings.evaluation.backbones, family.device, root, settings.evaluation.rubric)
     stores = [FeatureStore(one, cache.folder / f"{_file_name(one.name)}.safetensors") for one in backbones.features]
     evaluated = sorted({p.concept for asked in plan.splits.values() for p in asked if p.concept is not None})
     probe = _probe(family, world, evaluated, stores[0], settings)
-    scorers = {
-        split: Scorer(asked, stores, plan.training, probe, world, evaluated) for split, asked in plan.splits.items()
-    }
+    training = Training(plan.training, stores)
+    scorers = {split: Scorer(asked, stores, training, probe, world, evaluated) for split, asked in plan.splits.items()}
     for store in stores:
         store.save()
     cells = _real(family, scorers)
@@ -131,7 +131,7 @@ def evaluate(
                 print(f"evaluate: no grades: {omitted['judge']}")
             backbones.release()
         dims = {store.backbone.name: store.backbone.content_dim for store in stores}
-        looks = looks_of(cells, scorers["concept"].training, dims, plan.kind.kind, few)
+        looks = looks_of(cells, training.features, dims, plan.kind.kind, few)
         found = Evaluated(
             table.name, plan.kind, family.teaching.context, plan.splits, plan.trained, names,
             compared(cells, looks), looks[0], scorers, probe, settings, omitted,

@@ -16,6 +16,7 @@ from .compare import Look
 from .draws import Key
 from .guarded import against, differences, paired_of
 from .headline import Asked
+from .likeness import as_independent
 from .naming import main_model
 from .paired import PAIRED, Paired, write_paired
 from .probe import StyleProbe
@@ -56,12 +57,13 @@ class Evaluated:
         truths = self.cells.get(Key("concept", "real", 0))
         if truths is not None:
             return truths.values["likeness"]
-        return self.look.scale.likeness_among(self.look.training, self.look.half).double().numpy()
+        among = self.look.scale.likeness_among(self.look.training, self.look.half)
+        return as_independent(among).double().numpy()
 
 
 def write_results(found: Evaluated, folder: Path) -> dict[str, Any]:
     """Write ``metrics.json``, the tables and what was found of each prompt; returns the content of the first."""
-    paired = paired_of(found.cells, found.models, found.asked)
+    paired = paired_of(found.cells, found.models, found.real, found.asked)
     metrics = _metrics(found, paired)
     _write_csv(found, folder)
     (folder / METRICS).write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -129,7 +129,7 @@ def _few_step(metrics: Mapping[str, Any], model: str) -> Answer:
     value, low, high = _number(metrics, model, key)
     sharp, _, sharp_high = _number(metrics, model, "few_step_sharpness")
     assert value is not None
-    level = _not_told(_level(value, FEW_STEP), low, FEW_STEP)
+    level = _not_told(_level(value, FEW_STEP), low, high, FEW_STEP)
     if level in ("fair", "poor") and high is not None and high >= 0:
         level = "fair"  # may be chance
     blurred = False
@@ -155,7 +155,7 @@ def _few_step(metrics: Mapping[str, Any], model: str) -> Answer:
         f"{many}, what the base itself loses taken off."
     )
     if level == "unknown":
-        sentence += " On so few prompts it may have lost much more."
+        sentence += " On so few prompts it may have lost much more, or nothing."
     elif value < 0 and high is not None and high >= 0 and than == "than":
         sentence += " That may be chance."
     if blurred and sharp is not None:
@@ -187,9 +187,9 @@ def _kept(metrics: Mapping[str, Any], model: str) -> Answer:
         f"On {count} general prompt{'s' if count > 1 else ''} it keeps {left} of the base's own pictures: 100 % is the "
         "same picture, 0 % one as different as another seed makes it."
     )
-    level = _not_told(_level(value, KEPT), low, KEPT)
+    level = _not_told(_level(value, KEPT), low, high, KEPT)
     if level == "unknown":
-        sentence += " On so few prompts it may be much less."
+        sentence += " On so few prompts it may be much less, or more."
     beside = [(label, written(number)) for label, key, written in (
         (f"in {metrics['most_steps']} steps", "kept_many", left_of), ("near the concept", "kept_near", left_of),
         (_known_label(metrics, model), "known_lowest", _percent),
@@ -238,9 +238,9 @@ def _on_teacher(metrics: Mapping[str, Any], model: str) -> list[str]:
 
 
 def _on_copies(metrics: Mapping[str, Any], model: str) -> list[str]:
-    copied, diversity = _number(metrics, model, "copied")[0], _number(metrics, model, "diversity")
+    (copied, low, _), diversity = _number(metrics, model, "copied"), _number(metrics, model, "diversity")
     out = []
-    if copied is not None and copied >= CLEARLY_COPIED:
+    if copied is not None and copied >= CLEARLY_COPIED and low is not None and low > 0:
         out.append(f"{_percent(copied)} of its pictures are copies of a training picture: it learnt some by heart.")
     if diversity[0] is not None and diversity[0] <= LESS_DIVERSE and diversity[2] is not None and diversity[2] < 1:
         out.append(
@@ -250,9 +250,9 @@ def _on_copies(metrics: Mapping[str, Any], model: str) -> list[str]:
 
 
 def _on_near(metrics: Mapping[str, Any], model: str) -> list[str]:
-    _, _, high = _number(metrics, model, "kept_near")
-    if high is None or high >= KEPT[1]:
-        return []
+    (_, _, high), (_, general, _) = _number(metrics, model, "kept_near"), _number(metrics, model, "kept")
+    if high is None or high >= KEPT[1] or (general is not None and high >= general):
+        return []  # what lost everything has leaked nothing
     return ["Asked for what the captions say without the placeholder, it draws something else than the base did: the "
             "concept has leaked into plain words."]  # fmt: skip
 
@@ -278,11 +278,12 @@ def _level(value: float, thresholds: tuple[float, float]) -> Level:
     return "good" if value >= thresholds[0] else "fair" if value >= thresholds[1] else "poor"
 
 
-def _not_told(level: Level, low: float | None, thresholds: tuple[float, float]) -> Level:
-    """Good is nothing that may as well be poor; of fewer than six prompts, which have no interval, nothing is known."""
-    if low is None:
+def _not_told(level: Level, low: float | None, high: float | None, thresholds: tuple[float, float]) -> Level:
+    """Nothing is said of what may as well be good as poor; of fewer than six prompts, which have no interval, nothing
+    is known."""
+    if low is None or high is None:
         return "unknown"
-    return "unknown" if level == "good" and low < thresholds[1] else level
+    return "unknown" if low < thresholds[1] and high >= thresholds[0] else level
 
 
 def _worse(one: Level, other: Level) -> Level:

@@ -98,3 +98,8 @@ def _sheet(folder: Path, style: str, count: int, side: int, columns: int) -> Ten
     if len(tiles) < count:
         raise WorldError(f"{path}: holds {len(tiles)} pictures of {count}")
     return tiles[:count].contiguous()
+
+
+def world_picture(world: World, style: str, index: int) -> Image.Image:
+    """One picture of the world as RGB."""
+    return Image.fromarray(world.pictures[style][index].permute(1, 2, 0).numpy())

@@ -1,8 +1,9 @@
 """A vision-language model that grades a picture against its reference, by a written rubric.
 
 The rubric is a text file (``rubric.txt`` beside this one, or ``evaluation.rubric``); ``{text}`` in it stands for the
-picture's prompt. The model sees the reference, then the picture, and answers greedily. An answer that holds no single
-grade is an error that names picture and answer: a hole in a column of grades would be an average over other pictures.
+picture's prompt. The model sees the reference, then the picture, and answers greedily. Where an answer holds no single
+grade it is asked once more for one digit alone; then that is an error that names prompt and answer: a hole in a column
+of grades would be an average over other pictures.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .base import BackboneError, kind_of
 
 MOST_TOKENS = 16
 """Of an answer: a digit is one, and some models think of a sentence first."""
+_ONE_DIGIT = "Answer with one digit, 1, 2, 3 or 4, and nothing else."
 _MOST_BYTES = 64 << 10
 _SHIPPED = Path(__file__).with_name("rubric.txt")
 _OUT_OF = re.compile(r"(?:/|\bout of\b|\bof\b)\s*4\b", re.IGNORECASE)
@@ -73,14 +75,15 @@ class VisionJudge:
         """Raises :class:`BackboneError` for an answer without a grade, and ``ModelError`` as
         :func:`~dopsd.models.captioner.load_captioner` does."""
         grades = []
-        for number, (image, text, reference) in enumerate(zip(images, texts, references, strict=True), start=1):
+        for image, text, reference in zip(images, texts, references, strict=True):
             self._ask = self._ask or load_captioner(self.found, self.model, MOST_TOKENS)
-            answer = self._ask([reference, image], self.rubric.replace("{text}", text))
-            grade = grade_of(answer)
+            question = self.rubric.replace("{text}", text)
+            answer = self._ask([reference, image], question)
+            grade = grade_of(answer) or grade_of(self._ask([reference, image], f"{question}\n\n{_ONE_DIGIT}"))
             if grade is None:
-                raise BackboneError(f"{self.name}: picture {number} of {len(images)} ({text[:60]!r}) got no grade of 1 "
-                                    f"to 4: {' '.join(answer.split())[:100]!r}; say in evaluation.rubric that one "
-                                    "digit is wanted, or take a larger judge")  # fmt: skip
+                raise BackboneError(f"{self.name}: the picture of {text[:60]!r} got no grade of 1 to 4, asked twice: "
+                                    f"{' '.join(answer.split())[:100]!r}; say in evaluation.rubric that one digit is "
+                                    "wanted, or take a larger judge")  # fmt: skip
             grades.append(grade)
         return torch.tensor(grades, dtype=torch.float32)
 
