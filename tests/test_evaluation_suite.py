@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dopsd.config import load_settings
-from dopsd.config.groups import ReplaySettings
+from dopsd.config.groups import RegistrySettings, ReplaySettings
 from dopsd.data.cache import EncodingCache
 from dopsd.data.schema import validate_dataset
 from dopsd.evaluation import prompts
@@ -82,7 +82,9 @@ def test_the_curves_hold_every_model_at_every_number_of_steps_on_the_same_prompt
     assert found == {(model, steps) for model in ("base", "teacher", "d-opsd", "sft") for steps in (1, 2)}
     assert {row["prompts"] for row in rows} == {"4"}
     for row in rows:
-        if row["metric"] != "kid":
+        assert not row["low"], "four prompts are too few for an interval"
+    for row in rows_of(run[0] / "evaluation" / "scores.csv"):
+        if row["low"] and row["metric"] != "kid":
             assert float(row["low"]) - 1e-6 <= float(row["value"]) <= float(row["high"]) + 1e-6
 
 
@@ -247,6 +249,29 @@ def test_what_replay_learns_is_not_asked(tmp_path, world):
         assert [p.text for p in prompts.near_prompts(table, prompts.Kind("style"), learning)] == near[1:]
 
 
+def test_what_the_gate_could_never_let_in_is_refused_before_training(tmp_path, world):
+    table, holdout = write_concept(tmp_path / "concept", world, None)
+    few, _ = write_concept(tmp_path / "few", world, None, holdout=False)
+    general = tiny_run_settings().evaluation.kept_texts
+    gate = {"registry": RegistrySettings()}
+
+    def rehearsing(texts, **changes):
+        settings = tiny_run_settings(**changes)
+        train = settings.train.model_copy(update={"replay": ReplaySettings(prompts=texts)})
+        return settings.model_copy(update=gate | {"train": train})
+
+    prompts.check_questions(table, holdout, None, rehearsing(general[:4]))
+    for texts, said in ((general, "no general prompts left"), (general[1:], "1 general prompt left")):
+        with pytest.raises(EvaluationError, match=said):
+            prompts.check_questions(table, holdout, None, rehearsing(texts))
+    with pytest.raises(EvaluationError, match="1 general prompt left"):
+        prompts.check_questions(table, holdout, None, rehearsing((), kept_count=1))
+    for data, changes in (((table, holdout), {"max_prompts": 1}), ((few, None), {"prompts": ["a fox in [V] style"]})):
+        with pytest.raises(EvaluationError, match="one prompt of the concept is too few"):
+            prompts.check_questions(*data, None, rehearsing((), **changes))
+        prompts.check_questions(*data, None, tiny_run_settings(**changes))  # without the gate it may
+
+
 @pytest.mark.parametrize("concept", ["style-3d", "style-ink"])
 def test_the_shipped_evaluation_asks_nothing_that_replay_would_learn(concept):
     """So that the numbers with and without replay are about the same prompts."""
@@ -281,7 +306,10 @@ def test_the_shipped_evaluation_asks_nothing_that_replay_would_learn(concept):
         ({"learnt": (0.03, 0.01, 0.05)}, "D-OPSD hardly learnt the new style. It stays good"),
         ({"learnt": None}, "Whether D-OPSD learnt the new style cannot be told. It stays good"),
         ({"few_step_old": (-0.4, -0.5, -0.3)}, "D-OPSD learnt the new style. It lost its 1 step, but keeps what"),
-        ({"few_step_old": (-0.4, -0.9, 0.1)}, "D-OPSD learnt the new style. It needs a few more steps than the base"),
+        ({"few_step_old": (-0.4, -0.9, 0.1)}, "D-OPSD learnt the new style. It keeps what the base drew."),
+        ({"few_step_old": (-0.1, -0.13, -0.07)}, "D-OPSD learnt the new style. It needs a few more steps than"),
+        ({"kept": (0.2, -0.4, 0.8)}, "D-OPSD learnt the new style. It stays good in 1 step."),
+        ({"kept": (0.5, 0.3, 0.8)}, "D-OPSD learnt the new style. It stays good in 1 step, but changed much of"),
         ({"few_step_sharpness": (0.5, 0.4, 0.6)}, "D-OPSD learnt the new style. It lost its 1 step, but keeps"),
         ({"few_step_new": (-0.2, -0.3, -0.1), "kept": (0.1, 0.0, 0.2)},
          "D-OPSD learnt the new style. It lost its 1 step and lost most of what the base drew."),

@@ -150,6 +150,13 @@ def test_what_is_further_away_than_another_seed_is_none_and_comes_first(evaluati
     assert "−163 %" not in text
 
 
+def test_what_lost_everything_has_leaked_nothing(evaluation: Path, tmp_path: Path) -> None:
+    leaked = "the concept has leaked into plain words"
+    for number, (kept, said) in enumerate((((0.7, 0.6, 0.8), True), ((-0.2, -0.3, -0.05), False))):
+        numbers = told({"kept": kept, "kept_near": (-0.1, -0.2, 0.0)})
+        assert (leaked in page_of(evaluation, tmp_path / str(number), metrics=numbers)) == said
+
+
 def test_a_score_that_rests_on_the_probe_says_how_often_that_is_right(evaluation: Path, tmp_path: Path) -> None:
     numbers = told({"gap_closed_style": (0.9, 0.8, 1.0)}, probe={"accuracy_clean": 0.8612, "accuracy_degraded": 0.7,
                                                                 "styles": 5})  # fmt: skip
@@ -171,7 +178,7 @@ def test_a_score_that_rests_on_the_probe_says_how_often_that_is_right(evaluation
 def test_copies_are_shown_where_there_are_some_and_else_one_line_says_so(evaluation: Path, tmp_path: Path) -> None:
     nothing = page_of(evaluation, tmp_path / "none", metrics=told({"copied": (0.0, 0.0, 0.0)}))
     some = page_of(evaluation, tmp_path / "some", metrics=told({"copied": (0.2, 0.1, 0.3)}))
-    line = "None of D-OPSD's 10 pictures is a copy of a training picture."
+    line = "None of D-OPSD's 10 pictures is a copy of a training picture, beyond what the base draws anyway."
     assert line in without_pictures(nothing)
     assert line not in without_pictures(some)
     part = some.split("Learnt by heart?")[1].split("</section>")[0]

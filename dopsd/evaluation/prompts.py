@@ -79,6 +79,8 @@ KEPT, NEAR, KNOWN = "kept", "near", "known"
 """The splits that nothing is to be learnt of."""
 MIN_PROMPTS = 6
 """On fewer prompts chance alone too often puts a model between the base and its teacher: no interval is given."""
+_LEAST_TO_JUDGE = 2
+"""Prompts of which a paired difference has an interval at all."""
 NEAR_PROMPTS = 20
 """At most so many prompts near the concept."""
 _MAX_KIND_BYTES = 64 << 10
@@ -126,19 +128,20 @@ def _check_for_the_gate(table: ConceptTable, holdout: ConceptTable | None, setti
     evaluation, registry = settings.evaluation, settings.registry
     general, rehearsed = len(evaluation.kept_texts), rehearsed_of(settings)
     left = min(evaluation.kept_count, general - rehearsed)
-    if registry.enabled and registry.min_kept is not None and left < MIN_PROMPTS:
+    if registry.enabled and registry.min_kept is not None and left < _LEAST_TO_JUDGE:
         raise EvaluationError(
-            f"evaluation.kept_prompts: {left} general prompts are left to ask ({general}, less {rehearsed} that "
-            f"train.replay.prompts rehearses; at most kept_count, {evaluation.kept_count}), and the registry judges by "
-            f"{MIN_PROMPTS} at least; add some, or set registry.min_kept to null"
+            f"evaluation.kept_prompts: {left or 'no'} general prompt{'s' * (left != 1)} left to ask ({general}, less "
+            f"{rehearsed} that train.replay.prompts rehearses; kept_count is {evaluation.kept_count}): too few to "
+            "tell a difference from chance, so the registry would refuse every version; add some, or set "
+            "registry.min_kept to null"
         )
     rows = len(holdout.rows) if holdout else 0
     asked = min(evaluation.max_prompts, rows or len(evaluation.prompts) or len(table.rows))
-    if registry.enabled and evaluation.protocol == "ours" and asked < 2:
+    if registry.enabled and evaluation.protocol == "ours" and asked < _LEAST_TO_JUDGE:
         raise EvaluationError(
-            "evaluation: one prompt of the concept is asked, of which no difference can be told from chance, and the "
-            "registry would refuse every version; add held-out pictures or evaluation.prompts (docs/evaluation.md), or "
-            "set registry.enabled to false"
+            "evaluation: one prompt of the concept is too few to tell a difference from chance, so the registry would "
+            "refuse every version; raise max_prompts, add held-out pictures or evaluation.prompts, or set "
+            "registry.enabled to false"
         )
 
 
