@@ -117,13 +117,13 @@ def test_what_was_not_measured_was_not_passed_and_a_floor_can_be_lifted() -> Non
 @pytest.mark.parametrize(
     ("mine", "champion", "said"),
     [
-        ({}, None, "promoted beside the untuned base; better: learnt +0.200 (#); worse: kept -0.100 (#); "
-                   "no measurable difference: few_step"),
-        ({"kept": 0.14}, None, "not promoted beside the untuned base; failed: kept -0.860 (#); "
-                               "better: learnt +0.200 (#); no measurable difference: few_step"),
-        ({"kept": 0.14, "learnt": 0.6}, {}, "not promoted beside the champion; failed: kept -0.860 (#) beside the "
-                                            "untuned base, kept -0.760 (#); better: learnt +0.100 (#); "
-                                            "no measurable difference: few_step"),
+        ({}, None, "promoted beside the untuned base: better learnt +0.200 (#); worse kept -0.100 (#); "
+                   "no measurable difference in few_step"),
+        ({"kept": 0.14}, None, "not promoted beside the untuned base: failed kept -0.860 (#); "
+                               "better learnt +0.200 (#); no measurable difference in few_step"),
+        ({"kept": 0.14, "learnt": 0.6}, {}, "not promoted beside the champion: failed kept -0.860 (#) beside the "
+                                            "untuned base, kept -0.760 (#); better learnt +0.100 (#); "
+                                            "no measurable difference in few_step"),
     ],
 )  # fmt: skip
 def test_in_short_a_verdict_says_why_by_the_scores_own_names(

@@ -138,8 +138,8 @@ def test_two_versions_can_be_compared_by_eye(registry: Registry, tmp_path: Path,
     assert [m["score/learnt"] for m in metrics] == pytest.approx([0.5, 0.6])
     assert set(metrics[0]) == {"score/learnt", "score/kept", "score/few_step"}
     assert client.get_run(second.run_id).info.run_name == (
-        "style-ink version 2, promoted beside the champion (version 1); better: learnt +0.100 (+0.100 to +0.100); "
-        "no measurable difference: kept, few_step"
+        "style-ink v2 promoted beside the champion (version 1): better learnt +0.100 (+0.100 to +0.100); "
+        "no measurable difference in kept, few_step"
     )
     beside = "Promoted to champion: beside the champion (version 1): better in likeness, no measurable difference in"
     assert second.description.startswith(beside)
@@ -154,7 +154,7 @@ def test_two_versions_can_be_compared_by_eye(registry: Registry, tmp_path: Path,
     )  # fmt: skip
     assert _holder(registry, CHAMPION) == 3, "however much there is to say"
     said = client.get_run(first.run_id).info.run_name
-    assert (said[:38], said[-2:], len(said)) == ("style-ink version 3, promoted: xxxxxxxx", "x…", 250)
+    assert (said[:26], said[-2:], len(said)) == ("style-ink v3 promoted: xxx", "x…", 250)
 
 
 # --- the anchor -------------------------------------------------------------------------------------------------------

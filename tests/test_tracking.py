@@ -232,6 +232,10 @@ def test_broken_files_are_named_and_the_rest_is_sent(proxy: Proxy, folder: Folde
     assert all(len(line.splitlines()) == 1 for line in log)
     for path in [*empty[:3], "log.jsonl: line 2", "log.jsonl: line 4", "student-000001.webp"]:
         assert sum(str(path) in line for line in log) == 1, (path, log)
+    for name in ("metrics", "paired"):
+        folder.write(f"evaluation/{name}.json", '{"headline": {"d-opsd": []}, "models": {"d-opsd": {"kept": {}}}}')
+    assert folder.send(log)
+    assert "evaluation: its scores cannot be read" in log[-1]
     (folder.train / "training.json").write_text("[]")
     assert folder.send(log)
     assert "training.json" in log[-1]

@@ -187,7 +187,7 @@ class Registry:
             found = self._existing(name, run_id, values)
             version = found or self._create(name, run_id, {**files, "scores": entry.file}, serving, values)
             self.client.update_model_version(name, version.version, described(verdict, entry.scores)[:_DESCRIPTION])
-            self._show(run_id, f"{concept} version {version.version}, {in_short(verdict)}", entry.means)
+            self._show(run_id, f"{concept} v{version.version} {in_short(verdict)}", entry.means)
             self.client.set_registered_model_alias(name, CANDIDATE, version.version)
             if anchor is not None and (anchor.version or verdict.passed):
                 self._note(name, replace(anchor, version=anchor.version or str(version.version)))

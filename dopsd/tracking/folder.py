@@ -92,9 +92,9 @@ def _current(place: Path, status: Mapping[str, Any]) -> list[Path]:
 
 
 def _scores(run: Path, status: Mapping[str, Any], warn: Warn) -> dict[str, dict[str, float]]:
-    """Method to its numbers by names that are the same for every base: ``score/``, the means of what the registry's gate
-    compares, and ``evaluation/``, what else the headline has. All the rest is in files: MLflow's pages compare runs by
-    all of their metrics, in the order of the alphabet."""
+    """Method to its numbers by names that are the same for every base: ``score/`` has the means of what the registry's
+    gate compares, ``evaluation/`` the headline. The rest stays in files: MLflow's pages compare runs by all of their
+    metrics, in the order of the alphabet."""
     paired, metrics = run / "evaluation" / "paired.json", run / "evaluation" / "metrics.json"
     models = read_json(paired, warn).get("models", {}) if _current(paired, status) else {}
     headline = read_json(metrics, warn).get("headline", {}) if _current(metrics, status) else {}
