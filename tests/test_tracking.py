@@ -232,13 +232,22 @@ def test_broken_files_are_named_and_the_rest_is_sent(proxy: Proxy, folder: Folde
     assert all(len(line.splitlines()) == 1 for line in log)
     for path in [*empty[:3], "log.jsonl: line 2", "log.jsonl: line 4", "student-000001.webp"]:
         assert sum(str(path) in line for line in log) == 1, (path, log)
-    for name in ("metrics", "paired"):
-        folder.write(f"evaluation/{name}.json", '{"headline": {"d-opsd": []}, "models": {"d-opsd": {"kept": {}}}}')
-    assert folder.send(log)
-    assert "evaluation: its scores cannot be read" in log[-1]
     (folder.train / "training.json").write_text("[]")
     assert folder.send(log)
     assert "training.json" in log[-1]
+
+
+@pytest.mark.parametrize("content", ['{"headline": [], "models": []}', '{"headline": {"d-opsd": 1}}',
+                                     '{"models": {"d-opsd": {"kept": {}}}}', '{"models": {"d-opsd": {"kept": 1}}}',
+                                     '{"models": {"d-opsd": {"kept": {"first": []}}}}'])  # fmt: skip
+def test_scores_that_are_none_are_said_to_be_and_the_rest_is_sent(proxy: Proxy, folder: Folder, content: str) -> None:
+    for name in ("metrics", "paired"):
+        folder.write(f"evaluation/{name}.json", content)
+    folder.step(1)
+    log = Log()
+    assert folder.send(log)
+    assert [line.rpartition("/")[2] for line in log] == ["evaluation: its scores cannot be read; some are left out"]
+    assert history_of(folder) == [(1, 0.5)]
 
 
 def test_a_lost_id_makes_new_runs_and_no_harm(proxy: Proxy, folder: Folder) -> None:
