@@ -85,7 +85,7 @@ def test_the_six_stages_one_after_another(inside: Path) -> None:
     assert {"evaluation", "report.html", "export", "settings.json"} <= top
     assert runs["blots"].inputs.dataset_inputs[0].dataset.name == "blots"
     assert runs["blots"].data.params["train.max_steps"] == "3"
-    assert {"evaluation/kept", "score/kept"} <= runs["blots d-opsd"].data.metrics.keys()
+    assert {"tuned/kept", "score/kept"} <= runs["blots d-opsd"].data.metrics.keys()
     assert client.list_artifacts(runs["blots d-opsd"].info.run_id, "images"), "previews"
     assert [a.path for a in client.list_artifacts(runs["blots sft"].info.run_id, "adapters")] == [
         "adapters/sft-compute.safetensors", "adapters/sft.safetensors"

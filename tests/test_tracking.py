@@ -79,9 +79,9 @@ def test_all_of_a_folder_is_shown_and_a_second_send_sends_nothing(proxy: Proxy, 
     (dataset,) = training.inputs.dataset_inputs
     assert (dataset.dataset.digest, json.loads(dataset.dataset.profile)) == ("f" * 36, {"images": 16})
     assert training.data.metrics == {"export/difference": 0.25}, "what stands above the scores where runs are compared"
-    evaluated = {k: v for k, v in run.data.metrics.items() if k.startswith(("score/", "evaluation/"))}
-    assert np.isnan(evaluated.pop("evaluation/copied"))
-    assert evaluated == {"score/learnt": 0.375, "score/kept": 1.0, "evaluation/kept": 0.5}
+    evaluated = {k: v for k, v in run.data.metrics.items() if k.startswith(("score/", "tuned/"))}
+    assert np.isnan(evaluated.pop("tuned/copied"))
+    assert evaluated == {"score/learnt": 0.375, "score/kept": 1.0, "tuned/kept": 0.5}
     images = artifacts_of(folder, "images")
     assert len(images) == 4, "two pictures, each with its small copy"
     assert sum("preview~student+step+4+timestamp+" in name for name in images) == 2

@@ -93,15 +93,15 @@ def _current(place: Path, status: Mapping[str, Any]) -> list[Path]:
 
 def _scores(run: Path, status: Mapping[str, Any], warn: Warn) -> dict[str, dict[str, float]]:
     """Method to its numbers by names that are the same for every base: ``score/`` has the means of what the registry's
-    gate compares, ``evaluation/`` the headline. The rest stays in files: MLflow's pages compare runs by all of their
-    metrics, in the order of the alphabet."""
+    gate compares, ``tuned/`` the headline. The rest stays in files: MLflow's pages compare runs by all of their
+    metrics, and have charts of all, in the order of the alphabet: ``tuned`` is after previews and curves."""
     paired, metrics = run / "evaluation" / "paired.json", run / "evaluation" / "metrics.json"
     models = read_json(paired, warn).get("models", {}) if _current(paired, status) else {}
     headline = read_json(metrics, warn).get("headline", {}) if _current(metrics, status) else {}
     found: dict[str, dict[str, float]] = {}
     try:
         for model, its in headline.items():
-            found[model] = {f"evaluation/{name}": float(value) for name, value in its.items() if _is_number(value)}
+            found[model] = {f"tuned/{name}": float(value) for name, value in its.items() if _is_number(value)}
         for model, scores in models.items():
             means = {f"score/{score}": sum(its["first"]) / len(its["first"]) for score, its in scores.items()}
             found[model] = found.get(model, {}) | means
