@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from scipy import stats
 from dopsd.config.groups import RegistrySettings
 from dopsd.evaluation.paired import LARGEST, Paired, PairedError, read_paired, write_paired
 from dopsd.registry import gate
-from dopsd.registry.gate import LEAST_DELTA, Verdict, described, measure_deltas, paired_difference
+from dopsd.registry.gate import LEAST_DELTA, Verdict, described, in_short, measure_deltas, paired_difference
 from tests.scored import ABOUT, BASE, paired, values
 
 SETTINGS = RegistrySettings()
@@ -113,6 +114,34 @@ def test_what_was_not_measured_was_not_passed_and_a_floor_can_be_lifted() -> Non
         assert gate.judge(mine, base, ABOUT, {}, {}, RegistrySettings(**{setting: None})).passed
 
 
+@pytest.mark.parametrize(
+    ("mine", "champion", "said"),
+    [
+        ({}, None, "promoted beside the untuned base: better learnt +0.200 (#); worse kept -0.100 (#); "
+                   "no measurable difference in few_step"),
+        ({"kept": 0.14}, None, "not promoted beside the untuned base: failed kept -0.860 (#); "
+                               "better learnt +0.200 (#); no measurable difference in few_step"),
+        ({"kept": 0.14, "learnt": 0.6}, {}, "not promoted beside the champion: failed kept -0.860 (#) beside the "
+                                            "untuned base, kept -0.760 (#); better learnt +0.100 (#); "
+                                            "no measurable difference in few_step"),
+    ],
+)  # fmt: skip
+def test_in_short_a_verdict_says_why_by_the_scores_own_names(
+    mine: dict[str, float], champion: dict[str, float] | None, said: str
+) -> None:
+    verdict = judge(values(seed=3, **mine), {"the champion": values(**champion)} if champion is not None else None)
+    assert re.sub(r"\([+-].*?\)", "(#)", in_short(verdict)) == said
+    for row in verdict.table:
+        assert row.ok or f"{row.score} {gate.between(row.difference)}" in in_short(verdict)
+
+
+def test_in_short_a_verdict_without_a_comparison_gives_its_reason() -> None:
+    assert in_short(Verdict(False, "the champion: not compared")) == "not promoted: the champion: not compared"
+    verdict = gate.judge({"learnt": values()["learnt"]}, values(**BASE), ABOUT, {}, {}, SETTINGS)
+    assert in_short(verdict) == f"not promoted: {verdict.reason}"
+    assert "was not measured" in verdict.reason
+
+
 # --- rivals -----------------------------------------------------------------------------------------------------------
 
 
@@ -194,7 +223,7 @@ def test_deltas_are_twice_what_chance_does_to_the_anchor() -> None:
 def test_the_page_says_better_or_worse_and_why() -> None:
     verdict = judge(values(seed=2, learnt=0.6, kept=0.2), {"the champion (version 3)": values(seed=1)})
     text = described(verdict, ABOUT)
-    assert text.startswith("**Not promoted**: the base's own pictures are lost: own pictures kept 0.200")
+    assert text.startswith("Not promoted: the base's own pictures are lost: own pictures kept 0.200")
     assert "beside the champion (version 3): better in likeness, worse in own pictures kept, no measurable" in text
     assert "| the champion (version 3) | likeness | 0.600 | 0.500 | +0.100 (+0." in text
     assert text.count("**no**") == 2

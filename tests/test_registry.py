@@ -128,7 +128,7 @@ def test_a_worse_challenger_does_not_become_champion(
 
 
 def test_two_versions_can_be_compared_by_eye(registry: Registry, tmp_path: Path, trained: dict[str, Any]) -> None:
-    """Side by side MLflow shows the metrics of their runs; each says for itself what it is beside the champion."""
+    """Side by side MLflow shows the names and metrics of their runs; each page says what it is beside the champion."""
     for learnt in (0.5, 0.6):
         _register(registry, tmp_path, trained, paired(learnt=learnt), data=f"d{learnt}")
     client = MlflowClient(registry.uri)
@@ -137,9 +137,11 @@ def test_two_versions_can_be_compared_by_eye(registry: Registry, tmp_path: Path,
     metrics = [client.get_run(v.run_id).data.metrics for v in (first, second)]
     assert [m["score/learnt"] for m in metrics] == pytest.approx([0.5, 0.6])
     assert set(metrics[0]) == {"score/learnt", "score/kept", "score/few_step"}
-    beside = (
-        "**Promoted to champion**: beside the champion (version 1): better in likeness, no measurable difference in"
+    assert client.get_run(second.run_id).info.run_name == (
+        "style-ink v2 promoted beside the champion (version 1): better learnt +0.100 (+0.100 to +0.100); "
+        "no measurable difference in kept, few_step"
     )
+    beside = "Promoted to champion: beside the champion (version 1): better in likeness, no measurable difference in"
     assert second.description.startswith(beside)
     assert "| the champion (version 1) | likeness | 0.600 | 0.500 | +0.100" in second.description
     many = {f"score_{i}": {"better": "higher", "label": "a label of some length"} for i in range(40)}
@@ -151,6 +153,8 @@ def test_two_versions_can_be_compared_by_eye(registry: Registry, tmp_path: Path,
         {"base": "b", "revision": None, "call": {}},
     )  # fmt: skip
     assert _holder(registry, CHAMPION) == 3, "however much there is to say"
+    said = client.get_run(first.run_id).info.run_name
+    assert (said[:26], said[-2:], len(said)) == ("style-ink v3 promoted: xxx", "x…", 250)
 
 
 # --- the anchor -------------------------------------------------------------------------------------------------------

@@ -238,6 +238,8 @@ def test_both_web_pages_show_the_run(service: Stack) -> None:
         page.open(f"{prefect}/runs/flow-run/{flow_run}", "Completed", "tune blots")
         page.open(f"{prefect}/artifacts/artifact/{artifact['latest_id']}", "D-OPSD", "the version in MLflow", "its run")
         page.open(f"{experiment}/runs/{about.run_id}", "dopsd.flow_run.id", "dopsd-blots")
+        versions = f'name="dopsd-blots"&runs={{"1":"{about.run_id}"}}'
+        page.open(f"{mlflow}/#/compare-model-versions?{versions}", "blots v1 promoted")
         page.open(f"{experiment}/runs/{method.info.run_id}/model-metrics", "preview/student")
         assert "train/images_per_second" in service.tracker.get_run(method.info.run_id).data.metrics
         page.wait_for_pictures(2)

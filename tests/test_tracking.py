@@ -50,7 +50,10 @@ def test_all_of_a_folder_is_shown_and_a_second_send_sends_nothing(proxy: Proxy, 
     folder.preview(0, suffix=".png"), folder.preview(4)  # as they once were, and as they are
     folder.write("train/d-opsd/adapters/d-opsd.safetensors", "adapter")
     folder.write("train/d-opsd/adapters/d-opsd.json", "{}")
-    folder.write("evaluation/metrics.json", json.dumps({"scores": {"d-opsd": {"style": 0.5, "none": float("nan")}}}))
+    folder.write("evaluation/metrics.json", json.dumps({
+        "scores": {"d-opsd": {"style": 0.5, "target@efficientnet-lite0": 1.0}},
+        "headline": {"d-opsd": {"kept": 0.5, "copied": float("nan"), "why": "text"}, "teacher": {"kept": 0.25}},
+    }))  # fmt: skip
     scores = {"learnt": {"first": [0.5, 0.25], "second": [9]}, "kept": {"first": [1]}}
     folder.write("evaluation/paired.json", json.dumps({"models": {"base": {}, "d-opsd": scores}}))
     folder.write("evaluation/grids/few_step.png", "grid")
@@ -75,11 +78,10 @@ def test_all_of_a_folder_is_shown_and_a_second_send_sends_nothing(proxy: Proxy, 
     assert run.data.tags["mlflow.source.git.commit"] == "0" * 40
     (dataset,) = training.inputs.dataset_inputs
     assert (dataset.dataset.digest, json.loads(dataset.dataset.profile)) == ("f" * 36, {"images": 16})
-    assert training.data.metrics["evaluation/scores/d-opsd/style"] == 0.5
-    assert training.data.metrics["export/difference"] == 0.25
-    assert {k: v for k, v in run.data.metrics.items() if k.startswith("score/")} == {
-        "score/learnt": 0.375, "score/kept": 1.0
-    }  # fmt: skip
+    assert training.data.metrics == {"export/difference": 0.25}, "what stands above the scores where runs are compared"
+    evaluated = {k: v for k, v in run.data.metrics.items() if k.startswith(("score/", "tuned/"))}
+    assert np.isnan(evaluated.pop("tuned/copied"))
+    assert evaluated == {"score/learnt": 0.375, "score/kept": 1.0, "tuned/kept": 0.5}
     images = artifacts_of(folder, "images")
     assert len(images) == 4, "two pictures, each with its small copy"
     assert sum("preview~student+step+4+timestamp+" in name for name in images) == 2
@@ -123,13 +125,13 @@ def test_an_experiment_is_said_to_be_of_training_unless_a_person_said_otherwise(
 def test_what_changed_is_sent_again_and_nothing_else(proxy: Proxy, folder: Folder, tmp_path: Path, suffix: str) -> None:
     report = folder.write("report.html", "one")
     picture = folder.preview(3, suffix=suffix)
-    folder.write("evaluation/metrics.json", '{"style": 0.5, "same": 1}')
+    folder.write("exported.json", '{"difference": 0.5, "same": 1}')
     assert folder.send()
     before = report.stat()
     report.write_text("two")
     os.utime(report, ns=(before.st_atime_ns, before.st_mtime_ns))
     folder.preview(3, seed=1, suffix=suffix)
-    folder.write("evaluation/metrics.json", '{"style": 0.75, "same": 1}')
+    folder.write("exported.json", '{"difference": 0.75, "same": 1}')
     proxy.writes.clear()
     assert folder.send()
     assert read_from(folder, "report.html", tmp_path, method=False) == b"two", (
@@ -142,10 +144,10 @@ def test_what_changed_is_sent_again_and_nothing_else(proxy: Proxy, folder: Folde
         small = image.resize(drawn.size, Image.Resampling.NEAREST)
         assert image.width == 2 * drawn.width, "small ones are enlarged"
         assert np.array_equal(np.asarray(small), np.asarray(drawn)), "in the place of the first"
-    assert run_of(folder, method=False).data.metrics["evaluation/style"] == 0.75
+    assert run_of(folder, method=False).data.metrics["export/difference"] == 0.75
     batches = [line for line in proxy.writes if "log-batch" in line]
     uploads = [line for line in proxy.writes if line.startswith("PUT")]
-    assert (len(batches), len(uploads)) == (1, 6), uploads  # report, metrics.json, sent.json; picture, small, sent.json
+    assert (len(batches), len(uploads)) == (1, 5), uploads  # report, sent.json; picture, small, sent.json
 
 
 def test_a_deleted_artifact_is_sent_again_and_a_broken_note_does_no_harm(
@@ -233,6 +235,19 @@ def test_broken_files_are_named_and_the_rest_is_sent(proxy: Proxy, folder: Folde
     (folder.train / "training.json").write_text("[]")
     assert folder.send(log)
     assert "training.json" in log[-1]
+
+
+@pytest.mark.parametrize("content", ['{"headline": [], "models": []}', '{"headline": {"d-opsd": 1}}',
+                                     '{"models": {"d-opsd": {"kept": {}}}}', '{"models": {"d-opsd": {"kept": 1}}}',
+                                     '{"models": {"d-opsd": {"kept": {"first": []}}}}'])  # fmt: skip
+def test_scores_that_are_none_are_said_to_be_and_the_rest_is_sent(proxy: Proxy, folder: Folder, content: str) -> None:
+    for name in ("metrics", "paired"):
+        folder.write(f"evaluation/{name}.json", content)
+    folder.step(1)
+    log = Log()
+    assert folder.send(log)
+    assert [line.rpartition("/")[2] for line in log] == ["evaluation: its scores cannot be read; some are left out"]
+    assert history_of(folder) == [(1, 0.5)]
 
 
 def test_a_lost_id_makes_new_runs_and_no_harm(proxy: Proxy, folder: Folder) -> None:

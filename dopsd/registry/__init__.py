@@ -23,7 +23,7 @@ from dopsd.files import disk_full, is_disk_full
 from dopsd.identity import VersionIdentity
 from dopsd.tracking import connect, tracking_uri, without_secrets
 
-from .gate import About, Values, Verdict, described, judge
+from .gate import About, Values, Verdict, described, in_short, judge
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -35,8 +35,8 @@ __all__ = ["ANCHOR", "CHAMPION", "Anchor", "Entry", "Outcome", "Registry", "Regi
 CANDIDATE, CHAMPION, ANCHOR = "candidate", "champion", "anchor"
 _MADE, _SCORES, _GATE, _ASKED, _ANCHOR = "dopsd.made.", "dopsd.scores", "dopsd.gate", "dopsd.asked", "dopsd.anchor"
 _FILE, _LARGEST = "scores.json", 16 * 2**20
-_DESCRIPTION = 4900
-"""Characters of a description; MLflow takes 5,000."""
+_DESCRIPTION, _RUN_NAME = 4900, 250
+"""Characters of a description, where MLflow takes 5,000, and of a run's name in its database."""
 _SERVING = Path(__file__).with_name("serving.py")
 _NEEDS = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pillow", "mlflow")
 
@@ -186,7 +186,8 @@ class Registry:
             self._ensure(name)
             found = self._existing(name, run_id, values)
             version = found or self._create(name, run_id, {**files, "scores": entry.file}, serving, values)
-            self._describe(name, version, run_id, described(verdict, entry.scores), entry.means)
+            self.client.update_model_version(name, version.version, described(verdict, entry.scores)[:_DESCRIPTION])
+            self._show(run_id, f"{concept} v{version.version} {in_short(verdict)}", entry.means)
             self.client.set_registered_model_alias(name, CANDIDATE, version.version)
             if anchor is not None and (anchor.version or verdict.passed):
                 self._note(name, replace(anchor, version=anchor.version or str(version.version)))
@@ -200,11 +201,11 @@ class Registry:
         self.client.set_registered_model_tag(name, _ANCHOR, json.dumps(asdict(anchor), sort_keys=True))
         self.client.set_registered_model_alias(name, ANCHOR, anchor.version)
 
-    def _describe(
-        self, name: str, version: ModelVersion, run_id: str, text: str, means: Mapping[str, float]
-    ) -> None:  # fmt: skip
-        """For the pages: MLflow compares two versions by the metrics of their runs."""
-        self.client.update_model_version(name, version.version, text[:_DESCRIPTION])
+    def _show(self, run_id: str, text: str, means: Mapping[str, float]) -> None:
+        """For the page that compares two versions: it shows names, parameters and metrics of their runs, and neither
+        tags nor descriptions. A parameter can be set but once, and a version may be judged again."""
+        shown = text if len(text) <= _RUN_NAME else text[: _RUN_NAME - 1] + "…"
+        self.client.update_run(run_id, name=shown)
         for key, mean in means.items():
             self.client.log_metric(run_id, key, mean)
 

@@ -215,9 +215,32 @@ def _versus(table: Sequence[Row], about: About, rival: str) -> Iterator[str]:
         yield f"beside {rival}: " + ", ".join(f"{way} {' and '.join(names)}" for way, names in ways if names)
 
 
+def in_short(verdict: Verdict) -> str:
+    """The verdict by the scores' own names: what failed, was better or was worse beside the champion, with intervals.
+    Where no comparison decided it, the reason."""
+    state = "promoted" if verdict.passed else "not promoted"
+    failed = [row for row in verdict.table if not row.ok]
+    if not verdict.table or not (verdict.passed or failed):
+        return f"{state}: {verdict.reason}"
+    rival = next((row.rival for row in verdict.table if row.rival != BASE), BASE)
+    rest = [row for row in verdict.table if row.rival == rival and row.ok]
+    ways = (
+        ("failed", [f"{_measured(row)}{f' beside {row.rival}' * (row.rival != rival)}" for row in failed]),
+        ("better", [_measured(row) for row in rest if row.difference.low > 0]),
+        ("worse", [_measured(row) for row in rest if row.difference.high < 0]),
+        ("no measurable difference in", [row.score for row in rest if row.difference.low <= 0 <= row.difference.high]),
+    )
+    return f"{state} beside {rival}: " + "; ".join(f"{way} {', '.join(its)}" for way, its in ways if its)
+
+
+def _measured(row: Row) -> str:
+    return f"{row.score} {between(row.difference)}"
+
+
 def described(verdict: Verdict, about: About) -> str:
-    """The verdict for a page: the reason, and the table in Markdown."""
-    state = "**Promoted to champion**" if verdict.passed else "**Not promoted**"
+    """The verdict for a page: the reason, and the table in Markdown. It begins with plain words: MLflow's list of
+    versions shows them as they are."""
+    state = "Promoted to champion" if verdict.passed else "Not promoted"
     lines = [f"{state}: {verdict.reason}.", ""]
     if verdict.table:
         lines += ["| beside | score | this | theirs | difference (95 %) | may be | |", "|---|---|---|---|---|---|---|"]

@@ -60,7 +60,7 @@ def contents(run: Path, warn: Warn) -> Iterator[Content]:
     begun = sorted((status for status in methods.values() if status.get("started")), key=lambda m: m["started"])
     status = {**begun[-1], "started": begun[0]["started"]} if begun else {}  # one method after the other
     yield _training(run, training, status, tags, data, warn)
-    scores = _mean_scores(run, status, warn)
+    scores = _scores(run, status, warn)
     for folder, its in methods.items():
         yield _method(run, folder, training, its, tags, scores.get(folder.name, {}))
 
@@ -74,15 +74,12 @@ def _training(
     results = [path for name in ("evaluation", "report.html", "export") for path in _current(run / name, status)]
     # the exported weights are the registered version's: hundreds of megabytes need be there but once
     results = [path for path in results if path.suffix != ".safetensors"]
-    measured = {
-        name: read_json(run / path, warn)
-        for name, path in (("evaluation", "evaluation/metrics.json"), ("export", "exported.json"))
-        if _current(run / path, status)
-    }
+    exported = run / "exported.json"
+    measured = read_json(exported, warn) if _current(exported, status) else {}
     return Content(
         training, run.name, status, tags | ({"dopsd.data.hash": data["hash"]} if "hash" in data else {}), data=data,
         params={k: text if len(text) <= LONGEST_PARAM else "see settings.json" for k, text in texts.items()},
-        numbers={k.replace(".", "/"): float(value) for k, value in flatten(measured).items() if _is_number(value)},
+        numbers={f"export/{k}": float(value) for k, value in measured.items() if _is_number(value)},
         files=[*((p, p.name) for p in _files(settings)), *((p, p.relative_to(run).as_posix()) for p in results)],
     )  # fmt: skip
 
@@ -94,18 +91,23 @@ def _current(place: Path, status: Mapping[str, Any]) -> list[Path]:
     return files if newest >= status.get("started", float("inf")) / 1000 else []
 
 
-def _mean_scores(run: Path, status: Mapping[str, Any], warn: Warn) -> dict[str, dict[str, float]]:
-    """Method to the means of what the registry's gate compares, by names that are the same for every base."""
-    path = run / "evaluation" / "paired.json"
-    models = read_json(path, warn).get("models", {}) if _current(path, status) else {}
+def _scores(run: Path, status: Mapping[str, Any], warn: Warn) -> dict[str, dict[str, float]]:
+    """Method to its numbers by names that are the same for every base: ``score/`` has the means of what the registry's
+    gate compares, ``tuned/`` the headline. The rest stays in files: MLflow's pages compare runs by all of their
+    metrics, and have charts of all, in the order of the alphabet: ``tuned`` is after previews and curves."""
+    paired, metrics = run / "evaluation" / "paired.json", run / "evaluation" / "metrics.json"
+    models = read_json(paired, warn).get("models", {}) if _current(paired, status) else {}
+    headline = read_json(metrics, warn).get("headline", {}) if _current(metrics, status) else {}
+    found: dict[str, dict[str, float]] = {}
     try:
-        return {
-            model: {f"score/{score}": sum(seeds["first"]) / len(seeds["first"]) for score, seeds in scores.items()}
-            for model, scores in models.items()
-        }
+        for model, its in headline.items():
+            found[model] = {f"tuned/{name}": float(value) for name, value in its.items() if _is_number(value)}
+        for model, scores in models.items():
+            means = {f"score/{score}": sum(its["first"]) / len(its["first"]) for score, its in scores.items()}
+            found[model] = found.get(model, {}) | means
     except (AttributeError, LookupError, TypeError, ZeroDivisionError):
-        warn(f"{path} cannot be read; what it says is left out")
-        return {}
+        warn(f"{run / 'evaluation'}: its scores cannot be read; some are left out")
+    return found
 
 
 def _method(
