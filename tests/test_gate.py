@@ -149,7 +149,14 @@ def test_a_persons_tolerance_stands_in_place_of_what_was_measured() -> None:
     assert not judge(mine, {"it": theirs}).passed
     assert judge(mine, {"it": theirs}, tolerance=0.1).passed
     assert not judge(theirs | values(seed=3), {"it": theirs}, tolerance=0.0).passed
-    assert judge(theirs, {"it": theirs}, tolerance=0.001).passed, "the very same once more"
+    assert judge(theirs, {"it": theirs}, tolerance=0.0).passed, "the very same once more"
+
+
+def test_the_untuned_base_itself_learnt_nothing() -> None:
+    """Its difference from itself is 0 without any chance."""
+    base = values(**BASE)
+    verdict = gate.judge(base, base, ABOUT, {}, {}, SETTINGS)
+    assert "nothing learnt that could be measured" in verdict.reason
 
 
 def _chain(rivals: Callable[[Any, Any], dict[str, Any]], nights: int = 50) -> tuple[float, float]:

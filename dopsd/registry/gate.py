@@ -138,7 +138,8 @@ def judge(
 def _floors(mine: Values, base: Values, about: About, settings: RegistrySettings) -> Iterator[Row]:
     """Against the base. Of what was lost the mean counts: over a dozen prompts an interval is wider than the floor."""
     if settings.min_learnt is not None and "learnt" in mine:
-        yield _compare(BASE, "learnt", mine, base, about, -settings.min_learnt)
+        row = _compare(BASE, "learnt", mine, base, about, -settings.min_learnt)
+        yield replace(row, ok=row.difference.low > settings.min_learnt)  # the base itself learnt nothing
     if settings.min_kept is not None and "kept" in mine:
         row = _compare(BASE, "kept", mine, base, about, 1 - settings.min_kept)
         yield replace(row, ok=row.mine >= settings.min_kept)
@@ -158,7 +159,7 @@ def _whole(score: str, mine: Values, base: Values) -> float:
 def _compare(rival: str, score: str, mine: Values, theirs: Values, about: About, delta: float) -> Row:
     a, b = mine[score]["first"], theirs[score]["first"]
     difference = paired_difference(a, b, about[score]["better"])
-    return Row(rival, score, float(np.mean(a)), float(np.mean(b)), difference, delta, difference.low > -delta)
+    return Row(rival, score, float(np.mean(a)), float(np.mean(b)), difference, delta, difference.low >= -delta)
 
 
 # --- in words ---------------------------------------------------------------------------------------------------------
