@@ -121,11 +121,11 @@ def bonferroni() -> Iterator[None]:
     """With intervals for three scores and two rivals at once."""
     half = gate._half_width
 
-    def wider(values: Array) -> float:
+    def wider(values: Array, prompts: int = 0) -> float:
         from scipy.special import stdtrit
 
-        count = len(values)
-        return half(values) * stdtrit(count - 1, 1 - 0.025 / 6) / stdtrit(count - 1, 0.975)
+        count = prompts or len(values)
+        return half(values, prompts) * stdtrit(count - 1, 1 - 0.025 / 6) / stdtrit(count - 1, 0.975)
 
     with patch.object(gate, "_half_width", wider):
         yield
@@ -152,7 +152,8 @@ def nights(
     base = {}
     for score in SCORES:
         its = noise[score]
-        anchor[score]["second"] = anchor[score]["first"] + draw.normal(0, its["from_noise_to_noise"], prompts)
+        if score != "few_step":  # which is drawn from one noise
+            anchor[score]["second"] = anchor[score]["first"] + draw.normal(0, its["from_noise_to_noise"], prompts)
         # of what is measured against the base, the base has none itself
         spread = its["base_spread"] if score == "learnt" else 0
         base[score] = {"first": its["base"] + draw.normal(0, spread, prompts)}
