@@ -143,10 +143,10 @@ def _ground(*backbones: str, rubric: str = "") -> str:
 def test_backbones_of_no_guarded_score_move_no_anchor() -> None:
     """Features give likeness and kept, the first that reads text the prompt's; by their weights."""
     alone, first = _ground(), "efficientnet-lite0"
-    assert {_ground(first, "lpips:a#1"), _ground(first, "reward:a#1", "dinov2:a#1"),
-            _ground(first, "judge:a#1", rubric="1 2 3 4"), _ground("judge:a#1", first, rubric="4 3 2 1")} == {alone}  # fmt: skip
-    assert len({alone, _ground("dinov2:a#1"), _ground("dinov2:a#2"), _ground(first, "clip:a#1"),
-                _ground(first, "clip:a#2"), _ground("clip:a#1", first)}) == 6  # fmt: skip
+    assert _ground(first, "lpips:a#1") == _ground(first, "reward:a#1", "dinov2:a#1") == alone
+    assert _ground(first, "judge:a#1", rubric="1 2 3 4") == _ground("judge:a#1", first, rubric="4 3 2 1") == alone
+    others = [("dinov2:a#1",), ("dinov2:a#2",), (first, "clip:a#1"), (first, "clip:a#2"), ("clip:a#1", first)]
+    assert len({alone, *(_ground(*names) for names in others)}) == 6
     assert _ground(first, "reward:b#1", "clip:a#1", "siglip:a#1") == _ground(first, "clip:a#1")
     assert _ground(first, "siglip:a#1", "clip:a#1") != _ground(first, "clip:a#1")
 

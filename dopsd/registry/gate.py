@@ -34,8 +34,8 @@ LEAST_PROMPTS = 4
 DELTA_WIDTHS = 2
 """Half-widths to a delta. The interval itself takes one: with one alone, a model just as good hardly ever passes."""
 DELTA_SHARE = 0.25
-"""No delta is a larger share of what the anchor has to lose, of what it learnt or kept: on few prompts chance may do all
-of that."""
+"""No delta is a larger share of what the anchor has to lose, which is what it learnt or kept: on few prompts chance may
+do all of that."""
 
 Values = Mapping[str, Mapping[str, Sequence[float]]]
 """Score to ``first`` and, where they were drawn from a second noise, ``second``: one number per prompt."""
@@ -91,7 +91,7 @@ def paired_difference(mine: Sequence[float], theirs: Sequence[float], better: st
 
 
 def _half_width(values: NDArray[np.float64], prompts: int = 0) -> float:
-    """Of the interval of a mean over so many ``prompts`` that spread as ``values`` do; over those themselves without."""
+    """Of the interval of a mean over ``prompts`` that spread as ``values`` do; without it over just those."""
     from scipy.special import stdtrit
 
     count = prompts or len(values)
