@@ -274,8 +274,8 @@ def _stored(registry: Registry, rival: _Rival, mine: Paired, asked: str, folder:
     except (PairedError, KeyError):
         return None
     own = mine.models[VERSION]
-    same = all(len(theirs[score]["first"]) == len(own[score]["first"]) for score in theirs if score in own)
-    return scores if same and theirs else None
+    counts = [{score: len(noises["first"]) for score, noises in its.items()} for its in (theirs, own)]
+    return scores if counts[0] == counts[1] else None
 
 
 def _evaluate_again(
