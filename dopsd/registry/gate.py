@@ -125,14 +125,16 @@ def _to_lose(values: Values, base: Values) -> dict[str, float]:
 
 
 def _spread(seeds: Mapping[str, Sequence[float]], base: Sequence[float], prompts: int) -> float:
-    """As wide as over ``prompts``; the second noise may have been drawn for fewer."""
+    """As wide as over ``prompts``; the second noise may have been drawn for fewer. Beside a base that is the same
+    throughout there is one model's chance alone, and two that are compared have twice its variance."""
     other = seeds.get("second", ())
     if len(other) < LEAST_PROMPTS:
         other = base
     if len(other) < LEAST_PROMPTS:
         return LEAST_DELTA
     spread = np.asarray(seeds["first"][: len(other)], float) - np.asarray(other, float)
-    return DELTA_WIDTHS * _half_width(spread, prompts)
+    alone = math.sqrt(2) if np.ptp(other) == 0 else 1.0
+    return DELTA_WIDTHS * alone * _half_width(spread, prompts)
 
 
 def judge(
