@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dopsd.config import Settings
 from dopsd.evaluation.paired import PAIRED, Paired, PairedError, read_paired, write_paired
 from dopsd.files import write_json
-from dopsd.identity import VersionIdentity, ground_of, plan_of, questions_of, version_identity
+from dopsd.identity import VersionIdentity, drawing_of, ground_of, plan_of, questions_of, version_identity
 from dopsd.models import ModelError, family_class, open_base, resolved
 from dopsd.models.base import Request
 from dopsd.models.folder import HubAway
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 VERSION = "version"
 """What a version calls itself in its own scores."""
+_DRAWN_WITH = "dopsd.base.drawing"
+"""Tag: hash of what of its base a version is drawn with."""
 
 
 def identity_today(concept: str, content_hash: str, settings: Settings, root: Path) -> VersionIdentity:
@@ -81,9 +83,9 @@ def register_version(concept: str, settings: Settings, root: Path) -> None:
     base = open_base(settings.model, root)
     identity = version_identity(validated["content_hash"], settings, base, start_hash(settings.train, root, run))
     plan = plan_of(settings, base, seen=seen_of(settings.evaluation, root))
-    questions = _Questions(questions_of(plan, validated), ground_of(plan, validated))
+    questions = _Questions(questions_of(plan, validated), ground_of(plan, validated), drawing_of(plan))
     tags = git_tags(root) | {"dopsd.training": training, "dopsd.data.hash": validated["content_hash"],
-                             "dopsd.base": base.source.shown}  # fmt: skip
+                             "dopsd.base": base.source.shown, _DRAWN_WITH: questions.drawing}  # fmt: skip
     mine = _scores_of(run / "evaluation" / PAIRED, settings.train.methods[0])
     verdict, anchor = _judge(registry, concept, identity, mine, questions, settings, root)
     with tempfile.TemporaryDirectory(prefix="dopsd-scores-") as place:
@@ -144,10 +146,12 @@ def _serving(concept: str, settings: Settings, root: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Questions:
-    """``asked``: hash of all that the evaluation asks; ``ground``: of that without the pictures that were trained on"""
+    """``asked``: hash of all that the evaluation asks; ``ground``: of what of it the anchor stands on; ``drawing``: of
+    the base's files that draw."""
 
     asked: str
     ground: str
+    drawing: str
 
 
 @dataclass(frozen=True)
@@ -190,6 +194,7 @@ def _judge(
     """The gate's verdict, and the anchor where it is a new one. An anchor that was made for another base and cannot be
     compared is none any more: with another base it is another ground."""
     rivals, anchor = _rivals(registry, concept, questions.ground)
+    rivals = [_on_this_base(rival, identity, questions.drawing) for rival in rivals]
     note = ""
     while True:
         try:
@@ -231,6 +236,13 @@ def _rivals(registry: Registry, concept: str, ground: str) -> tuple[list[_Rival]
         rivals = [_Rival(CHAMPION, *champion), _Rival(ANCHOR, *chosen)]
     known = noted is not None and (noted.version, noted.ground) == (str(chosen[0].version), ground)
     return rivals, noted if known else None
+
+
+def _on_this_base(rival: _Rival, identity: VersionIdentity, drawing: str) -> _Rival:
+    """As one that was made for today's base, where that differs from its own in what the teacher alone sees with."""
+    if rival.version.tags.get(_DRAWN_WITH) != drawing:
+        return rival
+    return replace(rival, made=replace(rival.made, base=identity.base))
 
 
 def _scores(

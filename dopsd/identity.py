@@ -200,12 +200,21 @@ def ground_of(plan: Plan, validated: Mapping[str, Any]) -> str:
     left_out = sorted(rehearsed.intersection(evaluation["kept_prompts"]))
     if validated["holdout_hash"] or evaluation["protocol"] == "published":
         del evaluation["prompts"]  # asked of nobody
-    base = {name: files for name, files in asked["base"].items() if name not in _SHOWN_BY_BASE}
     model = {key: value for key, value in asked["model"].items() if key in ("family", "dtype", "quantization")}
     if asked["model"]["context"] == "enhanced-prompt":
         model["context_variant"] = asked["model"]["context_variant"]  # the captions that are none of the prompts
-    parts = [asked["version"][0], base, model, asked["data"], evaluation, _guarding(asked["evaluation"]), left_out]
+    seen = _guarding(asked["evaluation"])
+    parts = [asked["version"][0], _drawn_with(plan), model, asked["data"], evaluation, seen, left_out]
     return hash_of([parts, [validated[key] for key in ("holdout_hash", "kind_hash")]])
+
+
+def drawing_of(plan: Plan) -> str:
+    """Hash of what of the base is drawn with: on two bases with the same one an adapter draws the same."""
+    return hash_of(_drawn_with(plan))
+
+
+def _drawn_with(plan: Plan) -> dict[str, str]:
+    return {name: files for name, files in plan["evaluate"]["base"].items() if name not in _SHOWN_BY_BASE}
 
 
 def _guarding(evaluation: Mapping[str, Any]) -> list[str]:

@@ -122,6 +122,7 @@ def test_of_a_base_its_ground_is_what_draws(part: str) -> None:
     assert made["evaluate"]["base"][part] != "another"
     moves = identity.ground_of(made, VALIDATED) != identity.ground_of(other, VALIDATED)
     assert moves == (part not in ("vlm", "world"))
+    assert moves == (identity.drawing_of(made) != identity.drawing_of(other))
 
 
 def test_a_version_of_the_training_code_moves_no_anchor(monkeypatch: pytest.MonkeyPatch) -> None:

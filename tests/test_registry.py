@@ -38,7 +38,7 @@ from tests.tiny_project import make_project
 
 SETTINGS = load_settings(Path(__file__).parent.parent / "params.yaml")
 MADE = VersionIdentity(data="d1", settings="s1", base="b1", method="m1")
-TODAY, OTHERS = champions._Questions("q", "ground"), champions._Questions("r", "other ground")
+TODAY, OTHERS = champions._Questions("q", "ground", "b1"), champions._Questions("r", "other ground", "b2")
 
 
 def test_differences_are_named() -> None:
@@ -103,7 +103,7 @@ def _register(
     serving = {"base": "data/base", "revision": None, "call": call}
     return registry.register(
         "style-ink", run or _run(registry, tmp_path), identity, entry(tmp_path / "scores", mine, asked.asked), verdict,
-        {"dopsd.base": "tiny"}, trained["files"], serving, anchor,
+        {"dopsd.base": "tiny", "dopsd.base.drawing": asked.drawing}, trained["files"], serving, anchor,
     )  # fmt: skip
 
 
@@ -312,6 +312,20 @@ def project(tmp_path: Path) -> Settings:
     """Data and base beside the registry; the settings of the concept."""
     make_project(tmp_path, ("style-ink",))
     return resolved(load_settings(tmp_path / "params.yaml").of("style-ink", tmp_path))
+
+
+def test_another_vlm_is_no_other_base_to_whom_is_compared(
+    registry: Registry, tmp_path: Path, trained: dict[str, Any], project: Settings
+) -> None:
+    """It is the teacher's; the champion draws what it always drew, on the base that is here."""
+    _register(registry, tmp_path, _without_base(trained))
+    rivals, _ = champions._rivals(registry, "style-ink", "ground")
+    (tmp_path / "again").mkdir()
+    mine = champions._evaluate_again(registry, rivals, "style-ink", project, tmp_path, None, tmp_path / "again")
+    same = champions._Questions("r", "ground", TODAY.drawing)
+    second = _register(registry, tmp_path, trained, mine["champion"], asked=same, settings=project, base="b2")
+    assert second.promoted
+    assert "no measurable difference" in second.reason
 
 
 def test_a_champion_whose_files_are_gone_is_named_with_the_alias_to_move(
