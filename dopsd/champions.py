@@ -17,7 +17,6 @@ from dopsd.files import write_json
 from dopsd.identity import VersionIdentity, drawing_of, ground_of, plan_of, questions_of, version_identity
 from dopsd.models import ModelError, family_class, open_base, resolved
 from dopsd.models.base import Request
-from dopsd.models.folder import HubAway
 from dopsd.models.reading import reader_of
 from dopsd.params import FEATURES
 from dopsd.project import StageError, cache_of, load_base, read_concept, read_result, run_folder, world_of
@@ -297,6 +296,7 @@ def _evaluate_again(
     """What today's evaluation says of versions, on today's base or the one that was stored in ``base_folder``. Raises
     :class:`_NotComparable`, and what an evaluation raises."""
     from dopsd.distill.targets import AdapterError
+    from dopsd.evaluation.backbones import check_backbones
     from dopsd.evaluation.suite import Subject, evaluate
     from dopsd.given import read_export
 
@@ -311,6 +311,7 @@ def _evaluate_again(
     if base_folder is not None:
         model = settings.model.model_copy(update={"path": str(base_folder), "revision": None})
         its = settings.model_copy(update={"model": model})
+    check_backbones(settings.evaluation.backbones, root, settings.evaluation.rubric)
     world, subjects = world_of(settings, root), [Subject("base", None)]
     for rival in rivals:
         given = registry.adapter(rival.version, place / rival.name)
@@ -326,7 +327,7 @@ def _evaluate_again(
             place / "evaluation", root=root,
         )  # fmt: skip
     except (ModelError, AdapterError) as error:  # of another family, say, or whole weights and a rounded base
-        if isinstance(error, ModelError) and (base_folder is None or isinstance(error, HubAway)):
-            raise  # today's base, or the hub: no fault of theirs
+        if isinstance(error, ModelError) and base_folder is None:
+            raise  # today's base: no fault of theirs
         raise _NotComparable(rivals, f"cannot be drawn with these settings ({error})") from None
     return {rival.name: _scores_of(place / "evaluation" / PAIRED, rival.name) for rival in rivals}

@@ -386,19 +386,34 @@ def test_want_of_memory_is_no_verdict(
     assert _holder(registry, "candidate") == 1
 
 
-@pytest.mark.parametrize("what", ["backbone", "base"])
-def test_what_is_missing_here_is_no_verdict(
-    registry: Registry, tmp_path: Path, trained: dict[str, Any], project: Settings, what: str
+@pytest.mark.parametrize("made_for", ["b1", "b2"])
+def test_a_backbone_that_is_absent_is_no_verdict(
+    registry: Registry, tmp_path: Path, trained: dict[str, Any], project: Settings, made_for: str
 ) -> None:
+    """Whether the champion is drawn on the base that is here, or on its own."""
     _register(registry, tmp_path, trained)
-    if what == "backbone":
-        evaluation = project.evaluation.model_copy(update={"backbones": ("dinov2:models/dinov2-small",)})
-        project = project.model_copy(update={"evaluation": evaluation})
+    evaluation = project.evaluation.model_copy(update={"backbones": ("dinov2:models/dinov2-small",)})
+    project = project.model_copy(update={"evaluation": evaluation})
+    with pytest.raises(ModelError, match=r"evaluation\.backbones, dinov2"):
+        _register(registry, tmp_path, trained, asked=OTHERS, settings=project, data="d2", base=made_for)
+    assert _holder(registry, "candidate") == 1
+
+
+@pytest.mark.parametrize("made_for", ["b1", "b2"])
+def test_a_damaged_base_is_a_verdict_where_it_is_the_champions_own(
+    registry: Registry, tmp_path: Path, trained: dict[str, Any], project: Settings, made_for: str
+) -> None:
+    """That one no person can mend; today's will be."""
+    _register(registry, tmp_path, trained)
+    folder = tmp_path / "data/base/tiny" if made_for == "b1" else next((tmp_path / "artifacts").rglob("artifacts/base"))
+    next((folder / "transformer").glob("*.safetensors")).unlink()
+    if made_for == "b1":
+        with pytest.raises(ModelError, match="has no weights"):
+            _register(registry, tmp_path, trained, asked=OTHERS, settings=project, data="d2")
+        assert _holder(registry, "candidate") == 1
     else:
-        next((tmp_path / "data/base/tiny/transformer").glob("*.safetensors")).unlink()
-    with pytest.raises(ModelError):
-        _register(registry, tmp_path, trained, asked=OTHERS, settings=project, data="d2")
-    assert not registry.judged("style-ink", VersionIdentity(**{**MADE.__dict__, "data": "d2"}))
+        second = _register(registry, tmp_path, trained, asked=OTHERS, settings=project, data="d2", base="b2")
+        assert second.reason.startswith("the champion (version 1): cannot be drawn with these settings (")
 
 
 # --- what a version holds ---------------------------------------------------------------------------------------------
