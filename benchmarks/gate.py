@@ -110,6 +110,13 @@ def old_with_new_pictures(anchor: gate.Values, base: gate.Values, deltas: dict[s
 
 
 @contextmanager
+def unfloored() -> Iterator[None]:
+    """Without the floor for few steps, which stops whatever sinks in all scores at once, anchor or none."""
+    with patch.dict(globals(), SETTINGS=RegistrySettings(max_few_step_loss=None)):
+        yield
+
+
+@contextmanager
 def narrow() -> Iterator[None]:
     """With a delta of one half-width."""
     with patch.object(gate, "DELTA_WIDTHS", 1):
@@ -121,11 +128,11 @@ def bonferroni() -> Iterator[None]:
     """With intervals for three scores and two rivals at once."""
     half = gate._half_width
 
-    def wider(values: Array) -> float:
+    def wider(values: Array, prompts: int = 0) -> float:
         from scipy.special import stdtrit
 
-        count = len(values)
-        return half(values) * stdtrit(count - 1, 1 - 0.025 / 6) / stdtrit(count - 1, 0.975)
+        count = prompts or len(values)
+        return half(values, prompts) * stdtrit(count - 1, 1 - 0.025 / 6) / stdtrit(count - 1, 0.975)
 
     with patch.object(gate, "_half_width", wider):
         yield
@@ -134,13 +141,19 @@ def bonferroni() -> Iterator[None]:
 # --- the nights -------------------------------------------------------------------------------------------------------
 
 
-def drawn(quality: Array, noise: dict[str, Any], prompts: int, draw: np.random.Generator) -> dict[str, dict[str, Any]]:
-    """A model's scores; two models on the same noise differ by as much as two trainings did."""
-    spread = [noise[score]["between_models"] / math.sqrt(2) for score in SCORES]
-    return {
-        score: {"first": noise[score]["tuned"] + quality[i] + draw.normal(0, spread[i], prompts)}
+def drawn(quality: Array, noise: dict[str, Any], own: Array, draw: np.random.Generator) -> dict[str, dict[str, Any]]:
+    """A model's scores; two models on the same noise differ by as much as two trainings did. ``own``: what a prompt
+    loses of few steps by any model; of other scores it cancels."""
+    scores = {
+        score: noise[score]["tuned"] + quality[i] + draw.normal(0, _spread(noise[score]), len(own))
         for i, score in enumerate(SCORES)
     }
+    return {score: {"first": values + (own if score == "few_step" else 0)} for score, values in scores.items()}
+
+
+def _spread(its: dict[str, float]) -> float:
+    """Of one model alone."""
+    return its["between_models"] / math.sqrt(2)
 
 
 def nights(
@@ -148,11 +161,14 @@ def nights(
 ) -> dict[str, float]:
     """One project's nights under one gate."""
     draw = np.random.default_rng(seed)
-    anchor = drawn(np.zeros(3), noise, prompts, draw)
+    few = noise["few_step"]
+    own = draw.normal(0, math.sqrt(max(few["base_spread"] ** 2 - _spread(few) ** 2, 0)), prompts)
+    anchor = drawn(np.zeros(3), noise, own, draw)
     base = {}
     for score in SCORES:
         its = noise[score]
-        anchor[score]["second"] = anchor[score]["first"] + draw.normal(0, its["from_noise_to_noise"], prompts)
+        if score != "few_step":  # which is drawn from one noise
+            anchor[score]["second"] = anchor[score]["first"] + draw.normal(0, its["from_noise_to_noise"], prompts)
         # of what is measured against the base, the base has none itself
         spread = its["base_spread"] if score == "learnt" else 0
         base[score] = {"first": its["base"] + draw.normal(0, spread, prompts)}
@@ -164,7 +180,7 @@ def nights(
     for night in range(1, NIGHTS + 1):
         quality = nightly(night, champion, delta)
         better = bool((quality - champion >= 1.999 * delta).any() and (quality >= champion).all())
-        passed = judge.lets_in(drawn(quality, noise, prompts, draw))
+        passed = judge.lets_in(drawn(quality, noise, own, draw))
         counts["better"] += better
         counts["missed"] += better and not passed
         counts["promoted"] += passed
@@ -217,9 +233,14 @@ def main() -> None:
         "old, new pictures nightly": [simulate(old_with_new_pictures, it, noise, 12) for it in NIGHTLY],
         "without the anchor": [simulate(without_anchor, it, noise, 12) for it in NIGHTLY],
     }
-    for name, changed in (("one half-width", narrow), ("Bonferroni", bonferroni)):
+    for name, changed, make in (
+        ("without the floor for few steps", unfloored, New),
+        ("without that floor and the anchor", unfloored, without_anchor),
+        ("one half-width", narrow, New),
+        ("Bonferroni", bonferroni, New),
+    ):
         with changed():
-            found["variants"][name] = [simulate(New, it, noise, 12) for it in NIGHTLY]
+            found["variants"][name] = [simulate(make, it, noise, 12) for it in NIGHTLY]
     OUT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print("\n".join(tables(found)))
 

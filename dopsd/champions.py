@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dopsd.config import Settings
 from dopsd.evaluation.paired import PAIRED, Paired, PairedError, read_paired, write_paired
 from dopsd.files import write_json
-from dopsd.identity import VersionIdentity, ground_of, plan_of, questions_of, version_identity
+from dopsd.identity import VersionIdentity, drawing_of, ground_of, plan_of, questions_of, version_identity
 from dopsd.models import ModelError, family_class, open_base, resolved
 from dopsd.models.base import Request
 from dopsd.models.reading import reader_of
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 VERSION = "version"
 """What a version calls itself in its own scores."""
+_DRAWN_WITH = "dopsd.base.drawing"
+"""Tag: hash of what of its base a version is drawn with."""
 
 
 def identity_today(concept: str, content_hash: str, settings: Settings, root: Path) -> VersionIdentity:
@@ -80,9 +82,9 @@ def register_version(concept: str, settings: Settings, root: Path) -> None:
     base = open_base(settings.model, root)
     identity = version_identity(validated["content_hash"], settings, base, start_hash(settings.train, root, run))
     plan = plan_of(settings, base, seen=seen_of(settings.evaluation, root))
-    questions = _Questions(questions_of(plan, validated), ground_of(plan, validated))
+    questions = _Questions(questions_of(plan, validated), ground_of(plan, validated), drawing_of(plan))
     tags = git_tags(root) | {"dopsd.training": training, "dopsd.data.hash": validated["content_hash"],
-                             "dopsd.base": base.source.shown}  # fmt: skip
+                             "dopsd.base": base.source.shown, _DRAWN_WITH: questions.drawing}  # fmt: skip
     mine = _scores_of(run / "evaluation" / PAIRED, settings.train.methods[0])
     verdict, anchor = _judge(registry, concept, identity, mine, questions, settings, root)
     with tempfile.TemporaryDirectory(prefix="dopsd-scores-") as place:
@@ -143,10 +145,12 @@ def _serving(concept: str, settings: Settings, root: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Questions:
-    """``asked``: hash of all that the evaluation asks; ``ground``: of that without the pictures that were trained on"""
+    """``asked``: hash of all that the evaluation asks; ``ground``: of what of it the anchor stands on; ``drawing``: of
+    the base's files that draw."""
 
     asked: str
     ground: str
+    drawing: str
 
 
 @dataclass(frozen=True)
@@ -163,20 +167,46 @@ class _Rival:
 
 
 class _NotComparable(Exception):
-    """Why a version cannot be asked today's questions."""
+    """Why versions of the registry cannot be asked today's questions, tonight or later. What passes or is to be mended
+    here (memory, a backbone, today's base) is none: with that the stage fails, and is run again."""
+
+    def __init__(self, rivals: Sequence[_Rival], why: str) -> None:
+        self.rivals = tuple(rivals)
+        super().__init__(f"{' and '.join(rival.words for rival in rivals)}: {why}")
+
+    @property
+    def advice(self) -> str:
+        """In one line, with the aliases that stand in the way."""
+        held = {alias for rival in self.rivals for alias in (rival.name, *rival.version.aliases)}
+        aliases = [alias for alias in (CHAMPION, ANCHOR) if alias in held]
+        if aliases == [ANCHOR]:
+            return (f"{self}: not compared; set the alias {ANCHOR} in MLflow to a version that can be, the champion "
+                    "say, and run stage register again")  # fmt: skip
+        what = f"the alias {aliases[0]}" if len(aliases) == 1 else f"the aliases {' and '.join(aliases)}"
+        return f"{self}: not compared; if this version is better, set {what} in MLflow to it"
 
 
 def _judge(
     registry: Registry, concept: str, identity: VersionIdentity, mine: Paired, questions: _Questions,
     settings: Settings, root: Path,
 ) -> tuple[Verdict, Anchor | None]:  # fmt: skip
-    """The gate's verdict, and the anchor where it is a new one."""
+    """The gate's verdict, and the anchor where it is a new one. An anchor that was made for another base and cannot be
+    compared is none any more: with another base it is another ground."""
     rivals, anchor = _rivals(registry, concept, questions.ground)
-    with tempfile.TemporaryDirectory(prefix="dopsd-rivals-") as place:
+    rivals = [_on_this_base(rival, identity, questions.drawing) for rival in rivals]
+    note = ""
+    while True:
         try:
-            scores = _scores(registry, rivals, mine, identity, questions.asked, concept, settings, root, Path(place))
+            with tempfile.TemporaryDirectory(prefix="dopsd-rivals-") as place:
+                scores = _scores(
+                    registry, rivals, mine, identity, questions.asked, concept, settings, root, Path(place)
+                )
+            break
         except _NotComparable as error:
-            return Verdict(False, f"{error}: not compared; set the alias {CHAMPION} by hand if this is better"), None
+            if [rival.name for rival in error.rivals] != [ANCHOR] or error.rivals[0].made.base == identity.base:
+                return Verdict(False, error.advice), None
+            rivals, anchor = [rival for rival in rivals if rival.name != ANCHOR], None
+            note = f"; {error}: it is the anchor no longer" + (", the champion is" if rivals else "")
     new = None
     if anchor is None:  # the last rival is to be it, or else this version
         name, its = (rivals[-1].version.version, scores[rivals[-1].name]) if rivals else ("", mine)
@@ -185,7 +215,7 @@ def _judge(
         mine.models[VERSION], mine.models["base"], mine.scores,
         {rival.words: scores[rival.name].models[VERSION] for rival in rivals}, anchor.deltas, settings.registry,
     )  # fmt: skip
-    return verdict, new
+    return replace(verdict, reason=verdict.reason + note), new
 
 
 def _rivals(registry: Registry, concept: str, ground: str) -> tuple[list[_Rival], Anchor | None]:
@@ -205,6 +235,13 @@ def _rivals(registry: Registry, concept: str, ground: str) -> tuple[list[_Rival]
         rivals = [_Rival(CHAMPION, *champion), _Rival(ANCHOR, *chosen)]
     known = noted is not None and (noted.version, noted.ground) == (str(chosen[0].version), ground)
     return rivals, noted if known else None
+
+
+def _on_this_base(rival: _Rival, identity: VersionIdentity, drawing: str) -> _Rival:
+    """As one that was made for today's base, where that differs from its own in what the teacher alone sees with."""
+    if rival.version.tags.get(_DRAWN_WITH) != drawing:
+        return rival
+    return replace(rival, made=replace(rival.made, base=identity.base))
 
 
 def _scores(
@@ -230,13 +267,14 @@ def _scores(
             (place / f"base-{group[0].name}").mkdir()
             its_base = registry.base(group[0].version, place / f"base-{group[0].name}")
             if its_base is None:
-                raise _NotComparable(f"{words}: made for another base, which is gone")
+                raise _NotComparable(group, "made for another base, which is gone")
         found |= _evaluate_again(registry, group, concept, settings, root, its_base, place / f"again-{group[0].name}")
     return found
 
 
 def _stored(registry: Registry, rival: _Rival, mine: Paired, asked: str, folder: Path) -> Paired | None:
-    """What was stored with a version, where it answers today's questions and can be paired with ``mine``."""
+    """What was stored with a version, where it answers today's questions and can be paired with ``mine``: it has the
+    same scores, of as many prompts."""
     folder.mkdir()
     path = registry.scores(rival.version, asked, folder)
     if path is None:
@@ -247,18 +285,19 @@ def _stored(registry: Registry, rival: _Rival, mine: Paired, asked: str, folder:
     except (PairedError, KeyError):
         return None
     own = mine.models[VERSION]
-    same = all(len(theirs[score]["first"]) == len(own[score]["first"]) for score in theirs if score in own)
-    return scores if same and theirs else None
+    counts = [{score: len(noises["first"]) for score, noises in its.items()} for its in (theirs, own)]
+    return scores if counts[0] == counts[1] else None
 
 
 def _evaluate_again(
     registry: Registry, rivals: Sequence[_Rival], concept: str, settings: Settings, root: Path,
     base_folder: Path | None, place: Path,
 ) -> dict[str, Paired]:  # fmt: skip
-    """What today's evaluation says of versions, on today's base or the one that was stored in ``base_folder``."""
+    """What today's evaluation says of versions, on today's base or the one that was stored in ``base_folder``. Raises
+    :class:`_NotComparable`, and what an evaluation raises."""
     from dopsd.distill.targets import AdapterError
-    from dopsd.evaluation.backbones import BackboneError
-    from dopsd.evaluation.suite import EvaluationError, Subject, evaluate
+    from dopsd.evaluation.backbones import check_backbones
+    from dopsd.evaluation.suite import Subject, evaluate
     from dopsd.given import read_export
 
     table, holdout = read_concept(concept, settings, root)
@@ -272,18 +311,23 @@ def _evaluate_again(
     if base_folder is not None:
         model = settings.model.model_copy(update={"path": str(base_folder), "revision": None})
         its = settings.model_copy(update={"model": model})
-    try:
-        subjects = [Subject("base", None)]
-        for rival in rivals:
-            (place / rival.name).mkdir(parents=True)
-            given = registry.adapter(rival.version, place / rival.name)
+    check_backbones(settings.evaluation.backbones, root, settings.evaluation.rubric)
+    world, subjects = world_of(settings, root), [Subject("base", None)]
+    for rival in rivals:
+        given = registry.adapter(rival.version, place / rival.name)
+        if given is None:
+            raise _NotComparable([rival], "its adapter is gone from the tracker's files")
+        try:
             subjects.append(Subject(rival.name, read_export(given, place / rival.name / "again.safetensors")))
+        except AdapterError as error:
+            raise _NotComparable([rival], f"its adapter cannot be read ({error})") from None
+    try:
         evaluate(
-            load_base(its, root, use="draw"), table, holdout, world_of(settings, root), subjects, settings,
-            cache_of(root), place / "evaluation", root=root,
+            load_base(its, root, use="draw"), table, holdout, world, subjects, settings, cache_of(root),
+            place / "evaluation", root=root,
         )  # fmt: skip
-    # of another family, say, or whole weights and a rounded base
-    except (ModelError, AdapterError, BackboneError, EvaluationError) as error:
-        words = " and ".join(rival.words for rival in rivals)
-        raise _NotComparable(f"{words}: cannot be drawn with these settings ({error})") from None
+    except (ModelError, AdapterError) as error:  # of another family, say, or whole weights and a rounded base
+        if isinstance(error, ModelError) and base_folder is None:
+            raise  # today's base: no fault of theirs
+        raise _NotComparable(rivals, f"cannot be drawn with these settings ({error})") from None
     return {rival.name: _scores_of(place / "evaluation" / PAIRED, rival.name) for rival in rivals}

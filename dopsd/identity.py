@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dopsd.config import Settings
 from dopsd.config.groups import EvaluationSettings, Method, TrainSettings
-from dopsd.params import NOTHING_SEEN, Seen
+from dopsd.params import FEATURES, FOLLOWING, NOTHING_SEEN, Seen
 from dopsd.versions import DATA_VERSION, ENCODING_VERSION, EXPORT_VERSION, METHOD_VERSION, SCORES_VERSION
 
 if TYPE_CHECKING:
@@ -27,8 +27,10 @@ Plan = dict[str, dict[str, Any]]
 
 _SHOWN = {"max_minutes", "checkpoint_steps", "preview_steps", "preview_prompts", "preview_count"}
 """Settings that do not change what is learnt at a step, and so may differ on resume."""
-_BESIDE_THE_GATE = {"steps", "batch_size", "known_prompts"}
-"""Settings of the evaluation that the gate's scores do not depend on."""
+_BESIDE_THE_GATE = {"steps", "batch_size", "known_prompts", "backbones", "rubric"}
+"""What is asked of an evaluation that the gate's scores do not depend on; of backbones some do."""
+_SHOWN_BY_BASE = {"vlm", "world"}
+"""Of a base: what the teacher sees with, and a truth of its own, which no guarded score asks."""
 _ADDED = {"optimizer": "adamw", "tune": "adapter"}
 """Settings that came later, with what was always so before: what was trained then is still what it is."""
 
@@ -191,12 +193,35 @@ def questions_of(plan: Plan, validated: Mapping[str, Any]) -> str:
 
 def ground_of(plan: Plan, validated: Mapping[str, Any]) -> str:
     """Hash of what the registry's anchor stands on: while it stays, so does the anchor. Held-out pictures, seeds, base
-    and scores; not the pictures that were trained on, nor how many steps the curves have."""
+    and scores, as far as a score that is guarded (:mod:`dopsd.evaluation.guarded`) depends on them; not the pictures
+    that were trained on, nor what shows or teaches alone. Where code that draws changes, the anchor is drawn anew."""
     asked, rehearsed = plan["evaluate"], set(plan["evaluate"]["replayed"])
     evaluation = {key: value for key, value in asked["evaluation"].items() if key not in _BESIDE_THE_GATE}
     left_out = sorted(rehearsed.intersection(evaluation["kept_prompts"]))
-    parts = [asked["version"], asked["base"], asked["model"], asked["data"], evaluation, left_out]
+    if validated["holdout_hash"] or evaluation["protocol"] == "published":
+        del evaluation["prompts"]  # asked of nobody
+    model = {key: value for key, value in asked["model"].items() if key in ("family", "dtype", "quantization")}
+    if asked["model"]["context"] == "enhanced-prompt":
+        model["context_variant"] = asked["model"]["context_variant"]  # the captions that are none of the prompts
+    seen = _guarding(asked["evaluation"])
+    parts = [asked["version"][0], _drawn_with(plan), model, asked["data"], evaluation, seen, left_out]
     return hash_of([parts, [validated[key] for key in ("holdout_hash", "kind_hash")]])
+
+
+def drawing_of(plan: Plan) -> str:
+    """Hash of what of the base is drawn with: on two bases with the same one an adapter draws the same."""
+    return hash_of(_drawn_with(plan))
+
+
+def _drawn_with(plan: Plan) -> dict[str, str]:
+    return {name: files for name, files in plan["evaluate"]["base"].items() if name not in _SHOWN_BY_BASE}
+
+
+def _guarding(evaluation: Mapping[str, Any]) -> list[str]:
+    """The backbones that guarded scores are seen with: the first of features, and the first that follows a prompt."""
+    seen = evaluation.get("backbones", FEATURES[:1])
+    firsts = [[name for name in seen if name.partition(":")[0] in kinds][:1] for kinds in (FEATURES, FOLLOWING)]
+    return [*firsts[0], *firsts[1]]
 
 
 def hash_of(value: Any) -> str:

@@ -44,6 +44,8 @@ def _pattern(text: str) -> str:
 
 FEATURES = ("efficientnet-lite0", "dinov2", "dinov3", "clip", "siglip")
 """Kinds of backbone that give features; the first of them that is named is the primary one."""
+FOLLOWING = ("clip", "siglip")
+"""Those of which the first says how well a picture follows its prompt."""
 BACKBONES = (*FEATURES, "lpips", "reward", "judge")
 
 

@@ -12,5 +12,5 @@ METHOD_VERSION = 1
 """Of what is learnt from the same encodings: the models' answers, roll-outs, losses, optimizer."""
 SCORES_VERSION = 3
 """Of what is drawn and how it is scored."""
-EXPORT_VERSION = 4
+EXPORT_VERSION = 5
 """Of the exported files, the model card and what is stored in the registry."""

@@ -141,7 +141,8 @@ def test_from_a_concept_to_a_served_version(tmp_path: Path, monkeypatch: pytest.
 
     registry = Registry(root)
     version, *_ = registry.champion("blots") or pytest.fail("no champion")
-    again = read_export(registry.adapter(version, tmp_path / "place"), tmp_path / "again.safetensors")
+    given = registry.adapter(version, tmp_path / "place") or pytest.fail("no adapter")
+    again = read_export(given, tmp_path / "again.safetensors")
     stored, trained = load_file(again), load_file(run / "adapters" / "d-opsd.safetensors")
     assert stored.keys() == trained.keys()
     assert all(torch.equal(stored[key], value) for key, value in trained.items())

@@ -178,7 +178,14 @@ def test_a_persons_tolerance_stands_in_place_of_what_was_measured() -> None:
     assert not judge(mine, {"it": theirs}).passed
     assert judge(mine, {"it": theirs}, tolerance=0.1).passed
     assert not judge(theirs | values(seed=3), {"it": theirs}, tolerance=0.0).passed
-    assert judge(theirs, {"it": theirs}, tolerance=0.001).passed, "the very same once more"
+    assert judge(theirs, {"it": theirs}, tolerance=0.0).passed, "the very same once more"
+
+
+def test_the_untuned_base_itself_learnt_nothing() -> None:
+    """Its difference from itself is 0 without any chance."""
+    base = values(**BASE)
+    verdict = gate.judge(base, base, ABOUT, {}, {}, SETTINGS)
+    assert "nothing learnt that could be measured" in verdict.reason
 
 
 def _chain(rivals: Callable[[Any, Any], dict[str, Any]], nights: int = 50) -> tuple[float, float]:
@@ -200,24 +207,67 @@ def test_a_chain_of_slightly_worse_ones_never_sinks_below_the_anchor_by_more_tha
     assert alone < 0.5 - 1.5 * delta, "without the anchor it sinks on"
 
 
+def _width(a: Any, b: Any, prompts: int = 0) -> float:
+    """Of the t-test's interval, over so many prompts."""
+    low, high = stats.ttest_rel(a, b).confidence_interval(0.95)
+    count, n = len(a), prompts or len(a)
+    return (high - low) * np.sqrt(count / n) * stats.t.ppf(0.975, n - 1) / stats.t.ppf(0.975, count - 1)
+
+
 def test_deltas_are_twice_what_chance_does_to_the_anchor() -> None:
     mine, base = values(seed=1), values(**BASE)
     found = measure_deltas(mine, base)
-    for score, delta in found.items():
-        low, high = stats.ttest_rel(mine[score]["first"], mine[score]["second"]).confidence_interval(0.95)
-        assert delta == pytest.approx(high - low)
+    for score in ("learnt", "kept"):
+        assert found[score] == pytest.approx(_width(mine[score]["first"], mine[score]["second"]))
     once = {score: {"first": seeds["first"]} for score, seeds in mine.items()}
-    low, high = stats.ttest_rel(mine["learnt"]["first"], base["learnt"]["first"]).confidence_interval(0.95)
-    assert measure_deltas(once, base)["learnt"] == pytest.approx(high - low), "over prompts"
-    shorter = {"kept": {"first": mine["kept"]["first"], "second": mine["kept"]["second"][:5]}}
-    low, high = stats.ttest_rel(mine["kept"]["first"][:5], mine["kept"]["second"][:5]).confidence_interval(0.95)
-    assert measure_deltas(shorter, base)["kept"] == pytest.approx(high - low)
+    over_prompts = _width(mine["learnt"]["first"], base["learnt"]["first"])
+    assert measure_deltas(once, base)["learnt"] == pytest.approx(over_prompts)
     same = {"learnt": {"first": mine["learnt"]["first"], "second": mine["learnt"]["first"]}}
     assert measure_deltas(same, base) == {"learnt": LEAST_DELTA}
-    little = measure_deltas(values(4, spread=0.2, learnt=0.4), values(4, 5, **BASE))
-    assert little["learnt"] == pytest.approx(0.25 * 0.1), "a quarter of what it learnt"
-    assert little["kept"] > 0.1
     assert measure_deltas(values(3), values(3, **BASE)) == dict.fromkeys(ABOUT, LEAST_DELTA), "of three, too little"
+
+
+def test_a_second_noise_of_fewer_prompts_counts_for_as_many_as_are_compared() -> None:
+    """The interval that it stands beside is of all of them."""
+    mine = values(seed=1)["kept"]
+    shorter = {"kept": {"first": mine["first"], "second": mine["second"][:5]}}
+    delta = measure_deltas(shorter, values(**BASE))["kept"]
+    assert delta == pytest.approx(_width(mine["first"][:5], mine["second"][:5], 12))
+    assert delta < _width(mine["first"][:5], mine["second"][:5]) / 1.5
+
+
+@pytest.mark.parametrize(("score", "kin"), [("few_step", "learnt"), ("few_step_kept", "kept")])
+def test_a_loss_of_few_steps_has_the_delta_of_what_is_lost(score: str, kin: str) -> None:
+    """It is drawn from one noise, and of the base it is 0: by itself it spreads as prompts do."""
+    mine, base = values(seed=1), values(**BASE)
+    prompts = np.random.default_rng(0).normal(0, 0.3, 12)
+    loss = {score: {"first": tuple(prompts)}}, {score: {"first": (0.0,) * 12}}
+    assert measure_deltas(mine | loss[0], base | loss[1])[score] == measure_deltas(mine, base)[kin]
+    few = {score: {"first": tuple(prompts[:6])}}, {score: {"first": (0.0,) * 6}}
+    as_many = _width(mine[kin]["first"], mine[kin]["second"], 6)
+    assert measure_deltas(mine | few[0], base | few[1])[score] == pytest.approx(as_many), "over its own prompts"
+    steady = {score: {"first": tuple(prompts / 30)}}, loss[1]
+    own = 2**0.5 * _width(prompts / 30, np.zeros(12))
+    assert LEAST_DELTA < own < measure_deltas(mine, base)[kin]
+    assert measure_deltas(mine | steady[0], base | steady[1])[score] == pytest.approx(own)
+
+
+def test_of_losses_of_few_steps_that_chance_alone_made_an_equal_one_passes() -> None:
+    """Beside the base's 0 there is half of the variance that a difference of two models has."""
+    draw, passed = np.random.default_rng(0), []
+    equal, base = values(seed=1, spread=0.05), values(**BASE) | {"few_step": {"first": (0.0,) * 12}}
+    for _ in range(300):
+        theirs, mine = (equal | {"few_step": {"first": draw.normal(0, 0.02, 12)}} for _ in range(2))
+        deltas = measure_deltas(theirs, base)
+        passed.append(gate.judge(mine, base, ABOUT, {"it": theirs}, deltas, SETTINGS).passed)
+    assert np.mean(passed) > 0.9
+
+
+def test_chance_may_take_a_quarter_of_what_there_is_to_lose() -> None:
+    mine, base = values(4, spread=0.5, learnt=0.4, kept=0.6), values(4, 5, **BASE)
+    found = measure_deltas(mine | {"few_step_kept": mine["few_step"]}, base | {"few_step_kept": base["few_step"]})
+    learnt, kept = 0.25 * 0.1, 0.25 * 0.6
+    assert found == pytest.approx({"learnt": learnt, "few_step": learnt, "kept": kept, "few_step_kept": kept})
 
 
 def test_the_page_says_better_or_worse_and_why() -> None:

@@ -78,13 +78,9 @@ def test_a_rubric_counts_by_its_text_and_only_where_something_grades_by_it(tmp_p
 
 def test_backbones_count_by_their_weights(tmp_path: Path) -> None:
     """Another folder of one name is another evaluation, to DVC and to the registry's gate."""
-    settings, validated = (
-        resolved(load_settings(SHIPPED)),
-        dict.fromkeys(("content_hash", "holdout_hash", "kind_hash"), "x"),
-    )
+    settings = resolved(load_settings(SHIPPED))
     plans = [identity.plan_of(settings, open_base(settings.model, ROOT), seen=Seen((name,))) for name in ("a#1", "a#2")]
     assert plans[0]["evaluate"] != plans[1]["evaluate"]
-    assert identity.ground_of(plans[0], validated) != identity.ground_of(plans[1], validated)
     folders = write_eyes(tmp_path)
     evaluation = EvaluationSettings(backbones=(f"dinov2:{folders['dinov2']}",))
     before = seen_of(evaluation, tmp_path)
@@ -94,18 +90,66 @@ def test_backbones_count_by_their_weights(tmp_path: Path) -> None:
     assert seen_of(EvaluationSettings(), tmp_path) == Seen()
 
 
+VALIDATED = dict.fromkeys(("content_hash", "holdout_hash", "kind_hash"), "x")
+
+
 @pytest.mark.parametrize(
     ("change", "moves"),
     [
         ("evaluation.batch_size=3", False), ("evaluation.steps=[4,32]", False), ("evaluation.known_prompts=7", False),
-        ("train.replay.prompts=[a fox]", False), ("evaluation.seed=5", True), ("evaluation.many_steps=8", True),
-        ("evaluation.kept_count=7", True), ("train.replay.prompts=['a chicken, flat style']", True),
+        ("train.replay.prompts=[a fox]", False), ("evaluation.prompts=[a fox]", False),
+        ("model.context_suffix=as in the picture", False), ("model.vlm_positions=encoder", False),
+        ("evaluation.seed=5", True), ("evaluation.many_steps=8", True), ("evaluation.kept_count=7", True),
+        ("evaluation.curve_prompts=7", True), ("data.resolution=128", True), ("model.dtype=bfloat16", True),
+        ("train.replay.prompts=['a chicken, flat style']", True),
     ],
 )  # fmt: skip
 def test_the_anchors_ground_moves_with_what_its_scores_are_of_alone(change: str, moves: bool) -> None:
-    validated = dict.fromkeys(("content_hash", "holdout_hash", "kind_hash"), "x")
-    before, after = (identity.ground_of(plan(load_settings(SHIPPED, more)), validated) for more in ((), (change,)))
+    before, after = (identity.ground_of(plan(load_settings(SHIPPED, more)), VALIDATED) for more in ((), (change,)))
     assert (before != after) == moves
+
+
+def test_prompts_of_the_settings_are_ground_where_nothing_is_held_out() -> None:
+    plans = [plan(load_settings(SHIPPED, more)) for more in ((), ("evaluation.prompts=[a fox]",))]
+    without = VALIDATED | {"holdout_hash": None}
+    assert identity.ground_of(plans[0], without) != identity.ground_of(plans[1], without)
+
+
+@pytest.mark.parametrize("part", ["vlm", "world", "transformer", "vae", "text_encoder", "scheduler"])
+def test_of_a_base_its_ground_is_what_draws(part: str) -> None:
+    made = plan(load_settings(SHIPPED))
+    other = made | {"evaluate": made["evaluate"] | {"base": made["evaluate"]["base"] | {part: "another"}}}
+    assert made["evaluate"]["base"][part] != "another"
+    moves = identity.ground_of(made, VALIDATED) != identity.ground_of(other, VALIDATED)
+    assert moves == (part not in ("vlm", "world"))
+    assert moves == (identity.drawing_of(made) != identity.drawing_of(other))
+
+
+def test_a_version_of_the_training_code_moves_no_anchor(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load_settings(SHIPPED)
+    before = plan(settings)
+    monkeypatch.setattr(identity, "METHOD_VERSION", 99)
+    assert identity.questions_of(plan(settings), VALIDATED) != identity.questions_of(before, VALIDATED)
+    assert identity.ground_of(plan(settings), VALIDATED) == identity.ground_of(before, VALIDATED)
+    monkeypatch.setattr(identity, "SCORES_VERSION", 99)
+    assert identity.ground_of(plan(settings), VALIDATED) != identity.ground_of(before, VALIDATED)
+
+
+def _ground(*backbones: str, rubric: str = "") -> str:
+    settings = resolved(load_settings(SHIPPED))
+    made = identity.plan_of(settings, open_base(settings.model, ROOT), seen=Seen(backbones, rubric))
+    return identity.ground_of(made, VALIDATED)
+
+
+def test_backbones_of_no_guarded_score_move_no_anchor() -> None:
+    """Features give likeness and kept, the first that reads text the prompt's; by their weights."""
+    alone, first = _ground(), "efficientnet-lite0"
+    assert _ground(first, "lpips:a#1") == _ground(first, "reward:a#1", "dinov2:a#1") == alone
+    assert _ground(first, "judge:a#1", rubric="1 2 3 4") == _ground("judge:a#1", first, rubric="4 3 2 1") == alone
+    others = [("dinov2:a#1",), ("dinov2:a#2",), (first, "clip:a#1"), (first, "clip:a#2"), ("clip:a#1", first)]
+    assert len({alone, *(_ground(*names) for names in others)}) == 6
+    assert _ground(first, "reward:b#1", "clip:a#1", "siglip:a#1") == _ground(first, "clip:a#1")
+    assert _ground(first, "siglip:a#1", "clip:a#1") != _ground(first, "clip:a#1")
 
 
 def test_the_first_backbone_alone_is_what_was_before_there_were_others() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,16 +13,19 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from dopsd import champions
-from dopsd.config import load_settings
+from dopsd.config import Settings, load_settings
 from dopsd.config.groups import LoraSettings, ModelSettings
 from dopsd.distill.adapters import adapter_parameters, add_adapters, read_adapter, save_adapter
 from dopsd.evaluation.paired import Paired
+from dopsd.evaluation.suite import EvaluationError
 from dopsd.export import CARD_FILE, COMFYUI_FILE, DIFFUSERS_FILE, draw_student, export_adapter
 from dopsd.given import read_export
 from dopsd.identity import VersionIdentity
-from dopsd.models import load_family
+from dopsd.models import ModelError, load_family, resolved
 from dopsd.models.base import Request
 from dopsd.models.z_image import ZImage
 from dopsd.registry import ANCHOR, CHAMPION, Outcome, Registry, RegistryAway, Verdict
@@ -29,10 +33,12 @@ from dopsd.registry.gate import measure_deltas
 from emoji_turbo import architecture
 from tests import tiny
 from tests.scored import entry, paired
+from tests.test_drawing import Cramped
+from tests.tiny_project import make_project
 
 SETTINGS = load_settings(Path(__file__).parent.parent / "params.yaml")
 MADE = VersionIdentity(data="d1", settings="s1", base="b1", method="m1")
-TODAY = champions._Questions("q", "ground")
+TODAY, OTHERS = champions._Questions("q", "ground", "b1"), champions._Questions("r", "other ground", "b2")
 
 
 def test_differences_are_named() -> None:
@@ -88,16 +94,16 @@ def _run(registry: Registry, tmp_path: Path) -> str:
 
 def _register(
     registry: Registry, tmp_path: Path, trained: dict[str, Any], mine: Paired | None = None, run: str = "",
-    asked: champions._Questions = TODAY, **made: str,
+    asked: champions._Questions = TODAY, settings: Settings = SETTINGS, **made: str,
 ) -> Outcome:  # fmt: skip
     """As stage register does, with scores that are given."""
     mine, identity = mine or paired(), VersionIdentity(**{**MADE.__dict__, **made})
-    verdict, anchor = champions._judge(registry, "style-ink", identity, mine, asked, SETTINGS, tmp_path)
+    verdict, anchor = champions._judge(registry, "style-ink", identity, mine, asked, settings, tmp_path)
     call = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 0.0}
     serving = {"base": "data/base", "revision": None, "call": call}
     return registry.register(
         "style-ink", run or _run(registry, tmp_path), identity, entry(tmp_path / "scores", mine, asked.asked), verdict,
-        {"dopsd.base": "tiny"}, trained["files"], serving, anchor,
+        {"dopsd.base": "tiny", "dopsd.base.drawing": asked.drawing}, trained["files"], serving, anchor,
     )  # fmt: skip
 
 
@@ -213,6 +219,13 @@ def test_a_broken_note_of_the_anchor_is_made_anew(
     assert registry.anchor("style-ink") == noted
 
 
+def _with_scores(*names: str) -> Paired:
+    """Others than an evaluation of before had."""
+    about = {name: {"better": "higher", "label": name} for name in names}
+    of = {model: {name: its.get(name, its["few_step"]) for name in names} for model, its in paired().models.items()}
+    return Paired(about, of, 4)
+
+
 def test_scores_that_cannot_be_used_are_asked_for_anew(
     registry: Registry, tmp_path: Path, trained: dict[str, Any]
 ) -> None:
@@ -229,6 +242,8 @@ def test_scores_that_cannot_be_used_are_asked_for_anew(
     assert stored() == paired()
     assert stored("others") is None
     assert stored(mine=paired(prompts=9)) is None
+    assert stored(mine=_with_scores("learnt", "kept")) is None, "it has one more, which nobody could pass"
+    assert stored(mine=_with_scores("learnt", "kept", "few_step", "few_step_kept")) is None
     (file,) = (tmp_path / "artifacts").rglob("artifacts/scores.json")
     for content in ("{", json.dumps({"version": 1}), file.read_text().replace('"version":', '"version": [') + "]"):
         file.write_text(content)
@@ -243,13 +258,166 @@ def test_scores_that_cannot_be_used_are_asked_for_anew(
     assert stored() is None
 
 
+# --- who cannot be compared ------------------------------------------------------------------------------------------
+
+
+def _without_base(trained: dict[str, Any]) -> dict[str, Any]:
+    """As of a base that is too large to be stored."""
+    return {**trained, "files": {key: path for key, path in trained["files"].items() if key != "base"}}
+
+
+def _delete_files(registry: Registry, version: int) -> None:
+    """As a person who makes room does."""
+    source = registry.client.get_model_version("dopsd-style-ink", str(version)).source
+    shutil.rmtree(source.removeprefix("file://"))
+
+
 def test_a_champion_that_cannot_be_asked_stays(registry: Registry, tmp_path: Path, trained: dict[str, Any]) -> None:
-    without = {**trained, "files": {key: path for key, path in trained["files"].items() if key != "base"}}
-    first = _register(registry, tmp_path, without)
-    second = _register(registry, tmp_path, trained, paired(learnt=0.9), asked=champions._Questions("r", "s"), base="b2")
+    first = _register(registry, tmp_path, _without_base(trained))
+    second = _register(registry, tmp_path, trained, paired(learnt=0.9), asked=OTHERS, base="b2")
     assert not second.promoted
-    assert second.reason.startswith("the champion (version 1): made for another base, which is gone: not compared")
+    assert second.reason == ("the champion (version 1): made for another base, which is gone: not compared; if this "
+                             "version is better, set the aliases champion and anchor in MLflow to it")  # fmt: skip
     assert (_holder(registry, CHAMPION), _holder(registry, ANCHOR)) == (int(first.version), int(first.version))
+    registry.client.set_registered_model_alias("dopsd-style-ink", CHAMPION, "2")
+    third = _register(registry, tmp_path, trained, paired(learnt=0.95), asked=OTHERS, base="b2", data="d3")
+    assert third.promoted
+    assert _holder(registry, ANCHOR) == 2, "on the new ground"
+
+
+def test_an_anchor_of_a_base_that_is_gone_is_none_any_more(
+    registry: Registry, tmp_path: Path, trained: dict[str, Any]
+) -> None:
+    """A person chose it, so it outlives its ground; but nothing can be compared with it tonight, nor ever again."""
+    for night, learnt in enumerate((0.5, 0.6)):
+        assert _register(registry, tmp_path, _without_base(trained), paired(learnt=learnt), data=f"d{night}").promoted
+    here = _register(registry, tmp_path, trained, paired(learnt=0.7), asked=OTHERS, base="b2")
+    client = registry.client
+    client.set_registered_model_alias("dopsd-style-ink", CHAMPION, here.version)
+    client.set_registered_model_alias("dopsd-style-ink", ANCHOR, "2")
+    worse = _register(registry, tmp_path, trained, paired(learnt=0.6), asked=OTHERS, base="b2", data="d3")
+    assert "worse than the champion (version 3)" in worse.reason, "it was compared"
+    assert worse.reason.endswith("; the anchor (version 2): made for another base, which is gone: it is the anchor no "
+                                 "longer, the champion is")  # fmt: skip
+    assert _holder(registry, ANCHOR) == int(here.version)
+    better = _register(registry, tmp_path, trained, paired(learnt=0.8), asked=OTHERS, base="b2", data="d4")
+    assert better.promoted
+    assert "anchor no longer" not in better.reason
+    assert _holder(registry, ANCHOR) == int(here.version)
+    client.delete_registered_model_alias("dopsd-style-ink", CHAMPION)
+    client.set_registered_model_alias("dopsd-style-ink", ANCHOR, "1")
+    alone = _register(registry, tmp_path, trained, paired(learnt=0.5), asked=OTHERS, base="b2", data="d5")
+    assert alone.promoted
+    assert _holder(registry, ANCHOR) == int(alone.version), "with no champion it begins anew"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Settings:
+    """Data and base beside the registry; the settings of the concept."""
+    make_project(tmp_path, ("style-ink",))
+    return resolved(load_settings(tmp_path / "params.yaml").of("style-ink", tmp_path))
+
+
+def test_another_vlm_is_no_other_base_to_whom_is_compared(
+    registry: Registry, tmp_path: Path, trained: dict[str, Any], project: Settings
+) -> None:
+    """It is the teacher's; the champion draws what it always drew, on the base that is here."""
+    _register(registry, tmp_path, _without_base(trained))
+    rivals, _ = champions._rivals(registry, "style-ink", "ground")
+    (tmp_path / "again").mkdir()
+    mine = champions._evaluate_again(registry, rivals, "style-ink", project, tmp_path, None, tmp_path / "again")
+    same = champions._Questions("r", "ground", TODAY.drawing)
+    second = _register(registry, tmp_path, trained, mine["champion"], asked=same, settings=project, base="b2")
+    assert second.promoted
+    assert "no measurable difference" in second.reason
+
+
+def test_a_champion_whose_files_are_gone_is_named_with_the_alias_to_move(
+    registry: Registry, tmp_path: Path, trained: dict[str, Any], project: Settings
+) -> None:
+    """Somebody deleted them: no waiting brings them back."""
+    _register(registry, tmp_path, trained)
+    _delete_files(registry, 1)
+    second = _register(registry, tmp_path, trained, paired(learnt=0.9), asked=OTHERS, settings=project, data="d2")
+    assert second.reason == ("the champion (version 1): its adapter is gone from the tracker's files: not compared; if "
+                             "this version is better, set the aliases champion and anchor in MLflow to it")  # fmt: skip
+    for alias in (CHAMPION, ANCHOR):
+        registry.client.set_registered_model_alias("dopsd-style-ink", alias, "2")
+    assert _register(registry, tmp_path, trained, paired(learnt=0.95), asked=OTHERS, data="d3").promoted
+    _delete_files(registry, 2)
+    fourth = _register(registry, tmp_path, trained, paired(learnt=0.99), asked=OTHERS, settings=project, data="d4")
+    assert fourth.reason == ("the anchor (version 2): its adapter is gone from the tracker's files: not compared; set "
+                             "the alias anchor in MLflow to a version that can be, the champion say, and run stage "
+                             "register again")  # fmt: skip
+    registry.client.set_registered_model_alias("dopsd-style-ink", ANCHOR, "3")
+    run = registry.client.get_model_version("dopsd-style-ink", "4").run_id
+    again = _register(registry, tmp_path, trained, paired(learnt=0.99), run, asked=OTHERS, data="d4")
+    assert (again.version, again.promoted) == ("4", True)
+
+
+def test_a_champion_whose_adapter_is_damaged_is_not_compared(
+    registry: Registry, tmp_path: Path, trained: dict[str, Any], project: Settings
+) -> None:
+    _register(registry, tmp_path, trained)
+    (file,) = (tmp_path / "artifacts").rglob("artifacts/adapter.safetensors")
+    file.write_bytes(file.read_bytes()[:-9])
+    second = _register(registry, tmp_path, trained, asked=OTHERS, settings=project, data="d2")
+    assert second.reason.startswith("the champion (version 1): its adapter cannot be read (")
+    assert registry.judged("style-ink", VersionIdentity(**{**MADE.__dict__, "data": "d2"}))
+
+
+def test_an_adapter_that_does_not_fit_the_base_is_not_compared(
+    registry: Registry, tmp_path: Path, trained: dict[str, Any], project: Settings
+) -> None:
+    _register(registry, tmp_path, trained)
+    (file,) = (tmp_path / "artifacts").rglob("artifacts/adapter.safetensors")
+    with safe_open(file, "pt") as opened:
+        tensors = {key: opened.get_tensor(key).repeat(2, 2) for key in opened.keys()}  # noqa: SIM118 - not a mapping
+        save_file(tensors, file, metadata=opened.metadata())
+    second = _register(registry, tmp_path, trained, asked=OTHERS, settings=project, data="d2")
+    assert second.reason.startswith("the champion (version 1): cannot be drawn with these settings (")
+
+
+def test_want_of_memory_is_no_verdict(
+    registry: Registry, tmp_path: Path, trained: dict[str, Any], project: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It passes; a verdict would stay, and every night pass the version over."""
+    _register(registry, tmp_path, trained)
+    monkeypatch.setattr(champions, "load_base", lambda *_, **__: Cramped.of("transformer", 0))
+    with pytest.raises(EvaluationError, match="has no memory for one picture"):
+        _register(registry, tmp_path, trained, asked=OTHERS, settings=project, data="d2")
+    assert not registry.judged("style-ink", VersionIdentity(**{**MADE.__dict__, "data": "d2"}))
+    assert _holder(registry, "candidate") == 1
+
+
+@pytest.mark.parametrize("made_for", ["b1", "b2"])
+def test_a_backbone_that_is_absent_is_no_verdict(
+    registry: Registry, tmp_path: Path, trained: dict[str, Any], project: Settings, made_for: str
+) -> None:
+    """Whether the champion is drawn on the base that is here, or on its own."""
+    _register(registry, tmp_path, trained)
+    evaluation = project.evaluation.model_copy(update={"backbones": ("dinov2:models/dinov2-small",)})
+    project = project.model_copy(update={"evaluation": evaluation})
+    with pytest.raises(ModelError, match=r"evaluation\.backbones, dinov2"):
+        _register(registry, tmp_path, trained, asked=OTHERS, settings=project, data="d2", base=made_for)
+    assert _holder(registry, "candidate") == 1
+
+
+@pytest.mark.parametrize("made_for", ["b1", "b2"])
+def test_a_damaged_base_is_a_verdict_where_it_is_the_champions_own(
+    registry: Registry, tmp_path: Path, trained: dict[str, Any], project: Settings, made_for: str
+) -> None:
+    """That one no person can mend; today's will be."""
+    _register(registry, tmp_path, trained)
+    folder = tmp_path / "data/base/tiny" if made_for == "b1" else next((tmp_path / "artifacts").rglob("artifacts/base"))
+    next((folder / "transformer").glob("*.safetensors")).unlink()
+    if made_for == "b1":
+        with pytest.raises(ModelError, match="has no weights"):
+            _register(registry, tmp_path, trained, asked=OTHERS, settings=project, data="d2")
+        assert _holder(registry, "candidate") == 1
+    else:
+        second = _register(registry, tmp_path, trained, asked=OTHERS, settings=project, data="d2", base="b2")
+        assert second.reason.startswith("the champion (version 1): cannot be drawn with these settings (")
 
 
 # --- what a version holds ---------------------------------------------------------------------------------------------
@@ -278,7 +446,8 @@ def test_a_version_holds_its_adapter_once_and_it_can_be_evaluated_again(
     version, *_ = registry.champion("style-ink") or pytest.fail("no champion")
     stored = [path.name for path in (tmp_path / "artifacts").rglob("*.safetensors") if "base" not in path.parts]
     assert sorted(stored) == ["adapter.safetensors", "comfyui.safetensors"]
-    again = read_export(registry.adapter(version, tmp_path / "place"), tmp_path / "again" / "a.safetensors")
+    given = registry.adapter(version, tmp_path / "place") or pytest.fail("no adapter")
+    again = read_export(given, tmp_path / "again" / "a.safetensors")
     (mine, rank, alpha), (theirs, *scale) = read_adapter(again), read_adapter(trained["student"])
     assert [rank, alpha] == scale
     assert mine.keys() == theirs.keys()

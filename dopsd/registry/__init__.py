@@ -145,16 +145,19 @@ class Registry:
             versions = self.client.search_model_versions(f"name='{model_name(concept)}'")
         return any(_identity_of(version) == identity and _GATE in version.tags for version in versions)
 
-    def adapter(self, version: ModelVersion, folder: Path) -> Path:
+    def adapter(self, version: ModelVersion, folder: Path) -> Path | None:
         """Fetch a version's adapter, as diffusers reads it: the one that is served. Returns its file, or the folder of
-        a trained transformer."""
+        a trained transformer; ``None`` where somebody deleted it."""
         from mlflow.artifacts import download_artifacts, list_artifacts
 
         with self._answers():
             source = f"{version.source}/artifacts"
             stored = {Path(file.path).name for file in list_artifacts(source, tracking_uri=self.uri)}
-            source += "/adapter" if "adapter" in stored else "/adapter.safetensors"
-            return Path(download_artifacts(source, dst_path=str(folder), tracking_uri=self.uri))
+            name = next((name for name in ("adapter", "adapter.safetensors") if name in stored), None)
+            if name is None:
+                return None
+            folder.mkdir(parents=True, exist_ok=True)
+            return Path(download_artifacts(f"{source}/{name}", dst_path=str(folder), tracking_uri=self.uri))
 
     def base(self, version: ModelVersion, folder: Path) -> Path | None:
         """Fetch the base that a version was made for, without its teacher's half; ``None`` where it was too large to be

@@ -26,13 +26,16 @@ from dopsd.config.groups import RegistrySettings
 BASE = "the untuned base"
 LEAST_DELTA = 0.005
 """No smaller difference is measured, however equal two seeds came out."""
-_FEW_STEP = ("few_step", "few_step_kept")
+_KIN = {"few_step": "learnt", "few_step_kept": "kept"}
+"""Of losses of few steps: the score that they are a difference of. They have no second noise, and of the base they are
+0 throughout, so that by themselves they would spread as prompts do."""
 LEAST_PROMPTS = 4
 """On fewer, a spread says nothing; the delta is then :data:`LEAST_DELTA`."""
 DELTA_WIDTHS = 2
 """Half-widths to a delta. The interval itself takes one: with one alone, a model just as good hardly ever passes."""
 DELTA_SHARE = 0.25
-"""No delta of what is learnt is a larger share of what the anchor learnt: on few prompts chance may do all of that."""
+"""No delta is a larger share of what the anchor has to lose, which is what it learnt or kept: on few prompts chance may
+do all of that."""
 
 Values = Mapping[str, Mapping[str, Sequence[float]]]
 """Score to ``first`` and, where they were drawn from a second noise, ``second``: one number per prompt."""
@@ -87,32 +90,51 @@ def paired_difference(mine: Sequence[float], theirs: Sequence[float], better: st
     return Difference(mean, mean - half, mean + half)
 
 
-def _half_width(values: NDArray[np.float64]) -> float:
+def _half_width(values: NDArray[np.float64], prompts: int = 0) -> float:
+    """Of the interval of a mean over ``prompts`` that spread as ``values`` do; without it over just those."""
     from scipy.special import stdtrit
 
-    count = len(values)
+    count = prompts or len(values)
     return float(stdtrit(count - 1, 0.975) * values.std(ddof=1) / math.sqrt(count)) if count > 1 else math.inf
 
 
 def measure_deltas(values: Values, base: Values) -> dict[str, float]:
     """How far below this model, score by score, another may be and still count as not worse: what chance alone does to
     an equal one. It is :data:`DELTA_WIDTHS` half-widths of the interval of its own difference from noise to noise;
-    without a second noise, of its difference from the base over prompts. ``base``: the untuned base's scores."""
-    deltas = {score: _spread(seeds, base.get(score, {}).get("first", ())) for score, seeds in values.items()}
-    if "learnt" in deltas and "learnt" in base:
-        learnt = paired_difference(values["learnt"]["first"], base["learnt"]["first"]).mean
-        deltas["learnt"] = min(deltas["learnt"], DELTA_SHARE * abs(learnt))
-    return {score: max(delta, LEAST_DELTA) for score, delta in deltas.items()}
+    without a second noise, of its difference from the base over prompts. A loss of few steps is a difference of two
+    scores (:data:`_KIN`) and has at most that one's. ``base``: the untuned base's scores."""
+    whole = _to_lose(values, base)
+    deltas = {}
+    for score, seeds in values.items():
+        kin = _KIN.get(score, score)
+        spreads = [_spread(values[name], base.get(name, {}).get("first", ()), len(seeds["first"]))
+                   for name in (score, kin) if name in values]  # fmt: skip
+        most = DELTA_SHARE * whole[kin] if kin in whole else math.inf
+        deltas[score] = max(min(*spreads, most), LEAST_DELTA)
+    return deltas
 
 
-def _spread(seeds: Mapping[str, Sequence[float]], base: Sequence[float]) -> float:
+def _to_lose(values: Values, base: Values) -> dict[str, float]:
+    """What a score is worth: of likeness what was learnt, of kept all that is left. Others have no such zero."""
+    whole = {}
+    if "learnt" in values and "learnt" in base:
+        whole["learnt"] = abs(paired_difference(values["learnt"]["first"], base["learnt"]["first"]).mean)
+    if "kept" in values:
+        whole["kept"] = abs(float(np.mean(values["kept"]["first"])))
+    return whole
+
+
+def _spread(seeds: Mapping[str, Sequence[float]], base: Sequence[float], prompts: int) -> float:
+    """As wide as over ``prompts``; the second noise may have been drawn for fewer. Beside a base that is the same
+    throughout there is one model's chance alone, and two that are compared have twice its variance."""
     other = seeds.get("second", ())
     if len(other) < LEAST_PROMPTS:
         other = base
     if len(other) < LEAST_PROMPTS:
         return LEAST_DELTA
     spread = np.asarray(seeds["first"][: len(other)], float) - np.asarray(other, float)
-    return DELTA_WIDTHS * _half_width(spread)
+    alone = math.sqrt(2) if np.ptp(other) == 0 else 1.0
+    return DELTA_WIDTHS * alone * _half_width(spread, prompts)
 
 
 def judge(
@@ -138,12 +160,13 @@ def judge(
 def _floors(mine: Values, base: Values, about: About, settings: RegistrySettings) -> Iterator[Row]:
     """Against the base. Of what was lost the mean counts: over a dozen prompts an interval is wider than the floor."""
     if settings.min_learnt is not None and "learnt" in mine:
-        yield _compare(BASE, "learnt", mine, base, about, -settings.min_learnt)
+        row = _compare(BASE, "learnt", mine, base, about, -settings.min_learnt)
+        yield replace(row, ok=row.difference.low > settings.min_learnt)  # the base itself learnt nothing
     if settings.min_kept is not None and "kept" in mine:
         row = _compare(BASE, "kept", mine, base, about, 1 - settings.min_kept)
         yield replace(row, ok=row.mine >= settings.min_kept)
     if settings.max_few_step_loss is not None:
-        for score in (score for score in _FEW_STEP if score in mine):
+        for score in (score for score in _KIN if score in mine):
             row = _compare(BASE, score, mine, base, about, settings.max_few_step_loss * _whole(score, mine, base))
             yield replace(row, ok=row.difference.mean >= -row.delta)
 
@@ -158,7 +181,7 @@ def _whole(score: str, mine: Values, base: Values) -> float:
 def _compare(rival: str, score: str, mine: Values, theirs: Values, about: About, delta: float) -> Row:
     a, b = mine[score]["first"], theirs[score]["first"]
     difference = paired_difference(a, b, about[score]["better"])
-    return Row(rival, score, float(np.mean(a)), float(np.mean(b)), difference, delta, difference.low > -delta)
+    return Row(rival, score, float(np.mean(a)), float(np.mean(b)), difference, delta, difference.low >= -delta)
 
 
 # --- in words ---------------------------------------------------------------------------------------------------------
