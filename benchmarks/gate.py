@@ -34,7 +34,7 @@ PROMPTS = (4, 12, 60)
 SCORES = ("learnt", "kept", "few_step")
 SHAPES = ("normal", "skewed up", "skewed down")
 ABOUT = {score: {"better": "higher", "label": score} for score in SCORES}
-SETTINGS = RegistrySettings()
+SETTINGS = RegistrySettings(min_diversity=None)
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 NIGHTLY: dict[str, Callable[[int, Array, Array], Array]] = {
@@ -112,7 +112,7 @@ def old_with_new_pictures(anchor: gate.Values, base: gate.Values, deltas: dict[s
 @contextmanager
 def unfloored() -> Iterator[None]:
     """Without the floor for few steps, which stops whatever sinks in all scores at once, anchor or none."""
-    with patch.dict(globals(), SETTINGS=RegistrySettings(max_few_step_loss=None)):
+    with patch.dict(globals(), SETTINGS=RegistrySettings(max_few_step_loss=None, min_diversity=None)):
         yield
 
 

@@ -14,9 +14,10 @@ ABOUT = {
     "learnt": {"better": "higher", "label": "likeness"},
     "kept": {"better": "higher", "label": "own pictures kept"},
     "few_step": {"better": "higher", "label": "few steps"},
+    "diversity": {"better": "higher", "label": "two seeds apart"},
 }
-BASE = {"learnt": 0.3, "kept": 1.0, "few_step": 0.0}
-GOOD = {"learnt": 0.5, "kept": 0.9, "few_step": 0.0}
+BASE = {"learnt": 0.3, "kept": 1.0, "few_step": 0.0, "diversity": 0.4}
+GOOD = {"learnt": 0.5, "kept": 0.9, "few_step": 0.0, "diversity": 0.3}
 
 
 def values(prompts: int = 12, seed: int = 0, spread: float = 0.02, second: bool = True, **means: float) -> Any:

@@ -64,6 +64,26 @@ def test_the_published_means_have_intervals_over_pictures() -> None:
     assert not published(few, ["base"], 4, Bootstrap(0))["base"].intervals, "of five pictures there is none"
 
 
+def test_nothing_is_above_all_of_the_way_and_what_is_beyond_is_said() -> None:
+    draw, eye = np.random.default_rng(0), torch.zeros(12, 1)
+
+    def drawn(level: float) -> Cell:
+        values = {"likeness": level + draw.normal(0, 0.01, 12), "sharpness": np.ones(12), "copy": np.zeros(12)}
+        return Cell(values | {"copy_bar": np.ones(12)}, {"eye": eye})
+
+    levels = {"base": 0.1, "teacher": 0.2, "d-opsd": 0.5, "sft": 0.3}
+    cells = {Key("concept", model, 4): drawn(level) for model, level in levels.items()}
+    real = draw.normal(0.3, 0.01, 8)
+    found = headline.headline(cells, list(levels), real, Asked(4, 4, 12), Bootstrap(0), {})
+    beyond, just = found["d-opsd"], found["sft"]
+    for name in ("learnt", "gap_closed_style"):
+        assert beyond.values[name] == 1
+        assert beyond.intervals[name] == [1, 1]
+    assert beyond.values["beyond_real"] == pytest.approx(2, rel=0.1)
+    assert just.values["learnt"] == pytest.approx(1, abs=0.05)
+    assert "beyond_real" not in just.values, "that may be chance"
+
+
 @pytest.mark.parametrize("count", [1, 2, 5, 6])
 def test_of_few_prompts_no_interval_and_no_mark_is_given(count: int) -> None:
     """By chance alone two equal models were marked half the time on two prompts, and always on one."""

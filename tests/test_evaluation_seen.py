@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -145,10 +146,11 @@ def test_large_pictures_are_held_one_at_a_time(tmp_path: Path, monkeypatch: pyte
     settings = tiny_run_settings(steps=[1], few_steps=1, many_steps=1, curve_prompts=1, kept_prompts=kept)
     settings = settings.model_copy(update={"data": settings.data.model_copy(update={"resolution": side})})
     table, holdout = validate_dataset(folder, "large", settings.data)
-    decoded: list[int] = []
+    decoded, resident, process = list[int](), list[int](), psutil.Process()
 
     def pictures(family: Any, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
         decoded.append(len(latents))
+        resident.append(process.memory_info().rss)
         return drawing_pictures(family, latents, height, width)
 
     drawing_pictures = drawing.pictures
@@ -169,3 +171,5 @@ def test_large_pictures_are_held_one_at_a_time(tmp_path: Path, monkeypatch: pyte
     drawn = len(decoded) + 7  # and those of the data set
     assert drawn > 25
     assert most < 10 * picture, f"{most / picture:.1f} pictures' worth, of {drawn}"
+    # and the whole process, torch's blocks and what the C library keeps: in float32 a picture is four times as large
+    assert max(resident[-6:]) - min(resident[6:12]) < 10 * 4 * picture

@@ -75,6 +75,11 @@ def test_the_first_good_one_passes() -> None:
         ({"learnt": 0.1}, "nothing learnt that could be measured: likeness 0.100"),
         ({"few_step": -0.2}, "few steps may cost too much: few steps -0.200"),
         ({"few_step": -0.08}, "may be lost (registry.max_few_step_loss)"),
+        (
+            {"diversity": 0.05, "learnt": 0.9},
+            "two seeds give nearly the same picture: two seeds apart 0.050, the "
+            "untuned base's 0.400, 0.100 is asked for (registry.min_diversity)",
+        ),
     ],
 )
 def test_one_that_broke_something_is_no_first_champion(means: dict[str, float], said: str) -> None:
@@ -89,7 +94,15 @@ def test_floors_stand_in_one_order_whatever_the_process() -> None:
     about = ABOUT | {"few_step_kept": {"better": "higher", "label": "few steps, general"}}
     mine, base = (its | {"few_step_kept": its["few_step"]} for its in (values(), values(**BASE)))
     table = gate.judge(mine, base, about, {}, {}, SETTINGS).table
-    assert [row.score for row in table] == ["learnt", "kept", "few_step", "few_step_kept"]
+    assert [row.score for row in table] == ["learnt", "kept", "few_step", "few_step_kept", "diversity"]
+
+
+def test_in_diversity_no_rival_sets_a_bar() -> None:
+    """A champion that draws what it likes is no measure for one that draws the concept."""
+    mine, theirs = values(diversity=0.12), values(seed=2, diversity=0.9)
+    verdict = judge(mine, {"the champion": theirs})
+    assert verdict.passed
+    assert "two seeds apart" not in verdict.reason
 
 
 def test_it_passes_no_better_for_beating_a_champion_of_no_worth() -> None:
@@ -105,7 +118,8 @@ def test_a_base_that_itself_loses_much_in_few_steps_gets_a_champion() -> None:
 
 
 def test_what_was_not_measured_was_not_passed_and_a_floor_can_be_lifted() -> None:
-    for score, setting in (("learnt", "min_learnt"), ("kept", "min_kept"), ("few_step", "max_few_step_loss")):
+    floors = {"learnt": "min_learnt", "kept": "min_kept", "few_step": "max_few_step_loss", "diversity": "min_diversity"}
+    for score, setting in floors.items():
         mine = {name: seeds for name, seeds in values().items() if name != score}
         base = values(**BASE)
         verdict = gate.judge(mine, base, ABOUT, {}, {}, SETTINGS)
@@ -145,7 +159,7 @@ def test_in_short_a_verdict_without_a_comparison_gives_its_reason() -> None:
 # --- rivals -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("score", list(ABOUT))
+@pytest.mark.parametrize("score", [score for score in ABOUT if score != "diversity"])
 def test_every_score_is_guarded(score: str) -> None:
     theirs = values(seed=1)
     delta = measure_deltas(theirs, values(**BASE))[score]
@@ -224,7 +238,8 @@ def test_deltas_are_twice_what_chance_does_to_the_anchor() -> None:
     assert measure_deltas(once, base)["learnt"] == pytest.approx(over_prompts)
     same = {"learnt": {"first": mine["learnt"]["first"], "second": mine["learnt"]["first"]}}
     assert measure_deltas(same, base) == {"learnt": LEAST_DELTA}
-    assert measure_deltas(values(3), values(3, **BASE)) == dict.fromkeys(ABOUT, LEAST_DELTA), "of three, too little"
+    guarded = [score for score in ABOUT if score != "diversity"]
+    assert measure_deltas(values(3), values(3, **BASE)) == dict.fromkeys(guarded, LEAST_DELTA), "of three, too little"
 
 
 def test_a_second_noise_of_fewer_prompts_counts_for_as_many_as_are_compared() -> None:

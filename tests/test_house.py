@@ -29,7 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "distill": {"config", "files", "models"},
     "sizing": {"config", "models", "distill"},
     "train": {"config", "files", "data", "models", "identity", "distill", "sizing", "given"},
-    "evaluation": {"params", "config", "files", "data", "models", "distill", "train"},
+    "evaluation": {"params", "config", "files", "process", "data", "models", "distill", "train"},
     "emoji_turbo": {"config", "files", "data", "models", "distill", "train", "evaluation"},
     "export": {"config", "files", "data", "models", "distill"},
     "given": {"files", "distill", "models", "export"},

@@ -142,7 +142,7 @@ def test_two_versions_can_be_compared_by_eye(registry: Registry, tmp_path: Path,
     assert [v.tags["dopsd.score.learnt"] for v in (first, second)] == ["0.5000", "0.6000"]
     metrics = [client.get_run(v.run_id).data.metrics for v in (first, second)]
     assert [m["score/learnt"] for m in metrics] == pytest.approx([0.5, 0.6])
-    assert set(metrics[0]) == {"score/learnt", "score/kept", "score/few_step"}
+    assert set(metrics[0]) == {"score/learnt", "score/kept", "score/few_step", "score/diversity"}
     assert client.get_run(second.run_id).info.run_name == (
         "style-ink v2 promoted beside the champion (version 1): better learnt +0.100 (+0.100 to +0.100); "
         "no measurable difference in kept, few_step"

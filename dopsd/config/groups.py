@@ -360,6 +360,9 @@ class RegistrySettings(Group):
     max_few_step_loss: Annotated[float, Field(ge=0)] | None = 0.1
     """How much more than the base a version may lose from many steps to few, as a share of what it learnt, and on
     general prompts of what was kept; ``None``: not asked."""
+    min_diversity: Annotated[float, Field(ge=0)] | None = 0.25
+    """Least distance between two seeds' pictures of the concept, as a share of the base's: a model that draws one
+    average picture whatever it is asked is liker to the training pictures than real ones are. ``None``: not asked."""
     tolerance: Annotated[float, Field(ge=0)] | None = None
     """How far below champion and anchor any score may be and still count as not worse; ``None``: what chance does to
     the anchor itself, score by score (:mod:`dopsd.registry.gate`)."""

@@ -20,6 +20,7 @@ LABELS = {
     "few_step": "few steps beside many, the concept",
     "few_step_kept": "few steps beside many, general prompts",
     "prompt": "prompt following",
+    "diversity": "distance between two seeds' pictures",
 }
 _DRAWN = {"learnt": ("concept", "likeness"), "kept": (KEPT, "kept"), "prompt": ("concept", "prompt")}
 """Split and score of those that are drawn from two noises."""
@@ -57,6 +58,9 @@ def _guarded(cells: Cells, model: str, asked: Asked) -> dict[str, dict[str, Valu
         values = {noise: cell.values[score] for noise, cell in drawn.items() if cell and score in cell.values}
         if "first" in values:
             out[name] = values
+    twice = cells.get(Key("concept", model, asked.few, 1))
+    if twice is not None and "diversity" in twice.values:
+        out["diversity"] = {"first": twice.values["diversity"]}
     lost = few_step_values(cells, model, asked)
     return out | {name: {"first": lost[key]} for key, name in _FEW_STEP.items() if key in lost}
 

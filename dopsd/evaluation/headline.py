@@ -32,14 +32,15 @@ class Numbers:
         self.values: dict[str, float] = {}
         self.intervals: dict[str, list[float]] = {}
 
-    def add(self, key: str, value: float, resampled: Values | None, prompts: int) -> None:
-        """One number of so many prompts, rounded to what its interval can bear. NaN and infinity are left out."""
+    def add(self, key: str, value: float, resampled: Values | None, prompts: int, most: float = np.inf) -> None:
+        """One number of so many prompts, rounded to what its interval can bear; no more than ``most``. NaN and infinity
+        are left out."""
         if not np.isfinite(value):
             return
-        self.values[key] = round_(value)
+        self.values[key] = round_(min(value, most))
         # of fewer prompts the resamples are too alike: one has no interval at all
         if resampled is not None and prompts >= MIN_PROMPTS:
-            self.intervals[key] = [round_(bound) for bound in interval(resampled)]
+            self.intervals[key] = [round_(min(bound, most)) for bound in interval(resampled)]
 
 
 def scores_of(cell: Cell, kid: float | None, bootstrap: Bootstrap) -> Numbers:
@@ -120,7 +121,10 @@ def _learnt(
     if lead is None:
         omitted["learnt"] = _no_lead(base, real)
         return
-    numbers.add("learnt", float(gain.mean()) / lead[0], _divide(bootstrap.means(gain), lead[1]), len(gain))
+    way, ways = float(gain.mean()) / lead[0], _divide(bootstrap.means(gain), lead[1])
+    numbers.add("learnt", way, ways, len(gain), most=1.0)
+    if interval(ways)[0] > 1:
+        numbers.add("beyond_real", way, ways, len(gain))
 
 
 def _no_lead(base: Values, real: Values) -> str:
@@ -221,7 +225,7 @@ def _gap(numbers: Numbers, cells: Cells, model: str, few: int, bootstrap: Bootst
             omitted[name] = f"the teacher is not measurably better than the base in {key}: there is no gap to close"
             continue
         share = (c.mean() - a.mean()) / (b.mean() - a.mean())
-        numbers.add(name, share, _divide(mine - low, high - low), len(a))
+        numbers.add(name, share, _divide(mine - low, high - low), len(a), most=1.0)
 
 
 def _known(numbers: Numbers, cells: Cells, model: str, few: int, bootstrap: Bootstrap) -> None:

@@ -26,6 +26,7 @@ from dopsd.data.pictures import Picture
 from dopsd.files import whole_folder
 from dopsd.models.base import Conditioning, Family
 from dopsd.models.sources import ModelError
+from dopsd.process import return_memory
 from dopsd.train.encode import encode_contexts, encode_prompts
 from dopsd.train.workers import Workers
 
@@ -44,6 +45,10 @@ from .summary import Evaluated, write_results
 from .world import World
 
 __all__ = ["EvaluationError", "Subject", "evaluate"]
+
+
+_LARGE = 512 * 512
+"""Pixels from which on a picture is made of blocks that are not reused well."""
 
 
 def subjects_in(adapters: Path, first: str = "d-opsd") -> list[Subject]:
@@ -214,6 +219,8 @@ def _run(
             measured = with_values(measured, extras.measure(part.key, part.rows, images))
             drawn[part.key].append((part.rows, measured))
             gallery.add(part.key, part.rows, images)
+            if part.height * part.width >= _LARGE:
+                return_memory()
             bar.update(part.key.steps * len(part.rows))
     return {key: scorers[key.split].scored(in_order(measured)) for key, measured in drawn.items()}
 

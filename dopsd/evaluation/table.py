@@ -39,7 +39,6 @@ LABELS = {
     "known_lowest": "old styles kept",
 }
 _ABOVE = {"copied": "↓", "diversity": "→1", "kept_sharpness": "→1"}
-_AT_MOST_1 = {"learnt", "gap_closed_style", "gap_closed_truth"}
 _ARROWS = {"higher": "↑", "lower": "↓", "one": "→1"}
 _NO_CHANGE = dict.fromkeys(LEARNT_COLUMNS, 0) | {"few_step_old": 0, "diversity": 1, "kept_sharpness": 1,
                                                  "known_lowest": 1}  # fmt: skip
@@ -189,8 +188,7 @@ def published_table(metrics: Mapping[str, Any]) -> tuple[list[Column], list[tupl
 def _headline_entry(metrics: Mapping[str, Any], model: str, key: str) -> Entry:
     numbers = [metrics["headline"].get(model, {}).get(key)]
     numbers += metrics["intervals"]["headline"].get(model, {}).get(key, (None, None))
-    most = 1.0 if key in _AT_MOST_1 else float("inf")
-    value, low, high = (None if number is None else min(number, most) for number in numbers)
+    value, low, high = numbers
     main = main_model(metrics)
     if model == main:
         return Entry(value, low, high, 2, _beside_no_change(key, value, low, high), "no change")

@@ -95,7 +95,7 @@ def _learnt(metrics: Mapping[str, Any], model: str) -> Answer:
     value, low, high = _number(metrics, model, "learnt")
     half = {"style": "in style", "subject": "in what is drawn"}.get(metrics.get("kind") or "", "in likeness")
     beside = [
-        (f"of the way to its teacher, {what}", _percent(min(number, 1.0)))
+        (f"of the way to its teacher, {what}", _percent(number))
         for what, key in ((_style(metrics), "gap_closed_style"), ("truth", "gap_closed_truth"))
         if (number := _number(metrics, model, key)[0]) is not None
     ]
@@ -108,13 +108,15 @@ def _learnt(metrics: Mapping[str, Any], model: str) -> Answer:
     if chance:  # nothing was shown; whether there is anything, only where the interval ends soon
         level = "poor" if high is not None and high < LEARNT[1] else "unknown"
     sentence = (
-        f"{half[0].upper()}{half[1:]}, its {metrics['few_steps']}-step pictures go {_percent(min(value, 1.0))} of the "
+        f"{half[0].upper()}{half[1:]}, its {metrics['few_steps']}-step pictures go {_percent(value)} of the "
         f"way from the untuned base's to real pictures of the {metrics.get('kind') or 'concept'}."
     )
     if chance and value > 0:
         sentence += " That may be chance."
+    if _number(metrics, model, "beyond_real")[0] is not None:
+        sentence += " And further: they are liker to the training pictures than real ones are. Is it a caricature?"
     return Answer(
-        "learnt", "Did it learn?", level, _percent(min(value, 1.0)), _between(low, high, 1.0), sentence, tuple(beside),
+        "learnt", "Did it learn?", level, _percent(value), _between(low, high), sentence, tuple(beside),
         _rivals(metrics, model, "learnt"),
     )  # fmt: skip
 
@@ -209,7 +211,7 @@ def _rivals(metrics: Mapping[str, Any], model: str, key: str) -> tuple[tuple[str
     """Other tuned models' numbers, and how they stand to the main model's."""
     written = left_of if key == "kept" else _percent
     return tuple(
-        (other, written(min(value, 1.0)), beside_main(metrics, other, key))
+        (other, written(value), beside_main(metrics, other, key))
         for other in _others(metrics, model)
         if (value := _number(metrics, other, key)[0]) is not None
     )
@@ -232,7 +234,7 @@ def _on_teacher(metrics: Mapping[str, Any], model: str) -> list[str]:
         return []
     shown, text = teacher_described(metrics)
     return [
-        f"In {_style(metrics)} it goes {_percent(min(value, 1.0))} of the way from the untuned base to its teacher, "
+        f"In {_style(metrics)} it goes {_percent(value)} of the way from the untuned base to its teacher, "
         f"which is {shown} every time; it draws from {text}.{'' if (low or 0) > 0 else ' That may be chance.'}"
     ]
 
@@ -308,8 +310,7 @@ def _signed(value: float | None) -> str:
     return f"{rounded:+d} %".replace("-", "−") if rounded else "0 %"
 
 
-def _between(low: float | None, high: float | None, most: float | None = None) -> str:
+def _between(low: float | None, high: float | None) -> str:
     if low is None or high is None:
         return ""
-    ends = [min(bound, most) if most is not None else bound for bound in (low, high)]
-    return f"{_percent(ends[0])[:-2]} to {_percent(ends[1])}"
+    return f"{_percent(low)[:-2]} to {_percent(high)}"

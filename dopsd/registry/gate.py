@@ -3,7 +3,7 @@
 Two kinds of questions, each answered by the 95 % interval of a paired difference over prompts:
 
 - *Floors*, against the untuned base, for every version: it learnt something (``learnt``), the base's own pictures are
-  kept (``kept``), few steps still do (``few_step``).
+  kept (``kept``), few steps still do (``few_step``), two seeds still give two pictures (``diversity``).
 - *Rivals*: the champion, and the anchor, a champion of before that stays put. In no score may the interval reach below
   a rival's by more than ``delta``. Against the champion alone, champions could sink a little every night.
 
@@ -29,6 +29,8 @@ LEAST_DELTA = 0.005
 _KIN = {"few_step": "learnt", "few_step_kept": "kept"}
 """Of losses of few steps: the score that they are a difference of. They have no second noise, and of the base they are
 0 throughout, so that by themselves they would spread as prompts do."""
+_NO_BAR = frozenset({"diversity"})
+"""Scores with a floor that no rival sets a bar in: more is not better, only next to none is a fault."""
 LEAST_PROMPTS = 4
 """On fewer, a spread says nothing; the delta is then :data:`LEAST_DELTA`."""
 DELTA_WIDTHS = 2
@@ -106,6 +108,8 @@ def measure_deltas(values: Values, base: Values) -> dict[str, float]:
     whole = _to_lose(values, base)
     deltas = {}
     for score, seeds in values.items():
+        if score in _NO_BAR:
+            continue
         kin = _KIN.get(score, score)
         spreads = [_spread(values[name], base.get(name, {}).get("first", ()), len(seeds["first"]))
                    for name in (score, kin) if name in values]  # fmt: skip
@@ -147,7 +151,7 @@ def judge(
     table = list(_floors(mine, base, about, settings))
     for rival, theirs in rivals.items():
         for score in theirs:
-            if score in mine:
+            if score in mine and score not in _NO_BAR:
                 delta = deltas.get(score, LEAST_DELTA) if settings.tolerance is None else settings.tolerance
                 table.append(_compare(rival, score, mine, theirs, about, delta))
     faults = [*_lacking(mine, about, rivals, settings), *_faults(table, about)]
@@ -169,6 +173,10 @@ def _floors(mine: Values, base: Values, about: About, settings: RegistrySettings
         for score in (score for score in _KIN if score in mine):
             row = _compare(BASE, score, mine, base, about, settings.max_few_step_loss * _whole(score, mine, base))
             yield replace(row, ok=row.difference.mean >= -row.delta)
+    if settings.min_diversity is not None and "diversity" in mine:
+        row = _compare(BASE, "diversity", mine, base, about, 0.0)
+        least = settings.min_diversity * row.theirs
+        yield replace(row, delta=row.theirs - least, ok=row.mine >= least)
 
 
 def _whole(score: str, mine: Values, base: Values) -> float:
@@ -189,7 +197,10 @@ def _compare(rival: str, score: str, mine: Values, theirs: Values, about: About,
 
 def _lacking(mine: Values, about: About, rivals: Mapping[str, Values], settings: RegistrySettings) -> Iterator[str]:
     """What was not measured was not passed."""
-    floors = {"learnt": settings.min_learnt, "kept": settings.min_kept, "few_step": settings.max_few_step_loss}
+    floors = {
+        "learnt": settings.min_learnt, "kept": settings.min_kept, "few_step": settings.max_few_step_loss,
+        "diversity": settings.min_diversity,
+    }  # fmt: skip
     for score, floor in floors.items():
         if floor is not None and score not in mine:
             yield f"{_label(score, about)} was not measured"
@@ -209,6 +220,9 @@ def _faults(table: Sequence[Row], about: About) -> Iterator[str]:
                    f"{row.theirs:.3f}, {between(row.difference)}")  # fmt: skip
         elif row.score == "kept":
             yield f"the base's own pictures are lost: {label} {row.mine:.3f}, registry.min_kept is {1 - row.delta:g}"
+        elif row.score == "diversity":
+            yield (f"two seeds give nearly the same picture: {label} {row.mine:.3f}, the untuned base's "
+                   f"{row.theirs:.3f}, {row.theirs - row.delta:.3f} is asked for (registry.min_diversity)")  # fmt: skip
         else:
             yield (f"few steps may cost too much: {label} {between(row.difference)} beside the base, where "
                    f"{row.delta:.3f} may be lost (registry.max_few_step_loss)")  # fmt: skip
@@ -229,7 +243,7 @@ def between(difference: Difference) -> str:
 
 def _versus(table: Sequence[Row], about: About, rival: str) -> Iterator[str]:
     """Better or worse than ``rival``: only what its interval tells from chance."""
-    rows = [row for row in table if row.rival == rival]
+    rows = [row for row in table if row.rival == rival and row.score not in _NO_BAR]
     better = [_label(row.score, about) for row in rows if row.difference.low > 0]
     worse = [_label(row.score, about) for row in rows if row.difference.high < 0]
     same = [_label(row.score, about) for row in rows if row.difference.low <= 0 <= row.difference.high]
@@ -246,7 +260,7 @@ def in_short(verdict: Verdict) -> str:
     if not verdict.table or not (verdict.passed or failed):
         return f"{state}: {verdict.reason}"
     rival = next((row.rival for row in verdict.table if row.rival != BASE), BASE)
-    rest = [row for row in verdict.table if row.rival == rival and row.ok]
+    rest = [row for row in verdict.table if row.rival == rival and row.ok and row.score not in _NO_BAR]
     ways = (
         ("failed", [f"{_measured(row)}{f' beside {row.rival}' * (row.rival != rival)}" for row in failed]),
         ("better", [_measured(row) for row in rest if row.difference.low > 0]),
