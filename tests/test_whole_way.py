@@ -71,7 +71,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def _small(few: int) -> dict[str, Any]:
     """Less is drawn than :mod:`tests.test_recipes` does, where all is as the recipes have it."""
-    return SMALL | {"evaluation.steps": [few, few + 1], "evaluation.max_prompts": 1}
+    return SMALL | {"evaluation.steps": [few, few + 1]}
 
 
 def _check_results(root: Path, concept: str, few: int) -> None:
