@@ -53,7 +53,9 @@ def headlines(seed: int, kinds: list[str]) -> dict[str, Any]:
         row = results.Row(f"d-opsd-{kind}", kind, (*results.D_OPSD, *changes))
         adapters[kind] = results._train(CONCEPT, seed, row, results._settings(CONCEPT, seed, row))
     found = results._evaluate(CONCEPT, seed, adapters)["headline"]
-    return {kind: {key: found[kind].get(key) for key in COLUMNS.values()} for kind in kinds}
+    return {
+        kind: {key: found[kind].get(f"{key}_raw", found[kind].get(key)) for key in COLUMNS.values()} for kind in kinds
+    }
 
 
 def table(runs: list[dict[str, Any]]) -> list[str]:

@@ -259,7 +259,9 @@ def _line(label: str, seeds: Sequence[dict[str, float | None]]) -> str:
 def _tuned(run: dict[str, Any], name: str) -> dict[str, float | None]:
     head = run["metrics"]["headline"][name]
     keys = ("gap_closed_style", "gap_closed_truth", "sharpness_vs_base", "known_lowest", "retention_style")
-    values = [run["metrics"]["scores"]["concept"][name]["style"], *(head.get(key) for key in keys)]
+    # of before 30 November 2026 the gaps themselves were raw
+    found = (head.get(f"{key}_raw", head.get(key)) for key in keys)
+    values = [run["metrics"]["scores"]["concept"][name]["style"], *found]
     return dict(zip(COLUMNS[1:], values, strict=True))
 
 

@@ -329,5 +329,9 @@ def _evaluate_again(
     except (ModelError, AdapterError) as error:  # of another family, say, or whole weights and a rounded base
         if isinstance(error, ModelError) and base_folder is None:
             raise  # today's base: no fault of theirs
+        if len(rivals) > 1:  # one of them may be sound
+            alone = [_evaluate_again(registry, [rival], concept, settings, root, base_folder,
+                                     place / f"{rival.name}-alone") for rival in rivals]  # fmt: skip
+            return {name: scores for its in alone for name, scores in its.items()}
         raise _NotComparable(rivals, f"cannot be drawn with these settings ({error})") from None
     return {rival.name: _scores_of(place / "evaluation" / PAIRED, rival.name) for rival in rivals}

@@ -36,7 +36,7 @@ SMALL: dict[str, Any] = {
     "train.accumulation": 1,
     "train.teacher.gain_images": 1,
     "evaluation.max_prompts": 2,
-    "evaluation.curve_prompts": 1,
+    "evaluation.curve_prompts": 2,
     "evaluation.kept_prompts": ["a red house", "two cats"],
     "evaluation.backbones": ["efficientnet-lite0"],  # the one that is here without a hub
     "compute.launcher": "local",

@@ -266,6 +266,9 @@ def test_what_the_gate_could_never_let_in_is_refused_before_training(tmp_path, w
             prompts.check_questions(table, holdout, None, rehearsing(texts))
     with pytest.raises(EvaluationError, match="1 general prompt left"):
         prompts.check_questions(table, holdout, None, rehearsing((), kept_count=1))
+    with pytest.raises(EvaluationError, match="curve_prompts: of one prompt"):
+        prompts.check_questions(table, holdout, None, rehearsing((), curve_prompts=1))
+    prompts.check_questions(table, holdout, None, rehearsing((), curve_prompts=1, many_steps=1))
     for data, changes in (((table, holdout), {"max_prompts": 1}), ((few, None), {"prompts": ["a fox in [V] style"]})):
         with pytest.raises(EvaluationError, match="one prompt of the concept is too few"):
             prompts.check_questions(*data, None, rehearsing((), **changes))
@@ -308,6 +311,8 @@ def test_the_shipped_evaluation_asks_nothing_that_replay_would_learn(concept):
         ({"few_step_old": (-0.4, -0.5, -0.3)}, "D-OPSD learnt the new style. It lost its 1 step, but keeps what"),
         ({"few_step_old": (-0.4, -0.9, 0.1)}, "D-OPSD learnt the new style. It keeps what the base drew."),
         ({"few_step_old": (-0.1, -0.13, -0.07)}, "D-OPSD learnt the new style. It needs a few more steps than"),
+        ({"few_step_new": (-0.2, -0.45, 0.02), "few_step_sharpness": (0.95, 0.92, 0.98)},
+         "D-OPSD learnt the new style. It keeps what the base drew."),
         ({"kept": (0.2, -0.4, 0.8)}, "D-OPSD learnt the new style. It stays good in 1 step."),
         ({"kept": (0.5, 0.3, 0.8)}, "D-OPSD learnt the new style. It stays good in 1 step, but changed much of"),
         ({"few_step_sharpness": (0.5, 0.4, 0.6)}, "D-OPSD learnt the new style. It lost its 1 step, but keeps"),

@@ -1,7 +1,7 @@
 """Was a training picture learnt by heart: the nearest one to each sample, and how much of it the sample is.
 
 Pictures on a plain ground are alike wherever they are plain: a copy lacks less than half of what the other training
-picture nearest to the same one lacks.
+picture nearest to the same one lacks. (A training picture that is there twice is no other one.)
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from dopsd.data.pictures import Picture
 
 from . import metrics
 
+_THE_SAME = 0.98
+"""From here on two training pictures are one."""
+_OTHERS = 8
+"""So many of the nearest are looked at for another one."""
 COPY = 0.6
 """Structural similarity below which nothing counts as a copy."""
 
@@ -27,10 +31,12 @@ class Copies:
     def __init__(self, training: Sequence[Picture], features: Tensor) -> None:
         self._small = torch.cat([_small([picture.load()]) for picture in training])
         self._features = F.normalize(features, dim=1)
-        self._bars = torch.full((len(training),), COPY)
-        if len(training) > 1:
-            others = (self._features @ self._features.T).fill_diagonal_(-2).argmax(1)
-            self._bars = (0.5 + 0.5 * metrics.structure(self._small, self._small[others])).clamp(min=COPY)
+        near = (self._features @ self._features.T).fill_diagonal_(-2).argsort(1, descending=True)
+        level = torch.zeros(len(training))
+        for place in reversed(range(min(_OTHERS, len(training) - 1))):
+            alike = metrics.structure(self._small, self._small[near[:, place]])
+            level = torch.where(alike < _THE_SAME, alike, level)
+        self._bars = (0.5 + 0.5 * level).clamp(min=COPY)
 
     def of(self, images: Sequence[Image.Image], features: Tensor) -> dict[str, Tensor]:
         """Of each sample ``[N]``: ``nearest``, the training picture nearest by its features; ``copy``, how much of a

@@ -30,14 +30,15 @@ _FEW_STEP = {"new": "few_step", "old": "few_step_kept"}
 def paired_of(cells: Cells, models: Sequence[str], real: Values, asked: Asked) -> Paired:
     """What a version is judged by, of the base and all tuned models; all of it is better when higher.
 
-    ``real``: how like the training pictures real ones are. What a model is liker than that on the whole is taken off
-    all its prompts: being like pictures beyond what pictures of the concept are is no merit, but caricature or a copy,
-    and would be a bar that no honest challenger reaches.
+    ``real``: how like the training pictures real ones are. What a model is liker than they may be (the upper end of
+    their mean's interval) is taken off all its prompts: being like pictures beyond what pictures of the concept are is
+    no merit, but caricature or a copy, and would be a bar that no honest challenger reaches.
     """
     found = {model: _guarded(cells, model, asked) for model in models if model == "base" or model not in REFERENCES}
-    if len(real) >= MIN_REAL:
+    most = _most_like(real)
+    if most > found["base"]["learnt"]["first"].mean():
         for its in found.values():
-            beyond = max(float(its["learnt"]["first"].mean() - real.mean()), 0.0)
+            beyond = max(float(its["learnt"]["first"].mean() - most), 0.0)
             its["learnt"] = {noise: values - beyond for noise, values in its["learnt"].items()}
     scores = {name: {"better": "higher", "label": LABELS[name]} for name in found["base"]}
     values = {
@@ -48,6 +49,16 @@ def paired_of(cells: Cells, models: Sequence[str], real: Values, asked: Asked) -
         for model, its in found.items()
     }
     return Paired(scores, values, asked.few)
+
+
+def _most_like(real: Values) -> float:
+    """What the mean of real pictures may be; of too few of them, anything."""
+    from scipy.special import stdtrit
+
+    count = len(real)
+    if count < MIN_REAL:
+        return float("inf")
+    return float(real.mean() + stdtrit(count - 1, 0.975) * real.std(ddof=1) / np.sqrt(count))
 
 
 def _guarded(cells: Cells, model: str, asked: Asked) -> dict[str, dict[str, Values]]:

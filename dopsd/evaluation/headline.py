@@ -32,15 +32,23 @@ class Numbers:
         self.values: dict[str, float] = {}
         self.intervals: dict[str, list[float]] = {}
 
-    def add(self, key: str, value: float, resampled: Values | None, prompts: int, most: float = np.inf) -> None:
-        """One number of so many prompts, rounded to what its interval can bear; no more than ``most``. NaN and infinity
-        are left out."""
+    def add(
+        self, key: str, value: float, resampled: Values | None, prompts: int, least: float = -np.inf,
+        most: float = np.inf,
+    ) -> None:  # fmt: skip
+        """One number of so many prompts, rounded to what its interval can bear; within ``least`` and ``most``. NaN and
+        infinity are left out."""
         if not np.isfinite(value):
             return
-        self.values[key] = round_(min(value, most))
+        self.values[key] = round_(min(max(value, least), most))
         # of fewer prompts the resamples are too alike: one has no interval at all
         if resampled is not None and prompts >= MIN_PROMPTS:
-            self.intervals[key] = [round_(min(bound, most)) for bound in interval(resampled)]
+            self.intervals[key] = [round_(min(max(bound, least), most)) for bound in interval(resampled)]
+
+
+_SHARES = ("style", "style_hit", "concept_top1", "concept_top5")
+_BOUNDS = dict.fromkeys(_SHARES, (0.0, 1.0)) | {"kept": (-np.inf, 1.0), "copy": (-1.0, 1.0), "judge": (1.0, 4.0)}
+"""What no mean of these scores can leave, and so no end of its interval."""
 
 
 def scores_of(cell: Cell, kid: float | None, bootstrap: Bootstrap) -> Numbers:
@@ -49,7 +57,8 @@ def scores_of(cell: Cell, kid: float | None, bootstrap: Bootstrap) -> Numbers:
     for key, values in cell.values.items():
         if key in NO_SCORES:
             continue
-        numbers.add(key, float(values.mean()), bootstrap.means(values), len(values))
+        least, most = _BOUNDS.get(key.partition("@")[0], (-np.inf, np.inf))
+        numbers.add(key, float(values.mean()), bootstrap.means(values), len(values), least, most)
     if kid is not None:
         numbers.add("kid", kid, None, len(cell))
     return numbers
@@ -144,7 +153,7 @@ def _kept(numbers: Numbers, cells: Cells, model: str, asked: Asked, bootstrap: B
     ):
         values = kept_values(cells, split, model, steps)
         if values is not None:
-            numbers.add(name, float(values.mean()), bootstrap.means(values), len(values))
+            numbers.add(name, float(values.mean()), bootstrap.means(values), len(values), most=1.0)
 
 
 def kept_values(cells: Cells, split: str, model: str, steps: int) -> Values | None:
@@ -199,7 +208,7 @@ def _copied(numbers: Numbers, cells: Cells, model: str, few: int, bootstrap: Boo
     """Which share of the samples is a copy of a training picture, and nearer to it than the base's of that prompt."""
     base, tuned = (cells[Key("concept", name, few)].values for name in ("base", model))
     over = ((tuned["copy"] > tuned["copy_bar"]) & (tuned["copy"] > base["copy"])).astype(np.float64)
-    numbers.add("copied", float(over.mean()), bootstrap.means(over), len(over))
+    numbers.add("copied", float(over.mean()), bootstrap.means(over), len(over), 0.0, 1.0)
 
 
 def _gap(numbers: Numbers, cells: Cells, model: str, few: int, bootstrap: Bootstrap, omitted: dict[str, str]) -> None:
@@ -225,7 +234,9 @@ def _gap(numbers: Numbers, cells: Cells, model: str, few: int, bootstrap: Bootst
             omitted[name] = f"the teacher is not measurably better than the base in {key}: there is no gap to close"
             continue
         share = (c.mean() - a.mean()) / (b.mean() - a.mean())
-        numbers.add(name, share, _divide(mine - low, high - low), len(a), most=1.0)
+        shares = _divide(mine - low, high - low)
+        numbers.add(name, share, shares, len(a), most=1.0)
+        numbers.add(f"{name}_raw", share, shares, len(a))  # benchmarks compare what goes further, too
 
 
 def _known(numbers: Numbers, cells: Cells, model: str, few: int, bootstrap: Bootstrap) -> None:

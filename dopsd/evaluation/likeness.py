@@ -66,9 +66,11 @@ class Scale:
 
 
 def as_independent(among: Tensor) -> Tensor:
-    """:meth:`Scale.likeness_among` with twice its deviations: its values share their pictures, so their mean (a
-    U-statistic of two) deviates twice as much as that of independent ones, which is how intervals take them."""
-    return 2 * among - among.mean() if len(among) else among
+    """:meth:`Scale.likeness_among` with larger deviations: its values share their pictures, so their mean (a
+    U-statistic of two) deviates twice as much as that of independent ones, which is how intervals take them, and by the
+    jackknife's ``(n - 1) / (n - 2)`` more where they are few. Fewer than three are left as they are."""
+    count = len(among)
+    return among if count < 3 else among.mean() + 2 * (count - 1) / (count - 2) * (among - among.mean())
 
 
 def kept(distance: Tensor, seed_distance: Tensor) -> Tensor:

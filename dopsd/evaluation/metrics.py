@@ -23,7 +23,7 @@ _LEAST_SIDE = 16
 
 def stack(images: Sequence[Image.Image], side: int | None = None) -> Tensor:
     """RGB images of one size as ``[N, 3, H, W]`` in [0, 1]; ``side`` reduces the longer side to it (area average), the
-    shorter one to no less than a quarter of 64."""
+    shorter one to no less than 16 pixels."""
     pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
     x = pixels.permute(0, 3, 1, 2).float() / 255
     height, width = x.shape[2:]

@@ -126,22 +126,29 @@ def check_questions(
 def _check_for_the_gate(table: ConceptTable, holdout: ConceptTable | None, settings: Settings) -> None:
     """A night's training is not to end at a registry that can never let it in."""
     evaluation, registry = settings.evaluation, settings.registry
+    if not (registry.enabled and settings.tracking.enabled):
+        return
     general, rehearsed = len(evaluation.kept_texts), rehearsed_of(settings)
     left = min(evaluation.kept_count, general - rehearsed)
-    if registry.enabled and registry.min_kept is not None and left < _LEAST_TO_JUDGE:
+    if left < _LEAST_TO_JUDGE and (left or registry.min_kept is not None):
         raise EvaluationError(
             f"evaluation.kept_prompts: {left or 'no'} general prompt{'s' * (left != 1)} left to ask ({general}, less "
             f"{rehearsed} that train.replay.prompts rehearses; kept_count is {evaluation.kept_count}): too few to "
             "tell a difference from chance, so the registry would refuse every version; add some, or set "
-            "registry.min_kept to null"
+            "evaluation.kept_prompts to [] and registry.min_kept to null"
         )
     rows = len(holdout.rows) if holdout else 0
     asked = min(evaluation.max_prompts, rows or len(evaluation.prompts) or len(table.rows))
-    if registry.enabled and evaluation.protocol == "ours" and asked < _LEAST_TO_JUDGE:
+    if evaluation.protocol == "ours" and asked < _LEAST_TO_JUDGE:
         raise EvaluationError(
             "evaluation: one prompt of the concept is too few to tell a difference from chance, so the registry would "
             "refuse every version; raise max_prompts, add held-out pictures or evaluation.prompts, or set "
             "registry.enabled to false"
+        )
+    if evaluation.curve_prompts < _LEAST_TO_JUDGE and evaluation.few_steps != evaluation.many_steps:
+        raise EvaluationError(
+            "evaluation.curve_prompts: of one prompt no loss of few steps can be told from chance, so the registry "
+            "would refuse every version; raise it, or set registry.enabled to false"
         )
 
 

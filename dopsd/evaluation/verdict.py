@@ -136,8 +136,9 @@ def _few_step(metrics: Mapping[str, Any], model: str) -> Answer:
         level = "fair"  # may be chance
     blurred = False
     if sharp is not None and (sharp_high is None or sharp_high < 1):
-        blurred = _worse(level, _level(sharp, SHARP)) != level
-        level = _worse(level, _level(sharp, SHARP))
+        clear = _level(sharp, SHARP)
+        blurred = clear != "good" and _worse(level, clear) != level
+        level = _worse(level, clear) if clear != "good" else level
     beside = [(label, _signed(_number(metrics, model, name)[0])) for name, label in _ON.items()]
     beside += [("sharpness, beside the base's", f"{sharp:.2f}")] if sharp is not None else []
     rivals = [
@@ -157,7 +158,7 @@ def _few_step(metrics: Mapping[str, Any], model: str) -> Answer:
         f"{many}, what the base itself loses taken off."
     )
     if level == "unknown":
-        sentence += " On so few prompts it may have lost much more, or nothing."
+        sentence += " The prompts do not tell whether it lost much or nothing."
     elif value < 0 and high is not None and high >= 0 and than == "than":
         sentence += " That may be chance."
     if blurred and sharp is not None:
@@ -191,7 +192,7 @@ def _kept(metrics: Mapping[str, Any], model: str) -> Answer:
     )
     level = _not_told(_level(value, KEPT), low, high, KEPT)
     if level == "unknown":
-        sentence += " On so few prompts it may be much less, or more."
+        sentence += " The prompts do not tell whether that is enough."
     beside = [(label, written(number)) for label, key, written in (
         (f"in {metrics['most_steps']} steps", "kept_many", left_of), ("near the concept", "kept_near", left_of),
         (_known_label(metrics, model), "known_lowest", _percent),
@@ -240,10 +241,11 @@ def _on_teacher(metrics: Mapping[str, Any], model: str) -> list[str]:
 
 
 def _on_copies(metrics: Mapping[str, Any], model: str) -> list[str]:
-    (copied, low, _), diversity = _number(metrics, model, "copied"), _number(metrics, model, "diversity")
+    copied, diversity = _number(metrics, model, "copied")[0], _number(metrics, model, "diversity")
     out = []
-    if copied is not None and copied >= CLEARLY_COPIED and low is not None and low > 0:
-        out.append(f"{_percent(copied)} of its pictures are copies of a training picture: it learnt some by heart.")
+    if copied is not None and copied >= CLEARLY_COPIED:
+        count = metrics["counts"]["concept_prompts"]
+        out.append(f"{round(copied * count)} of its {count} pictures copy a training picture: it learnt some by heart.")
     if diversity[0] is not None and diversity[0] <= LESS_DIVERSE and diversity[2] is not None and diversity[2] < 1:
         out.append(
             f"Two seeds give pictures that are {diversity[0]:.2f} times as far apart as the base's: less diverse."

@@ -101,7 +101,9 @@ def _scores(run: Path, status: Mapping[str, Any], warn: Warn) -> dict[str, dict[
     found: dict[str, dict[str, float]] = {}
     try:
         for model, its in headline.items():
-            found[model] = {f"tuned/{name}": float(value) for name, value in its.items() if _is_number(value)}
+            # what goes beyond all of the way is for benchmarks
+            shown = {name: value for name, value in its.items() if _is_number(value) and not name.endswith("_raw")}
+            found[model] = {f"tuned/{name}": float(value) for name, value in shown.items()}
         for model, scores in models.items():
             means = {f"score/{score}": sum(its["first"]) / len(its["first"]) for score, its in scores.items()}
             found[model] = found.get(model, {}) | means

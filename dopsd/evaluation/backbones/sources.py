@@ -56,8 +56,9 @@ def device_bytes(names: Sequence[str]) -> tuple[float, float]:
     """What backbones take on a GPU while pictures are drawn, and what a judge takes when all else is gone; of other
     weights than the default ones nobody knows before they are here, and they are counted as those."""
     kinds = [kind_of(name) for name in names if kind_of(name) in KINDS]
-    sizes = {kind: 2e9 * KINDS[kind].billions for kind in kinds}
-    return sum(size for kind, size in sizes.items() if kind != "judge"), sizes.get("judge", 0.0)
+    sizes = [(kind, (4e9 if kind == "lpips" else 2e9) * KINDS[kind].billions) for kind in kinds]
+    judges = [size for kind, size in sizes if kind == "judge"]
+    return sum(size for kind, size in sizes if kind != "judge"), max(judges, default=0.0)
 
 
 @dataclass(frozen=True)
