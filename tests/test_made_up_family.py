@@ -41,7 +41,7 @@ def project(tmp_path, monkeypatch) -> tuple[Path, Settings]:
         "data": {"resolution": 64},
         "train": {**tiny.tiny_settings(max_steps=2).model_dump(mode="json", exclude={"teacher"}),
                   "methods": ["d-opsd"], "teacher": {"decay": 0.9}},
-        "evaluation": {"steps": [2, 4], "few_steps": 2, "batch_size": 1, "kept_prompts": ["a red house"]},
+        "evaluation": {"steps": [2, 4], "few_steps": 2, "batch_size": 1, "kept_prompts": ["a red house", "two cats"]},
         "compute": {"launcher": "local"},
         "registry": ANYTHING_PASSES,
     })  # fmt: skip

@@ -135,7 +135,7 @@ def _few_step(metrics: Mapping[str, Any], model: str) -> Answer:
     if level in ("fair", "poor") and high is not None and high >= 0:
         level = "fair"  # may be chance
     blurred = False
-    if sharp is not None and (sharp_high is None or sharp_high < 1):
+    if sharp is not None and sharp_high is not None and sharp_high < 1:
         clear = _level(sharp, SHARP)
         blurred = clear != "good" and _worse(level, clear) != level
         level = _worse(level, clear) if clear != "good" else level
