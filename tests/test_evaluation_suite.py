@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dopsd.config import load_settings
+from dopsd.config import SettingsError, load_settings
 from dopsd.config.groups import RegistrySettings, ReplaySettings
 from dopsd.data.cache import EncodingCache
 from dopsd.data.schema import validate_dataset
@@ -266,6 +266,10 @@ def test_what_the_gate_could_never_let_in_is_refused_before_training(tmp_path, w
             prompts.check_questions(table, holdout, None, rehearsing(texts))
     with pytest.raises(EvaluationError, match="1 general prompt left"):
         prompts.check_questions(table, holdout, None, rehearsing((), kept_count=1))
+    gone = tiny_run_settings(kept_prompts="gone.txt")
+    assert not gone.registry.enabled
+    with pytest.raises(SettingsError, match=r"gone\.txt is no file"):
+        prompts.check_questions(table, holdout, None, gone)
     with pytest.raises(EvaluationError, match="curve_prompts: of one prompt"):
         prompts.check_questions(table, holdout, None, rehearsing((), curve_prompts=1))
     prompts.check_questions(table, holdout, None, rehearsing((), curve_prompts=1, many_steps=1))

@@ -126,16 +126,16 @@ def check_questions(
 def _check_for_the_gate(table: ConceptTable, holdout: ConceptTable | None, settings: Settings) -> None:
     """A night's training is not to end at a registry that can never let it in."""
     evaluation, registry = settings.evaluation, settings.registry
+    general, rehearsed = len(evaluation.kept_texts), rehearsed_of(settings)  # they are there, with a registry or none
     if not (registry.enabled and settings.tracking.enabled):
         return
-    general, rehearsed = len(evaluation.kept_texts), rehearsed_of(settings)
     left = min(evaluation.kept_count, general - rehearsed)
     if left < _LEAST_TO_JUDGE and (left or registry.min_kept is not None):
         raise EvaluationError(
             f"evaluation.kept_prompts: {left or 'no'} general prompt{'s' * (left != 1)} left to ask ({general}, less "
             f"{rehearsed} that train.replay.prompts rehearses; kept_count is {evaluation.kept_count}): too few to "
-            "tell a difference from chance, so the registry would refuse every version; add some, or set "
-            "evaluation.kept_prompts to [] and registry.min_kept to null"
+            "tell a difference from chance, as the registry must; add some, or set evaluation.kept_prompts to [] and "
+            "registry.min_kept to null"
         )
     rows = len(holdout.rows) if holdout else 0
     asked = min(evaluation.max_prompts, rows or len(evaluation.prompts) or len(table.rows))

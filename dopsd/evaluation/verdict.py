@@ -135,10 +135,9 @@ def _few_step(metrics: Mapping[str, Any], model: str) -> Answer:
     if level in ("fair", "poor") and high is not None and high >= 0:
         level = "fair"  # may be chance
     blurred = False
-    if sharp is not None and sharp_high is not None and sharp_high < 1:
-        clear = _level(sharp, SHARP)
-        blurred = clear != "good" and _worse(level, clear) != level
-        level = _worse(level, clear) if clear != "good" else level
+    if sharp is not None and sharp_high is not None and sharp_high < 1 and sharp < SHARP[0]:
+        worse = _worse(level, _level(sharp, SHARP))
+        blurred, level = worse != level, worse
     beside = [(label, _signed(_number(metrics, model, name)[0])) for name, label in _ON.items()]
     beside += [("sharpness, beside the base's", f"{sharp:.2f}")] if sharp is not None else []
     rivals = [
