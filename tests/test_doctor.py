@@ -11,6 +11,7 @@ import torch
 from dopsd import doctor
 from dopsd.config import SettingsError, load_settings
 from dopsd.doctor import Finding, examine, what_is_needed
+from dopsd.evaluation.backbones.sources import device_bytes
 from dopsd.models import ModelError, resolved
 from dopsd.sizing.cards import card_of
 from dopsd.sizing.plan import plan_for
@@ -83,6 +84,14 @@ def test_the_card_is_measured_where_something_is_planned_and_after_what_was_foun
     assert not measured
     next(lines_of_klein)
     assert measured
+
+
+def test_every_backbone_counts_and_a_judge_comes_alone() -> None:
+    """Two of a kind are two; LPIPS is float32, others are halves; the embedded one is nothing to speak of."""
+    beside, judge = device_bytes(("efficientnet-lite0", "dinov2", "dinov2:models/large", "clip", "lpips", "judge"))
+    assert beside == pytest.approx(2e9 * (2 * 0.022 + 0.428) + 4e9 * 0.015)
+    assert judge == pytest.approx(2e9 * 8.767)
+    assert device_bytes(("efficientnet-lite0",)) == (0, 0)
 
 
 def test_what_is_asked_is_what_would_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
